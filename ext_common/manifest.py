@@ -1,0 +1,148 @@
+"""Outputs that are whole or absent, and the record of how they came about (manifest.json)."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+MANIFEST_NAME = "manifest.json"
+_DISTRIBUTIONS = (
+    "fairseq-ext",
+    "ve-fairseq",
+    "fairseq",
+    "torch",
+    "torchaudio",
+    "numpy",
+    "soundfile",
+    "hydra-core",
+    "omegaconf",
+)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """Open a file that appears under ``path`` only when the block ends without an exception.
+
+    ``mode`` is "w" (UTF-8, newlines as written) or "wb". The temporary file lies in the same
+    folder (made when absent), is synced before the rename and removed on failure. A path that is
+    no regular file (/dev/stdout, a pipe) is written directly: there is nothing to rename over.
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f"mode must be 'w' or 'wb', got {mode!r}")
+    text = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a folder, expected a file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, mode, **text) as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Make renames inside ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems cannot sync a folder; the rename itself still holds
+    finally:
+        os.close(descriptor)
+
+
+def atomic_json(path: str | os.PathLike, obj: Any) -> None:
+    """Write ``obj`` as indented JSON, whole or not at all.
+
+    Paths, dataclasses, numpy scalars and arrays become plain JSON; a number that is not finite
+    becomes null, because JSON has no NaN and strict readers refuse the file.
+    """
+    text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_write(path) as file:
+        file.write(text + "\n")
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what can change a result; packages that are absent are left out."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in _DISTRIBUTIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def write_manifest(
+    folder: str | os.PathLike,
+    *,
+    inputs: Mapping[str, Any] | Iterable[str | os.PathLike],
+    counts: Mapping[str, Any],
+    options: Any,
+    seed: int | None,
+    **extra: Any,
+) -> Path:
+    """Write ``folder/manifest.json`` and return its path.
+
+    inputs: {name: hash or record}, or file paths, hashed here. counts: in, out, and out by reason.
+    options: mapping or dataclass. It holds no time and no host, so equal runs give equal bytes.
+    """
+    if not isinstance(inputs, Mapping):
+        inputs = {os.fspath(path): sha256_file(path) for path in inputs}
+    record = {
+        "inputs": inputs,
+        "counts": counts,
+        "options": options,
+        "seed": seed,
+        "versions": versions(),
+    }
+    path = Path(folder) / MANIFEST_NAME
+    atomic_json(path, {**record, **extra})
+    return path
+
+
+def _plain(obj: Any) -> Any:
+    if obj is None or isinstance(obj, bool | int | str):
+        return obj
+    if isinstance(obj, float):
+        return float(obj) if math.isfinite(obj) else None
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return {f.name: _plain(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
+    if isinstance(obj, Mapping):
+        return {_key(key): _plain(value) for key, value in obj.items()}
+    if isinstance(obj, os.PathLike):
+        return os.fspath(obj)
+    if hasattr(obj, "tolist"):  # numpy scalars and arrays, tensors: no import needed to know them
+        return _plain(obj.tolist())
+    if isinstance(obj, set | frozenset):
+        return [_plain(item) for item in sorted(obj)]
+    if isinstance(obj, Iterable):
+        return [_plain(item) for item in obj]
+    raise TypeError(f"{type(obj).__name__} cannot be written as JSON")
+
+
+def _key(key: Any) -> str:
+    return key if isinstance(key, str) else str(_plain(key))

@@ -1,0 +1,94 @@
+"""scripts/setup.sh with a stand-in for pip: what it installs, and when."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+# Answers for `python`, and writes down what pip would have been asked to do.
+STUB = """#!/usr/bin/env bash
+case "$*" in
+    "-m pip --version") exit 0 ;;
+    "-m pip install"*) echo "$*" >> pip.log; exit "${PIP_EXIT:-0}" ;;
+    "-m ext_common.doctor"*) exit 0 ;;
+    *) exec %s "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path, repo_root):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(repo_root / "scripts" / "setup.sh", tmp_path / "scripts")
+    for name in ("setup.cfg", "pyproject.toml"):
+        shutil.copy(repo_root / name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(STUB % sys.executable)
+    python.chmod(0o755)
+    return tmp_path
+
+
+def setup(checkout, *extras, **env):
+    done = subprocess.run(
+        ["bash", "scripts/setup.sh", *extras],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+    )
+    log = checkout / "pip.log"
+    calls = log.read_text().splitlines() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return done, [call.split("-e ")[1] for call in calls]
+
+
+def test_installs_once_and_again_when_setup_cfg_changes(checkout):
+    assert setup(checkout, "test")[1] == [".[test]"]
+    done, calls = setup(checkout, "test")
+    assert (done.returncode, done.stdout, calls) == (0, "", [])
+    assert setup(checkout)[1] == []  # without extras there is nothing left to do
+    assert setup(checkout, "test", "demo")[1] == [".[test,demo]"]
+    assert setup(checkout, "demo")[1] == []
+    with open(checkout / "setup.cfg", "a") as file:
+        file.write("# changed\n")
+    assert setup(checkout, "demo")[1] == [".[demo]"]
+
+
+def test_failed_installation_is_tried_again(checkout):
+    done, calls = setup(checkout, "test", PIP_EXIT="1")
+    assert done.returncode == 1 and "error: installation failed" in done.stderr
+    assert calls == [".[test]"]
+    assert setup(checkout, "test")[1] == [".[test]"]
+
+
+def test_python_that_does_not_run_is_refused_in_words(checkout):
+    shutil.rmtree(checkout / ".venv")
+    shim = checkout / "shim"
+    shim.write_text('#!/bin/sh\necho "pyenv: python3.11: command not found" >&2\nexit 127\n')
+    shim.chmod(0o755)
+    done, calls = setup(checkout, PYTHON=str(shim))
+    assert done.returncode == 1 and calls == []
+    assert done.stderr == f"error: PYTHON={shim} is not a working Python 3.11 or 3.12\n"
+
+
+def test_a_shim_that_fails_is_passed_over(checkout):
+    """pyenv puts a python3.11 on the path that only says which versions exist."""
+    shutil.rmtree(checkout / ".venv")
+    shims, good = checkout / "shims", checkout / "good"
+    for folder, code in (
+        (shims, "exit 127"),
+        (good, f'echo "$*" >>{good}/calls; exec {sys.executable} "$@"'),
+    ):
+        folder.mkdir()
+        for name in ("python3.11", "python3.12") if folder is shims else ("python3",):
+            (folder / name).write_text(f"#!/bin/sh\n{code}\n")
+            (folder / name).chmod(0o755)
+    # Stops at once after the environment is made: the stand-in for pip is not in a real one.
+    path = f"{shims}:{good}:/usr/bin:/bin"
+    done, _ = setup(checkout, PATH=path, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(shims))
+    assert (checkout / ".venv" / "bin" / "python").exists(), done.stderr
+    assert (good / "calls").read_text().splitlines()[-1] == "-m venv .venv"
+    assert "setup: making .venv with Python 3.1" in done.stdout
