@@ -1,0 +1,244 @@
+"""The average of several checkpoints of one training, as one checkpoint.
+
+python -m fairseq_ext.average CKPT/checkpoint3.pt CKPT/checkpoint4.pt --output CKPT/average.pt
+python -m fairseq_ext.average CKPT --last 5 --output CKPT/average.pt
+"""
+
+import argparse
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from ext_common.cli import Parser, UsageError, UserError, run
+from ext_common.compat.files import allow_namespace, why_unreadable
+from ext_common.manifest import atomic_write
+
+_PARTS = ("model", "criterion")
+_DROPPED = ("last_optimizer_state",)
+_DROPPED_EXTRA = ("ema", "ema_fp32_params")
+
+
+def main(argv: list[str]) -> None:
+    args = build_parser().parse_args(argv)
+    allow_namespace()
+    if os.path.isdir(args.output):
+        raise UsageError(f"--output {args.output} is a folder: give the file to write")
+    paths = choose(args.checkpoints, args.last)
+    print(f"average of {len(paths)} checkpoints:")
+    for path in paths:
+        print(f"  {path}")
+    state = average((str(path), read(path)) for path in paths)
+    with atomic_write(args.output, "wb") as file:
+        torch.save(state, file)
+    print(f"written to {args.output} (without optimizer state)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m fairseq_ext.average",
+        description="Average the weights of checkpoints of one training.",
+        epilog="Weights are averaged in float64 and written as float32; integer buffers and all "
+        "that is no tensor (options, dictionaries, speakers) are those of the last checkpoint. "
+        "Optimizer state is left out, so the result is for inference and for "
+        "--finetune-from-model.",
+    )
+    parser.add_argument(
+        "checkpoints", nargs="+", metavar="CKPT", help="checkpoint files, or one folder of them"
+    )
+    parser.add_argument("--output", required=True, metavar="CKPT", help="file to write")
+    parser.add_argument(
+        "--last",
+        type=int,
+        metavar="N",
+        help="of a folder, the N newest of checkpointEPOCH.pt and checkpoint_EPOCH_UPDATE.pt "
+        "(default: all of them)",
+    )
+    return parser
+
+
+def choose(given: Sequence[str], last: Optional[int]) -> list[Path]:
+    """The files to average, oldest first where they come from a folder."""
+    if last is not None and last < 1:
+        raise UsageError(f"--last must be at least 1, got {last}")
+    paths = [Path(name) for name in given]
+    if not any(path.is_dir() for path in paths):
+        if last is not None:
+            raise UsageError("--last goes with one folder, not with files")
+        return paths
+    if len(paths) > 1:
+        raise UsageError("give checkpoint files, or one folder, not both")
+    found = sorted(
+        (order, path) for path in paths[0].iterdir() if (order := _order(path.name)) is not None
+    )
+    chosen = [path for _, path in found[-last if last else 0 :]]
+    if not chosen or (last and len(chosen) < last):
+        raise UserError(
+            f"{paths[0]} holds {len(chosen)} checkpoints named checkpointEPOCH.pt or "
+            f"checkpoint_EPOCH_UPDATE.pt, but {last or 'at least 1'} are asked for"
+        )
+    return chosen
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint file, as it was saved; UserError where it has none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = why_unreadable(str(path), error)
+        if reason is None:
+            raise
+        raise UserError(reason) from error
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(f"{path} is no fairseq checkpoint: it has no model")
+    return state
+
+
+def average(states: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """The mean of checkpoints' weights, with all else from the last one.
+
+    ``states`` are pairs of a path, for messages, and what :func:`read` returns for it; they are
+    taken one at a time.
+    Floating tensors are summed in float64 and returned as float32 (float64 stays); where all
+    checkpoints agree the value is theirs exactly. Tensors that share their storage in each of the
+    checkpoints share it in the result. Raises UserError where architectures, parameters or
+    shapes differ.
+    """
+    sums: dict[str, _Sum] = {}
+    first: Optional[dict[str, Any]] = None
+    state: dict[str, Any] = {}
+    for path, state in states:
+        weights = _weights(state)
+        if first is None:
+            first = {"path": path, "kind": _kind(state), "keys": set(weights)}
+            sums = {name: _Sum(value) for name, value in weights.items()}
+        _check_same(first, path, _kind(state), weights, sums)
+        addresses = {name: _address(value) for name, value in weights.items()}
+        for name, value in weights.items():
+            sums[name].add(value, addresses[name])
+    if first is None:
+        raise UserError("no checkpoint to average")
+    means: dict[tuple, torch.Tensor] = {}
+    result = {name: value for name, value in state.items() if name not in _DROPPED}
+    for part in _PARTS:
+        if isinstance(state.get(part), dict):
+            result[part] = _like(state[part], f"{part}.", sums, means)
+    if isinstance(state.get("extra_state"), dict):
+        result["extra_state"] = {
+            name: value
+            for name, value in state["extra_state"].items()
+            if name not in _DROPPED_EXTRA
+        }
+    return result
+
+
+# --- pure helpers -------------------------------------------------------------------------------
+
+
+class _Sum:
+    """A float64 sum of one floating tensor over checkpoints, and where all of them agree."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.shape, self.dtype = value.shape, value.dtype
+        self.count = 0
+        self.addresses: list[tuple] = []
+        self._first = value
+        self._sum = torch.zeros(value.shape, dtype=torch.float64)
+        self._same = torch.ones(value.shape, dtype=torch.bool)
+
+    def add(self, value: torch.Tensor, address: tuple) -> None:
+        self.count += 1
+        self.addresses.append(address)
+        self._sum += value.double()
+        self._same &= value == self._first
+
+    def mean(self) -> torch.Tensor:
+        # Equal values stay as they are: in float64 (x + x + x) / 3 need not be x.
+        mean = torch.where(self._same, self._first.double(), self._sum / self.count)
+        return mean if self.dtype == torch.float64 else mean.float()
+
+
+def _order(name: str) -> Optional[tuple[int, float]]:
+    match = re.fullmatch(r"checkpoint(\d+)\.pt|checkpoint_(\d+)_(\d+)\.pt", name)
+    if match is None:
+        return None
+    if match[1]:
+        return int(match[1]), float("inf")
+    return int(match[2]), float(match[3])
+
+
+def _weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The floating tensors of a checkpoint as ``part.name`` → tensor."""
+    return {
+        f"{part}.{name}": value
+        for part in _PARTS
+        for name, value in (state.get(part) or {}).items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+
+
+def _kind(state: dict[str, Any]) -> tuple:
+    cfg = state.get("cfg")
+    if not isinstance(cfg, dict):
+        return (getattr(state.get("args"), "arch", None),)
+    names = []
+    for part in ("task", "model"):
+        node = cfg.get(part)
+        node = vars(node) if isinstance(node, argparse.Namespace) else node or {}
+        names.append(node.get("_name") or node.get("arch") or node.get("task"))
+    return tuple(names)
+
+
+def _check_same(first: dict, path: str, kind: tuple, weights: dict, sums: dict) -> None:
+    if kind != first["kind"]:
+        raise UserError(
+            f"{path} is of {_words(kind)}, {first['path']} of {_words(first['kind'])}: "
+            "only checkpoints of one architecture can be averaged"
+        )
+    different = sorted(first["keys"] ^ set(weights))
+    if different:
+        holder = first["path"] if different[0] in first["keys"] else path
+        raise UserError(
+            f"only {holder} has {different[0]} ({len(different)} such parameters): "
+            f"{path} and {first['path']} are of different architectures"
+        )
+    for name, value in weights.items():
+        if value.shape != sums[name].shape:
+            raise UserError(
+                f"{name} is {tuple(value.shape)} in {path} but {tuple(sums[name].shape)} in "
+                f"{first['path']}: they are of different sizes"
+            )
+
+
+def _words(kind: tuple) -> str:
+    return " / ".join(str(name) for name in kind)
+
+
+def _address(value: torch.Tensor) -> tuple:
+    storage = value.untyped_storage().data_ptr()
+    return storage, value.storage_offset(), value.stride(), value.shape, value.dtype
+
+
+def _like(part: dict, prefix: str, sums: dict[str, _Sum], means: dict[tuple, torch.Tensor]) -> dict:
+    result = OrderedDict() if isinstance(part, OrderedDict) else {}
+    for name, value in part.items():
+        total = sums.get(prefix + name)
+        if total is None:
+            result[name] = value
+            continue
+        tie = tuple(total.addresses)
+        if tie not in means:
+            means[tie] = total.mean()
+        result[name] = means[tie]
+    if isinstance(part, OrderedDict):
+        # Module versions, which load_state_dict reads.
+        result.__dict__.update(part.__dict__)
+    return result
+
+
+if __name__ == "__main__":
+    run(main)

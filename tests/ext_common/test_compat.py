@@ -1,0 +1,300 @@
+"""The smaller gaps, in this process; nothing here trains."""
+
+import logging
+import os
+import subprocess
+import sys
+import types
+import warnings
+from argparse import Namespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ext_common import compat
+from ext_common.cli import UserError
+from ext_common.compat.patching import replace
+
+compat.apply()
+
+
+def plain(x):
+    """doc"""
+    return x + 1
+
+
+# --- replacing ----------------------------------------------------------------------------------
+
+
+def test_replaces_once_and_keeps_attributes():
+    owner = types.SimpleNamespace(__name__="owner", plain=plain)
+    plain.state = {"kept"}
+
+    def make(original):
+        return lambda x: original(x) * 10
+
+    assert replace(owner, "plain", make, ("return x + 1",))
+    assert replace(owner, "plain", make, ("return x + 1",))
+    assert owner.plain(1) == 20
+    assert owner.plain.state == {"kept"} and owner.plain.__doc__ == "doc"
+
+
+def test_two_remedies_stack_in_one_place():
+    owner = types.SimpleNamespace(__name__="owner", plain=plain)
+
+    def first(original):
+        return lambda x: original(x) * 10
+
+    def second(original):
+        return lambda x: original(x) + 5
+
+    for make in (first, second, first, second):
+        replace(owner, "plain", make, ("return x + 1",))
+    assert owner.plain(1) == 25
+
+
+def test_leaves_what_it_does_not_know_with_a_warning():
+    owner = types.SimpleNamespace(__name__="owner", plain=plain, missing=None)
+    with pytest.warns(RuntimeWarning, match=r"owner\.plain"):
+        assert not replace(owner, "plain", lambda original: None, ("return x + 2",))
+    assert owner.plain is plain
+    with pytest.warns(RuntimeWarning, match=r"owner\.gone"):
+        assert not replace(owner, "gone", lambda original: None)
+
+
+def test_static_methods_stay_static():
+    class Owner:
+        @staticmethod
+        def double(x):
+            return x * 2
+
+    replace(Owner, "double", lambda original: lambda x: original(x) + 1, ("x * 2",))
+    assert Owner.double(3) == 7 == Owner().double(3)
+
+
+def test_every_gap_finds_fairseq_as_expected_and_applying_again_changes_nothing(monkeypatch):
+    from fairseq import checkpoint_utils, trainer, utils
+    from fairseq.distributed import utils as distributed_utils
+
+    def patched():
+        return (
+            checkpoint_utils.load_checkpoint_to_cpu,
+            checkpoint_utils.save_checkpoint,
+            distributed_utils.call_main,
+            trainer.Trainer.__init__,
+            utils.import_user_module,
+            sys.excepthook,
+        )
+
+    before = patched()
+    monkeypatch.setattr(compat, "_applied", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        compat.apply()
+    assert patched() == before
+
+
+def test_importing_says_nothing():
+    code = "import ext_common.compat, ext_common.compat.messages"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# --- messages -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [("UserError('no x in y')", 1), ("UsageError('no x in y')", 2)]
+)
+def test_mistakes_are_one_sentence(raised, code):
+    done = _raise(raised)
+    assert (done.returncode, done.stderr) == (code, "error: no x in y\n")
+
+
+def test_bugs_keep_their_traceback():
+    done = _raise("ZeroDivisionError('bug')")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback") and "ZeroDivisionError: bug" in done.stderr
+
+
+def _raise(what):
+    code = (
+        "from ext_common.cli import UserError, UsageError\n"
+        "from ext_common.compat.messages import tell_mistakes_in_one_sentence as tell\n"
+        f"tell(); tell(); raise {what}"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_only_known_warnings_are_left_out():
+    from ext_common.compat.messages import leave_out_harmless_warnings
+
+    known = "`torch.cuda.amp.autocast(args...)` is deprecated. Please use `torch.amp.autocast('cpu"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        leave_out_harmless_warnings()
+        warnings.warn(known, FutureWarning, stacklevel=1)
+        warnings.warn(known, UserWarning, stacklevel=1)
+        warnings.warn("something else is deprecated", FutureWarning, stacklevel=1)
+    assert [(w.category, str(w.message)[:5]) for w in seen] == [
+        (UserWarning, known[:5]),
+        (FutureWarning, "somet"),
+    ]
+
+
+def test_only_known_log_lines_are_left_out(caplog):
+    logger = logging.getLogger("fairseq.tasks.fairseq_task")
+    with caplog.at_level(logging.INFO, logger.name):
+        logger.info("reuse_dataloader = True")
+        logger.info("creating new batches for epoch 1")
+    assert caplog.messages == ["creating new batches for epoch 1"]
+
+
+def test_a_missing_package_is_said_once(caplog):
+    logger = logging.getLogger("fairseq.logging.progress_bar")
+    for _ in range(3):
+        logger.warning("tensorboard not found, please install with: pip install tensorboard")
+        logger.warning("other")
+    assert sum("tensorboard" in text for text in caplog.messages) <= 1
+    assert caplog.messages.count("other") == 3
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+class Odd(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inversion = torch.nn.Linear(2, 2, bias=False)
+        self.norm = torch.nn.BatchNorm1d(2)
+        self.register_buffer("version", torch.tensor([3.0]))
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+def test_ema_is_the_closed_form_for_every_parameter(fp32):
+    from fairseq.models.ema.ema import EMA
+
+    model = Odd()
+    config = Namespace(
+        ema_decay=0.75, ema_seed_model=None, ema_fp32=fp32, ema_start_update=0, ema_update_freq=1
+    )
+    averaged = EMA(model, config)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    for step in range(1, 4):
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.add_(step)
+        averaged.step(model, step)
+        for name, value in model.state_dict().items():
+            if value.is_floating_point() and name != "version":
+                expected[name] = 0.75 * expected[name] + 0.25 * value
+    expected["norm.num_batches_tracked"] = model.norm.num_batches_tracked
+    for name, value in averaged.get_model().state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("flags", "tpu"), [(["--bf16"], False), (["--bf16", "--tpu"], True)])
+def test_bf16_means_a_tpu_only_when_asked(toy_registered, tmp_path, flags, tpu):
+    from fairseq import options
+
+    argv = [str(tmp_path), "--task", "toy", "--arch", "toy_model", "--criterion", "toy_mse"]
+    args = options.parse_args_and_arch(
+        options.get_training_parser(), [*argv, "--optimizer", "adam", *flags]
+    )
+    assert (args.bf16, args.tpu) == (True, tpu)
+
+
+def test_fp16_on_cpu_is_refused_in_words():
+    from fairseq.trainer import Trainer
+
+    cfg = OmegaConf.create({"common": {"fp16": True, "cpu": True, "tpu": False}})
+    with pytest.raises(UserError, match="--fp16 needs a GPU: use --bf16"):
+        Trainer(cfg, None, None, None)
+
+
+def test_a_fork_leaves_its_parents_loader_workers_alone():
+    loader = torch.utils.data.DataLoader([1, 2, 3], num_workers=1)
+    iterator = iter(loader)
+    child = os.fork()
+    if child == 0:
+        try:
+            # What the garbage collector of a worker does with what it inherited.
+            iterator.__del__()
+            os._exit(0)
+        except AssertionError:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert [int(batch) for batch in iterator] == [1, 2, 3]
+
+
+def test_log_file_gets_each_line_once(tmp_path):
+    from fairseq.logging import progress_bar
+
+    path = tmp_path / "log"
+    before = list(progress_bar.logger.handlers)
+    try:
+        for epoch in (1, 2, 3):
+            progress_bar.progress_bar([], log_format="none", log_file=str(path), epoch=epoch)
+        progress_bar.progress_bar([], log_format="none", log_file=str(tmp_path / "other"))
+        progress_bar.logger.error("a line")
+    finally:
+        for handler in set(progress_bar.logger.handlers) - set(before):
+            progress_bar.logger.removeHandler(handler)
+            handler.close()
+    assert path.read_text() == "a line\n" == (tmp_path / "other").read_text()
+
+
+def test_missing_data_folder_is_named(tmp_path):
+    from fairseq.data import data_utils
+
+    dataset = {
+        "ignore_unused_valid_subsets": False,
+        "combine_valid_subsets": False,
+        "disable_validation": False,
+        "valid_subset": "valid",
+    }
+    missing = tmp_path / "nowhere"
+    cfg = OmegaConf.create({"dataset": dataset, "task": {"data": str(missing)}})
+    with pytest.raises(UserError, match=str(missing)):
+        data_utils.raise_if_valid_subsets_unintentionally_ignored(cfg)
+    missing.mkdir()
+    data_utils.raise_if_valid_subsets_unintentionally_ignored(cfg)
+
+
+def test_unknown_best_metric_names_the_known_ones(monkeypatch):
+    from fairseq import checkpoint_utils
+    from fairseq_cli import train
+
+    from ext_common.compat import training
+
+    training._mend_train()
+    cfg = OmegaConf.create(
+        {
+            "checkpoint": {
+                "best_checkpoint_metric": "eer",
+                "maximize_best_checkpoint_metric": False,
+            }
+        }
+    )
+    trainer = Namespace(get_num_updates=lambda: 7)
+    monkeypatch.setattr(checkpoint_utils.save_checkpoint, "best", 0.5, raising=False)
+    stats = train.get_valid_stats(cfg, trainer, {"loss": 1.0, "accuracy": 2.0, "wps": 0}, True)
+    with pytest.raises(UserError, match=r"eer .*: choose one of accuracy, loss$"):
+        stats["eer"]
+    # Added by a task's post_validate: known from then on.
+    stats["eer"] = 0.1
+    assert stats["eer"] == 0.1
+    cfg.checkpoint.best_checkpoint_metric = "loss"
+    assert train.get_valid_stats(cfg, trainer, {"loss": 1.0}, True)["best_loss"] == 0.5
+
+
+def test_state_of_a_run_does_not_reach_the_next():
+    from fairseq import checkpoint_utils
+    from fairseq_cli import train
+
+    checkpoint_utils.save_checkpoint.best = train.should_stop_early.best = 0.5
+    with pytest.raises(AttributeError):
+        checkpoint_utils.load_checkpoint(None, None)
+    assert not hasattr(checkpoint_utils.save_checkpoint, "best")
+    assert not hasattr(train.should_stop_early, "best")
