@@ -1,0 +1,309 @@
+"""A memory-mapped store of variable-length records: written once, read in crops without opening
+files.
+
+On disk, for the name ``features``: ``features.bin`` holds the rows of all records one after the
+other, raw and little-endian; ``features.json`` holds dtype, row shape and the length of every
+record. While it is being written they are called ``features.bin.part`` and ``features.journal``:
+one JSON line a record, written after its data, so that a writer killed at any moment is opened
+again and goes on behind the last whole record.
+"""
+
+import fcntl
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ext_common.cli import UserError
+from ext_common.manifest import atomic_json, sync_folder
+
+FORMAT = 1
+SYNC_BYTES = 256 << 20
+
+
+class Entry(NamedTuple):
+    """One journal line: ``rows`` is None for a record that was looked at and left out."""
+
+    record_id: str
+    offset: int
+    rows: int | None
+    note: dict
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished store, read-only.
+
+    data: memory map (total_rows, *row_shape); offsets, lengths: int64 (N,) in rows, in the order of
+    writing.
+    """
+
+    data: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, index):
+        """Record ``index`` as a read-only view (length, *row_shape)."""
+        start = self.offsets[index]
+        return self.data[start : start + self.lengths[index]]
+
+
+class StoreWriter:
+    """Appends records to the store in ``directory``; opened again after an interruption it
+    continues.
+
+    row_shape, dtype: of one row; key: any string that tells what is being written: a half-written
+    store with another key is refused. ``done`` lists what is already written, in order. Raises
+    UserError where the folder holds a finished store, another key, or another process is writing.
+    """
+
+    def __init__(self, directory, row_shape=(40,), dtype="float32", *, name="features", key=""):
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.row_shape = tuple(int(n) for n in row_shape)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.name = name
+        self.row_bytes = self.dtype.itemsize * int(np.prod(self.row_shape, dtype=np.int64))
+        self.part, self.final, self.index, self.journal = store_paths(directory, name)
+        self.done: list[Entry] = []
+        self._ids = set()
+        self._rows = 0
+        self._unsynced = 0
+        self._header = {
+            "format": FORMAT,
+            "dtype": self.dtype.str,
+            "row_shape": list(self.row_shape),
+            "key": key,
+        }
+        self._open()
+
+    @property
+    def total_rows(self):
+        return self._rows
+
+    def append(self, record_id, array, note=None):
+        """Write ``array`` (T, *row_shape) and return its offset in rows.
+
+        Raises ValueError for another shape or dtype, or an id that is already there.
+        """
+        array = np.asarray(array)
+        if array.shape[1:] != self.row_shape or array.ndim != len(self.row_shape) + 1:
+            raise ValueError(f"{record_id}: shape {array.shape}, expected (T, *{self.row_shape})")
+        if array.dtype.newbyteorder("<") != self.dtype:
+            raise ValueError(f"{record_id}: dtype {array.dtype}, expected {self.dtype.name}")
+        data = np.ascontiguousarray(array, dtype=self.dtype).tobytes()
+        entry = Entry(record_id, self._rows, len(array), note or {})
+        self._check_new(record_id)
+        write_all(self._data, data)
+        self._log(entry, crc=zlib.crc32(data))
+        self._unsynced += len(data)
+        if self._unsynced >= SYNC_BYTES:
+            self.sync()
+        return entry.offset
+
+    def skip(self, record_id, note):
+        """Note that ``record_id`` was looked at and has no data."""
+        self._check_new(record_id)
+        self._log(Entry(record_id, self._rows, None, note))
+
+    def sync(self):
+        """Bring everything written so far to the disk; data before the line that vouches for it."""
+        os.fsync(self._data.fileno())
+        self._write_line({"sync": len(self.done)})
+        os.fsync(self._lines.fileno())
+        self._unsynced = 0
+
+    def finish(self):
+        """Write the index and rename the data into place; the rename of the data comes last."""
+        self.sync()
+        lengths = [entry.rows for entry in self.done if entry.rows is not None]
+        index = {key: self._header[key] for key in ("format", "dtype", "row_shape")}
+        atomic_json(self.index, index | {"rows": self._rows, "lengths": lengths})
+        os.replace(self.part, self.final)
+        sync_folder(self.directory)
+        self.journal.unlink()
+        self.close()
+
+    def close(self):
+        """Release the files; what is written stays and a new writer continues behind it."""
+        self._data.close()
+        self._lines.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _open(self):
+        if self.final.exists() and not self.journal.exists():
+            raise UserError(
+                f"{self.final} is already finished: write to another folder or delete it"
+            )
+        self._lines = open(self.journal, "ab+", buffering=0)
+        try:
+            lock(self._lines, self.directory)
+            # Killed between the last rename of finish and the end of its journal.
+            if self.final.exists() and not self.part.exists():
+                os.replace(self.final, self.part)
+            self.part.touch()
+            self._resume()
+        except BaseException:
+            self._lines.close()
+            raise
+        self._data = open(self.part, "ab", buffering=0)
+
+    def _resume(self):
+        self._lines.seek(0)
+        lines = whole_lines(self._lines.read())
+        if len(lines) < 2:
+            os.truncate(self.journal, 0)
+            os.truncate(self.part, 0)
+            self._write_line(self._header)
+            return
+        if json.loads(lines[0]) != self._header:
+            raise UserError(
+                f"{self.journal} belongs to other data or options: delete it to start afresh"
+            )
+        entries, keep = self._trusted(lines[1:])
+        for entry in entries:
+            self.done.append(entry)
+            self._ids.add(entry.record_id)
+            self._rows += entry.rows or 0
+        os.truncate(self.journal, sum(len(line) for line in lines[: keep + 1]))
+        os.truncate(self.part, self._rows * self.row_bytes)
+
+    def _trusted(self, lines):
+        """Entries whose data is really there: what a sync line covers, then as far as the checksums
+        agree.
+        """
+        parsed = [json.loads(line) for line in lines]
+        last_sync = max((i for i, line in enumerate(parsed) if "sync" in line), default=-1)
+        entries, offset, keep = [], 0, 0
+        size = self.part.stat().st_size
+        with open(self.part, "rb") as data:
+            for i, line in enumerate(parsed):
+                if "sync" not in line:
+                    rows = line["rows"]
+                    end = (offset + (rows or 0)) * self.row_bytes
+                    if end > size:
+                        break
+                    if rows is not None and i > last_sync:
+                        data.seek(offset * self.row_bytes)
+                        if zlib.crc32(data.read(rows * self.row_bytes)) != line["crc"]:
+                            break
+                    entries.append(Entry(line["id"], offset, rows, line["note"]))
+                    offset += rows or 0
+                keep = i + 1
+        return entries, keep
+
+    def _check_new(self, record_id):
+        if record_id in self._ids:
+            raise ValueError(f"{record_id} is already in the store")
+
+    def _log(self, entry, crc=None):
+        line = {"id": entry.record_id, "rows": entry.rows, "note": entry.note}
+        if crc is not None:
+            line["crc"] = crc
+        self._write_line(line)
+        self.done.append(entry)
+        self._ids.add(entry.record_id)
+        self._rows += entry.rows or 0
+
+    def _write_line(self, line):
+        write_all(self._lines, json.dumps(line, ensure_ascii=True).encode() + b"\n")
+
+
+def open_store(directory, name="features"):
+    """The finished store in ``directory`` as a Store; UserError where it is missing, unfinished or
+    cut short.
+    """
+    part, final, index, journal = store_paths(directory, name)
+    if not final.exists() or not index.exists():
+        if journal.exists() or part.exists():
+            raise UserError(f"{directory} is not finished: run the command that writes it again")
+        raise UserError(f"{directory} holds no {final.name}: it is not a prepared folder")
+    try:
+        meta = json.loads(index.read_text())
+        dtype, row_shape = np.dtype(meta["dtype"]), tuple(meta["row_shape"])
+        lengths = np.asarray(meta["lengths"], dtype=np.int64)
+        if meta["format"] != FORMAT:
+            raise UserError(
+                f"{index} has format {meta['format']}, this version reads {FORMAT}: write it again"
+            )
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{index} is damaged: write the store again") from None
+    rows = int(lengths.sum())
+    expected = rows * dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
+    if final.stat().st_size != expected:
+        raise UserError(
+            f"{final} has {final.stat().st_size} bytes, its index says {expected}: write it again"
+        )
+    shape = (rows, *row_shape)
+    data = np.memmap(final, dtype, "r", shape=shape) if expected else np.zeros(shape, dtype)
+    return Store(data, np.cumsum(lengths) - lengths, lengths)
+
+
+def discard(directory, name="features"):
+    """Delete the store in ``directory``, finished or not; UserError while it is being written."""
+    part, final, index, journal = store_paths(directory, name)
+    if journal.exists():
+        with open(journal, "ab") as file:
+            lock(file, directory)
+            part.unlink(missing_ok=True)
+            journal.unlink(missing_ok=True)
+    for path in (part, final, index):
+        path.unlink(missing_ok=True)
+
+
+def lock(file, directory):
+    """Hold ``file`` for this process; UserError where another one does. A killed one lets go."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{directory} is being written by another process") from None
+
+
+def interrupted_key(directory, name="features"):
+    """The ``key`` of the unfinished store in ``directory``, None where nothing is written yet."""
+    _, _, _, journal = store_paths(directory, name)
+    try:
+        with open(journal, "rb") as file:
+            lines = whole_lines(file.readline() + file.readline())
+    except FileNotFoundError:
+        return None
+    return json.loads(lines[0]).get("key") if len(lines) == 2 else None
+
+
+def store_paths(directory, name="features"):
+    """(unfinished data, finished data, index, journal) of the store ``name`` in ``directory``."""
+    directory = Path(directory)
+    return tuple(directory / f"{name}{end}" for end in (".bin.part", ".bin", ".json", ".journal"))
+
+
+def write_all(file, data):
+    """Write all of ``data`` to an unbuffered file, which may take it in pieces."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def whole_lines(content):
+    """The lines of ``content`` (bytes) that end in a line feed and hold one JSON object, up to the
+    first torn one.
+    """
+    lines = []
+    for line in content.split(b"\n")[:-1]:
+        try:
+            json.loads(line)
+        except ValueError:
+            break
+        lines.append(line + b"\n")
+    return lines

@@ -1,0 +1,225 @@
+"""A prepared folder as training and prediction read it, and how it is written.
+
+features.bin      float32 log-mel frames of all utterances (ext_common.store)
+features.json     their index
+utterances.csv    id,speaker,split,group,offset,length: one utterance a line, in source order
+corpus.json       speakers by label id, feature specification, mean and std, sizes, hashes
+manifest.json     how it came about: inputs, options, what was left out and why
+"""
+
+import csv
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ext_common.cli import UserError, progress
+from ext_common.manifest import atomic_json, atomic_write, sha256_file
+from ext_common.store import open_store, store_paths
+from fairseq_ext.speaker.features import FeatureSpec
+
+FORMAT = 1
+COLUMNS = ("id", "speaker", "split", "group", "offset", "length")
+CHUNK_BYTES = 8 << 20
+# A band that never changes would otherwise be divided by zero.
+MIN_STD = 1e-5
+
+
+@dataclass
+class Corpus:
+    """Utterances with speakers and splits; N utterances, C speakers.
+
+    ids: N strings; labels: int64 (N,), index into ``speakers``, -1 without a label; splits: str
+    (N,); groups: N strings; offsets, lengths: int64 (N,) in frames; spec: FeatureSpec; mean, std:
+    float32 (n_mels,); features: read-only memory map, float32 (total_frames, n_mels).
+    """
+
+    path: Path
+    ids: list
+    labels: np.ndarray
+    splits: np.ndarray
+    groups: list
+    offsets: np.ndarray
+    lengths: np.ndarray
+    speakers: list
+    spec: FeatureSpec
+    mean: np.ndarray
+    std: np.ndarray
+    features: np.ndarray
+
+    @classmethod
+    def open(cls, path):
+        """The corpus in the folder ``path``; UserError where it is not a whole prepared folder."""
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"{path} is not a folder: run fairseq_ext.speaker.prepare first")
+        part, final, _, journal = store_paths(path)
+        if not final.exists() and (part.exists() or journal.exists()):
+            raise UserError(
+                f"{path} is still being prepared, or its preparation was interrupted: "
+                "run the same prepare command again, it continues"
+            )
+        if not (path / "corpus.json").exists() or not final.exists():
+            raise UserError(
+                f"{path} is not a prepared folder (no corpus.json and features.bin): "
+                "run fairseq_ext.speaker.prepare first"
+            )
+        meta = read_meta(path / "corpus.json")
+        store = open_store(path)
+        table = path / "utterances.csv"
+        if not table.exists() or sha256_file(table) != meta["utterances_sha256"]:
+            raise UserError(f"{table} is missing or was changed: prepare it again with --overwrite")
+        columns = read_table(table)
+        index = {name: label for label, name in enumerate(meta["speakers"])}
+        corpus = cls(
+            path=path,
+            ids=columns["id"],
+            labels=np.array([index[s] if s else -1 for s in columns["speaker"]], dtype=np.int64),
+            splits=np.array(columns["split"], dtype=str),
+            groups=columns["group"],
+            offsets=np.array(columns["offset"], dtype=np.int64),
+            lengths=np.array(columns["length"], dtype=np.int64),
+            speakers=meta["speakers"],
+            spec=FeatureSpec.from_dict(meta["spec"]),
+            mean=np.array(meta["mean"], dtype=np.float32),
+            std=np.array(meta["std"], dtype=np.float32),
+            features=store.data,
+        )
+        if len(store.data) != meta["frames"] or store.data.shape[1:] != (corpus.spec.n_mels,):
+            raise UserError(
+                f"{path / 'corpus.json'} belongs to other features: prepare again with --overwrite"
+            )
+        return corpus
+
+    def __len__(self):
+        return len(self.ids)
+
+    def rows(self, split):
+        """Row numbers of ``split`` in source order, int64; UserError where there are none."""
+        rows = np.flatnonzero(self.splits == split)
+        if not len(rows):
+            there = ", ".join(dict.fromkeys(self.splits.tolist()))
+            raise UserError(f"{self.path} has no split {split!r}; it has: {there}")
+        return rows
+
+    def read(self, row, start=0, length=None):
+        """Frames ``start`` to ``start + length`` (default: the end) of an utterance.
+
+        Returns a writable copy, float32 (T, n_mels). Raises ValueError for frames it does not have.
+        """
+        available = int(self.lengths[row])
+        length = available - start if length is None else length
+        if start < 0 or length < 0 or start + length > available:
+            raise ValueError(
+                f"{self.ids[row]}: frames {start} to {start + length} of {available} do not exist"
+            )
+        first = int(self.offsets[row]) + start
+        return np.array(self.features[first : first + length])
+
+
+def write_corpus(path, features_file, rows, speakers, spec):
+    """Write utterances.csv and corpus.json for features that lie in ``features_file`` (raw
+    float32).
+
+    rows: list of (id, speaker or None, split, group or None, offset, length). The features
+    themselves are renamed into place by the caller, last.
+    """
+    path = Path(path)
+    with atomic_write(path / "utterances.csv") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows((i, s or "", split, g or "", o, n) for i, s, split, g, o, n in rows)
+    used = [row for row in rows if row[2] == "train" and row[1]]
+    used = used or [row for row in rows if row[1]] or rows
+    spans = [(row[4], row[5]) for row in used]
+    mean, std, digest, frames = frame_statistics(features_file, spec.n_mels, spans)
+    splits = {}
+    for row in rows:
+        splits[row[2]] = splits.get(row[2], 0) + 1
+    atomic_json(
+        path / "corpus.json",
+        {
+            "format": FORMAT,
+            "utterances": len(rows),
+            "frames": frames,
+            "splits": splits,
+            "spec": spec.to_dict(),
+            "speakers": speakers,
+            "mean": mean,
+            "std": std,
+            "features_sha256": digest,
+            "utterances_sha256": sha256_file(path / "utterances.csv"),
+        },
+    )
+
+
+def frame_statistics(features_file, n_mels, spans):
+    """Mean and std of each band over ``spans`` (offset, length in frames), in one pass over the
+    file.
+
+    Returns (mean float32 (n_mels,), population std float32 (n_mels,), SHA-256 of the whole file,
+    its frames). Sums are float64, over deviations from the first frame so that a large mean costs
+    no digits.
+    """
+    row_bytes = 4 * n_mels
+    frames = os.path.getsize(features_file) // row_bytes
+    # +1 where a span starts and -1 behind it: the running sum tells how often a frame counts.
+    places = np.array([(o, o + n) for o, n in spans], dtype=np.int64).reshape(-1, 2)
+    edges = np.concatenate([places[:, 0], places[:, 1]])
+    steps = np.repeat([1, -1], len(places))
+    order = np.argsort(edges, kind="stable")
+    edges, steps = edges[order], steps[order]
+    chunk_frames = max(1, CHUNK_BYTES // row_bytes)
+    digest = hashlib.sha256()
+    total, squares, weight, depth, shift = np.zeros(n_mels), np.zeros(n_mels), 0, 0, None
+    with open(features_file, "rb") as file:
+        for first in progress(range(0, frames, chunk_frames), "statistics", "pieces"):
+            data = file.read(chunk_frames * row_bytes)
+            digest.update(data)
+            chunk = np.frombuffer(data, dtype="<f4").reshape(-1, n_mels)
+            inside = slice(*np.searchsorted(edges, [first, first + len(chunk)]))
+            times = np.zeros(len(chunk), dtype=np.int64)
+            np.add.at(times, edges[inside] - first, steps[inside])
+            times = depth + np.cumsum(times)
+            depth = int(times[-1])
+            if not times.any():
+                continue
+            shift = chunk[0].astype(np.float64) if shift is None else shift
+            deviation = chunk[times > 0] - shift
+            counts = times[times > 0].astype(np.float64)
+            total += counts @ deviation
+            squares += counts @ np.square(deviation)
+            weight += int(counts.sum())
+    if not weight:
+        zero = np.zeros(n_mels, dtype=np.float32)
+        return zero, zero + 1, digest.hexdigest(), frames
+    mean = total / weight
+    std = np.sqrt(np.maximum(squares / weight - np.square(mean), 0.0))
+    std = np.maximum(std, MIN_STD).astype(np.float32)
+    return (mean + shift).astype(np.float32), std, digest.hexdigest(), frames
+
+
+def read_meta(path):
+    """corpus.json; UserError where it is damaged or of another format."""
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        wanted = ("speakers", "spec", "mean", "std", "frames", "utterances_sha256")
+        if meta["format"] == FORMAT and all(key in meta for key in wanted):
+            return meta
+        found = meta["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: prepare it again with --overwrite") from None
+    raise UserError(f"{path} has format {found}, this version reads {FORMAT}: prepare it again")
+
+
+def read_table(path):
+    """utterances.csv by column."""
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.reader(file)
+        next(reader)
+        rows = list(reader)
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(COLUMNS)
+    return {name: list(column) for name, column in zip(COLUMNS, columns, strict=True)}

@@ -1,0 +1,109 @@
+"""Reading the tables and trees that layouts are made of; errors name the line."""
+
+import csv
+import json
+import math
+import os
+from pathlib import Path
+
+from ext_common.cli import UserError
+
+AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
+
+
+def audio_files(source):
+    """Relative paths (with /) of the audio files below ``source``, sorted, without hidden ones."""
+    files, seen = [], set()
+    for folder, folders, names in os.walk(source, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        prefix = Path(folder).relative_to(source)
+        for name in names:
+            if name.lower().endswith(AUDIO_ENDINGS) and not name.startswith("."):
+                files.append((prefix / name).as_posix())
+    return sorted(files)
+
+
+def csv_rows(table, required, optional):
+    """(line number, {column: stripped text}) of each row; absent optional columns are empty."""
+    try:
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = [name.strip() for name in next(reader, [])]
+            missing = [name for name in required if name not in header]
+            if missing:
+                raise UserError(
+                    f"{table} line 1: no column {missing[0]!r}; needed: {', '.join(required)}; "
+                    f"optional: {', '.join(optional)}; found: {', '.join(header) or 'nothing'}"
+                )
+            for fields in reader:
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    raise UserError(
+                        f"{table} line {reader.line_num}: {len(fields)} fields, the header has "
+                        f"{len(header)}: put quotes around a field with a comma"
+                    )
+                row = dict(zip(header, (text.strip() for text in fields), strict=True))
+                yield reader.line_num, {name: row.get(name, "") for name in (*required, *optional)}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table}: cannot be read as a UTF-8 CSV file ({cause(error)})") from None
+
+
+def kaldi_table(path, columns, last_has_spaces=False):
+    """{key: (line number, other columns)} of a Kaldi text table."""
+    table = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({cause(error)})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        parts = line.split(None, columns - 1) if last_has_spaces else line.split()
+        if len(parts) != columns:
+            raise UserError(f"{path} line {number}: {len(parts)} columns, expected {columns}")
+        if parts[0] in table:
+            raise UserError(f"{path} line {number}: {parts[0]} is there twice")
+        table[parts[0]] = (number, tuple(part.strip() for part in parts[1:]))
+    return table
+
+
+def json_object(path, keys):
+    """A JSON object that has ``keys``; UserError otherwise."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({cause(error)})") from None
+    for key in keys:
+        if not isinstance(content, dict) or key not in content:
+            raise UserError(f"{path}: no key {key!r}: is this the course's data?")
+    return content
+
+
+def seconds(text, name, where, negative=False):
+    """A time in seconds, None for an empty text; UserError where it is no such number."""
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or (value < 0 and not negative):
+        raise UserError(f"{where}: {name} is {text!r}, expected seconds from 0")
+    return value
+
+
+def check_cut(start, end, where):
+    """UserError unless a cut starts before it ends."""
+    if (start or 0) < 0 or (end is not None and end <= (start or 0)):
+        raise UserError(f"{where}: start {start or 0} is not before end {end}")
+
+
+def cause(error):
+    """What went wrong, without the path that the sentence has already named."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
