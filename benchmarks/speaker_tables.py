@@ -1,0 +1,143 @@
+"""The speaker tables of the README: `python -m benchmarks.speaker_tables [main] [ablation] [digits]`.
+
+Every run is one `fairseq-hydra-train` in a process of its own, on one thread, and one JSON file under
+benchmarks/results/speaker_tables/, written when it is done; a run that has its file is not done again.
+`--jobs 2` does two at a time, so that together they use two cores. `--report` only prints the tables.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+import yaml
+
+from benchmarks.speaker_protocols import prepare_digits, prepare_libri, prepare_shifted
+from benchmarks.speaker_report import report
+from ext_common.manifest import atomic_json, versions
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "speaker_tables"
+CONFIGS = ROOT / "configs" / "speaker_id"
+SEEDS = (1, 2, 3)
+
+
+def all_runs() -> dict:
+    """Name → (recipe under configs/speaker_id, changes to it, data); the name ends in the seed."""
+    runs = {}
+    for seed in SEEDS:
+        common = {"common.seed": seed}
+        runs[f"main-ours-{seed}"] = ("libri251", common, "libri251")
+        runs[f"main-baseline-{seed}"] = ("classroom_baseline", common, "libri251")
+        runs[f"digits-ours-{seed}"] = ("fsdd", common, "fsdd")
+        digits = {**common, "optimization.max_update": 3000}
+        runs[f"digits-baseline-{seed}"] = ("classroom_baseline", digits, "fsdd")
+        for encoder in ("transformer", "conformer"):
+            for pooling in ("mean", "self_attention"):
+                for criterion in ("softmax", "am_softmax"):
+                    changes = {
+                        **common,
+                        "model.encoder": encoder,
+                        "model.pooling": pooling,
+                        "criterion._name": criterion,
+                    }
+                    name = f"ablation-{encoder}-{pooling}-{criterion}-{seed}"
+                    runs[name] = ("ablation", changes, "libri251")
+    return runs
+
+
+def recipe(name: str, changes: dict) -> dict:
+    """A recipe of configs/speaker_id with dotted changes; a softmax criterion has no margin options."""
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    for key, value in changes.items():
+        section, field = key.split(".")
+        config[section][field] = value
+    if config["criterion"]["_name"] == "softmax":
+        config["criterion"] = {"_name": "softmax"}
+    return config
+
+
+def train(name: str, config: dict, data: Path, work: Path) -> dict:
+    """Train from a recipe in `work / name`; returns wall and CPU seconds of the whole process."""
+    folder = work / name
+    folder.mkdir(parents=True, exist_ok=True)
+    config["task"]["data"] = str(data)
+    config["checkpoint"]["save_dir"] = str(folder / "checkpoints")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(config))
+    command = ["fairseq-hydra-train", "--config-dir", folder, "--config-name", "recipe"]
+    start = time.time()
+    usage = run([Path(sys.executable).parent / command[0], *command[1:]], folder / "train.log")
+    return {"seconds": round(time.time() - start, 1), "cpu_seconds": round(usage, 1)}
+
+
+def identify(name: str, data: Path, subset: str, work: Path) -> dict:
+    """`speaker.identify` of the checkpoint that was best on valid; its metrics.json."""
+    folder = work / name
+    out = folder / f"{data.name}-{subset}"
+    out.mkdir(exist_ok=True)
+    checkpoint = folder / "checkpoints" / "checkpoint_best.pt"
+    command = [sys.executable, "-m", "fairseq_ext.speaker.identify", data, "--path", checkpoint]
+    run([*command, "--subset", subset, "--output", out / "predictions.csv"], out / "log.txt")
+    return json.loads((out / "metrics.json").read_text())
+
+
+def run(command: list, log: Path) -> float:
+    """Run on one thread with its output in `log`; CPU seconds of the process and its children."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with open(log, "w") as f:
+        child = subprocess.Popen(
+            [str(c) for c in command], stdout=f, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+        )
+        _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"error: {command[0]} failed, see {log}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def one(name: str, recipe_name: str, changes: dict, data: str, prepared: dict, work: Path) -> None:
+    config = recipe(recipe_name, changes)
+    digest = hashlib.sha256(json.dumps([config, data], sort_keys=True).encode()).hexdigest()[:16]
+    path = RESULTS / f"{name}.json"
+    if path.exists() and json.loads(path.read_text())["recipe_sha256"] == digest:
+        print(f"{name}: done before", flush=True)
+        return
+    result = {"run": name, "date": date.today().isoformat(), "recipe_sha256": digest}
+    result.update(train(name, config, prepared[data], work), threads=1, recipe=config)
+    sets = [(data, "test")] if data == "fsdd" else None
+    sets = sets or [(d, s) for d in ("libri251", "libri251-shifted") for s in ("valid", "test")]
+    for corpus, subset in sets:
+        metrics = identify(name, prepared[corpus], subset, work)
+        result[f"{corpus}/{subset}"] = {k: metrics[k] for k in ("top1", "top5", "utterances")}
+    atomic_json(path, {**result, "versions": versions()})
+    print(f"{name}: {result['seconds']:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("groups", nargs="*", help="main, ablation, digits (default: all)")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "speaker_tables")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--report", action="store_true", help="print the tables of what is done")
+    args = parser.parse_args()
+    if not args.report:
+        args.work.mkdir(parents=True, exist_ok=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        prepared = {
+            "libri251": prepare_libri(args.work),
+            "libri251-shifted": prepare_shifted(args.work),
+            "fsdd": prepare_digits(args.work),
+        }
+        chosen = {n: r for n, r in all_runs().items() if not args.groups or n.split("-")[0] in args.groups}
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda item: one(item[0], *item[1], prepared, args.work), chosen.items()))
+    print(report(RESULTS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Speaker criterions for fairseq: `--criterion am_softmax`, `aam_softmax`, `softmax`, and whoever registers.
+
+A criterion computes the loss of the class scores that the model makes; the class weights live in the model,
+so that `fairseq-validate` and every loader have them. Accuracies are those of the scores without margin.
+Someone's own margin is one decorated function in their `--user-dir`:
+
+    @register_margin("my_margin", options=MyOptions)
+    def my_margin(logits, labels, s=30.0, m=0.1, reduction="mean"): ...
+"""
+
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Callable, Dict, List
+
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import FairseqDataclass
+from fairseq.logging import metrics
+from torch import Tensor
+
+from fairseq_ext.speaker.margins import MARGINS, margin_at
+
+
+@dataclass
+class SpeakerCriterionConfig(FairseqDataclass):
+    pass
+
+
+@dataclass
+class MarginWarmup(SpeakerCriterionConfig):
+    margin_start: int = field(
+        default=0, metadata={"help": "updates before the margin m starts to grow from 0"}
+    )
+    margin_end: int = field(
+        default=0, metadata={"help": "update from which the margin m has its full size"}
+    )
+
+
+class SpeakerCriterion(FairseqCriterion):
+    """Sums of loss and of correct utterances; subclasses are made by `register_margin`."""
+
+    margin: str
+    num_updates = 0
+
+    def __init__(self, cfg, task):
+        super().__init__(task)
+        self.loss = MARGINS.get(self.margin)
+        known = MARGINS.options(self.margin)
+        self.options = {f.name: cfg[f.name] for f in fields(known)} if known else {}
+        self.warmup = (cfg.margin_start, cfg.margin_end) if "m" in self.options else None
+
+    def set_num_updates(self, num_updates: int) -> None:
+        self.num_updates = num_updates
+
+    def current_options(self) -> Dict:
+        """The options of the loss, with the margin as it is at this update."""
+        if not self.warmup:
+            return self.options
+        return {**self.options, "m": margin_at(self.num_updates, self.options["m"], *self.warmup)}
+
+    def forward(self, model, sample, reduce=True):
+        """(loss summed over the B utterances, B, sums to log); loss (B,) where `reduce` is False."""
+        logits, target = model(**sample["net_input"])["logits"], sample["target"]
+        reduction = "sum" if reduce else "none"
+        loss = self.loss(logits, target, reduction=reduction, **self.current_options())
+        n = len(target)
+        top1, top5 = correct_in_top(logits.detach(), target)
+        log = {
+            "loss": loss.detach().sum(),
+            "correct": top1.sum(),
+            "correct5": top5.sum(),
+            "ntokens": sample["ntokens"],
+            "nsentences": n,
+            "sample_size": n,
+        }
+        if self.warmup and self.training:
+            log["margin_sum"] = self.current_options()["m"] * n
+        return loss, n, log
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: List[Dict]) -> None:
+        def total(key):
+            return float(sum(log.get(key, 0) for log in logging_outputs))
+
+        n = total("sample_size")
+        if not n:
+            return
+        # weighted by n, fairseq's running average over batches is sum / count exactly
+        metrics.log_scalar("loss", total("loss") / n, n, round=4)
+        metrics.log_scalar("accuracy", 100 * total("correct") / n, n, round=3)
+        metrics.log_scalar("accuracy5", 100 * total("correct5") / n, n, round=3)
+        if any("margin_sum" in log for log in logging_outputs):
+            metrics.log_scalar("margin", total("margin_sum") / n, n, round=4)
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True
+
+
+def register_margin(name: str, options=None) -> Callable:
+    """Enter a loss `f(logits, labels, reduction, **options)` in MARGINS and as fairseq's `--criterion name`."""
+
+    def enter(function: Callable) -> Callable:
+        MARGINS.register(name, options=options)(function)
+        _register_criterion(name)
+        return function
+
+    return enter
+
+
+def correct_in_top(logits: Tensor, target: Tensor, k: int = 5):
+    """bool (B,), bool (B,): is the target the best score, is it among the k best."""
+    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    hits = best == target[:, None]
+    return hits[:, 0], hits.any(1)
+
+
+def _register_criterion(name: str) -> None:
+    known = MARGINS.options(name)
+    own = [] if known is None else fields(known)
+    base = MarginWarmup if any(f.name == "m" for f in own) else SpeakerCriterionConfig
+    columns = [
+        (f.name, f.type, field(default=f.default, metadata=dict(f.metadata))) for f in own
+    ]
+    config = make_dataclass(f"{name}_config", columns, bases=(base,))
+    # fairseq refuses a second criterion class of one name
+    cls = type(f"{name}_criterion", (SpeakerCriterion,), {"margin": name})
+    register_criterion(name, dataclass=config)(cls)
+
+
+for _name in MARGINS.names():
+    _register_criterion(_name)

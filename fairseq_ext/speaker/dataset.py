@@ -1,0 +1,173 @@
+"""Datasets over a prepared `Corpus`: random crops for training, whole utterances for everything else."""
+
+from typing import Callable, Dict, List, Optional, Sequence
+
+import numpy as np
+import torch
+from fairseq.data import FairseqDataset
+from torch import Tensor
+
+from fairseq_ext.speaker.augment import Context, change_speed
+from fairseq_ext.speaker.corpus import Corpus
+
+
+class UtteranceDataset(FairseqDataset):
+    """Whole utterances of one split, batched by length under a limit of padded frames."""
+
+    def __init__(self, corpus: Corpus, rows: np.ndarray):
+        self.corpus, self.rows = corpus, rows
+        self.sizes = corpus.lengths[rows]
+
+    def __getitem__(self, index: int) -> Dict:
+        row = int(self.rows[index])
+        return {
+            "id": index,
+            "source": torch.from_numpy(self.corpus.read(row)),
+            "target": int(self.corpus.labels[row]),
+        }
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def collater(self, samples: Sequence[Dict]) -> Dict:
+        return collate(samples)
+
+    def size(self, index: int) -> int:
+        return int(self.sizes[index])
+
+    num_tokens = size
+
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
+        return self.sizes[indices]
+
+    def ordered_indices(self) -> np.ndarray:
+        return np.argsort(self.sizes, kind="stable")
+
+
+class CropDataset(FairseqDataset):
+    """Random crops of `crop_frames` frames, drawn anew every epoch in proportion to length.
+
+    An epoch has `len(self)` crops; utterance i gets about its share of the frames, and at least one. What a
+    crop holds depends on (seed, epoch, index) alone: not on workers, processes or batches. An utterance
+    shorter than a crop is taken whole. `speed` > 0 plays each crop at 1 ± speed times its speed; `steps` are
+    augmentations (see `augment`).
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        rows: np.ndarray,
+        crop_frames: int,
+        seed: int,
+        speed: float = 0.0,
+        steps: Sequence[Callable] = (),
+        context: Optional[Context] = None,
+    ):
+        self.corpus, self.rows, self.crop_frames = corpus, rows, crop_frames
+        self.seed, self.speed, self.steps, self.context = seed, speed, steps, context
+        self.epoch = 1
+        self.set_epoch_size(0, 1)
+
+    def set_epoch_size(self, at_least: int, multiple_of: int) -> None:
+        """Crops an epoch: enough to cover every frame once, `at_least`, and a multiple of `multiple_of`."""
+        lengths = self.corpus.lengths[self.rows]
+        crops = max(int(np.ceil(lengths / self.crop_frames).sum()), at_least)
+        crops = -(-crops // multiple_of) * multiple_of
+        self.utterance = np.repeat(np.arange(len(lengths)), allocate(lengths, crops))
+        self.sizes = np.minimum(lengths, self.crop_frames)[self.utterance]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    # crops of the next epoch are other crops: batches must not be kept
+    can_reuse_epoch_itr_across_epochs = False
+
+    def __getitem__(self, index: int) -> Dict:
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        row = int(self.rows[self.utterance[index]])
+        factor = rng.uniform(1 - self.speed, 1 + self.speed) if self.speed else 1.0
+        length = int(self.corpus.lengths[row])
+        frames = min(self.crop_frames, max(1, int(length / factor)))
+        needed = min(length, int(np.ceil((frames - 1) * factor)) + 1)
+        start = int(rng.integers(0, length - needed + 1))
+        x = self.corpus.read(row, start, needed)
+        if factor != 1:
+            x = change_speed(x, factor, frames, self.context.frequencies)
+        for step in self.steps:
+            x = step(x, rng, self.context)
+        return {
+            "id": index,
+            "source": torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)),
+            "target": int(self.corpus.labels[row]),
+        }
+
+    def __len__(self) -> int:
+        return len(self.utterance)
+
+    def collater(self, samples: Sequence[Dict]) -> Dict:
+        return collate(samples)
+
+    def size(self, index: int) -> int:
+        return int(self.sizes[index])
+
+    num_tokens = size
+
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
+        return self.sizes[indices]
+
+    def ordered_indices(self) -> np.ndarray:
+        return np.random.default_rng((self.seed, self.epoch)).permutation(len(self))
+
+
+def collate(samples: Sequence[Dict]) -> Dict:
+    """Samples → a batch as fairseq wants it; {} for none (what fairseq fills uneven shards with).
+
+    `net_input` holds source (B, T, n_mels) and padding_mask (B, T), True = pad, or None without padding.
+    """
+    if not samples:
+        return {}
+    source, padding_mask = pad([s["source"] for s in samples])
+    return {
+        "id": torch.tensor([s["id"] for s in samples]),
+        "nsentences": len(samples),
+        "ntokens": sum(len(s["source"]) for s in samples),
+        "net_input": {"source": source, "padding_mask": padding_mask},
+        "target": torch.tensor([s["target"] for s in samples]),
+    }
+
+
+def pad(features: List[Tensor]):
+    """[(T_i, F)] → (B, max T, F) filled with zeros, and the padding mask (B, max T) or None."""
+    lengths = torch.tensor([len(f) for f in features])
+    if bool((lengths == lengths[0]).all()):
+        return torch.stack(list(features)), None
+    source = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
+    return source, torch.arange(source.shape[1]) >= lengths[:, None]
+
+
+def allocate(lengths: np.ndarray, total: int) -> np.ndarray:
+    """`total` crops over utterances: at least one each, the rest by length (largest remainder)."""
+    total = max(total, len(lengths))
+    share = lengths / lengths.sum() * (total - len(lengths))
+    counts = np.floor(share).astype(np.int64)
+    missing = total - len(lengths) - counts.sum()
+    order = np.argsort(counts - share, kind="stable")
+    counts[order[:missing]] += 1
+    return counts + 1
+
+
+def batches_by_frames(sizes: np.ndarray, max_frames: int, max_utterances: Optional[int] = None):
+    """Indices in batches of similar length, each of at most `max_frames` padded frames.
+
+    Every index is in exactly one batch; an utterance longer than `max_frames` is a batch of its own.
+    """
+    batches: List[List[int]] = []
+    for index in np.argsort(sizes, kind="stable").tolist():
+        full = not batches or (
+            (len(batches[-1]) + 1) * sizes[index] > max_frames
+            or (max_utterances and len(batches[-1]) >= max_utterances)
+        )
+        if full:
+            batches.append([])
+        batches[-1].append(index)
+    return batches

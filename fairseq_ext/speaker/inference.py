@@ -1,0 +1,328 @@
+"""A trained speaker model outside of training: from a checkpoint file to scores and embeddings.
+
+    model = SpeakerModel.from_checkpoint("CKPT/checkpoint_best.pt")
+    model.identify("x.wav").speaker
+
+Needs the checkpoint and nothing else: no data folder, no environment variable, any working folder.
+Prediction changes nothing in the model, and what comes out for an utterance does not depend on what
+is predicted with it. torch and fairseq are imported when first used.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ext_common.cli import UserError
+from fairseq_ext.speaker.features import FeatureSpec, audio_features
+
+# Padded frames in one batch, as the task's max_valid_frames.
+MAX_FRAMES = 40000
+# Features that are held at a time to be batched by length, in batches.
+WINDOW = 10
+OUR_PLUGIN = "fairseq_ext"
+
+
+class Match(NamedTuple):
+    """A speaker and the score: a cosine, or a log-probability for a model with a linear head."""
+
+    speaker: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Identification:
+    """Who speaks in one recording: the `top_k` speakers that score best, best first."""
+
+    candidates: tuple[Match, ...]
+
+    @property
+    def speaker(self) -> str:
+        return self.candidates[0].speaker
+
+    @property
+    def score(self) -> float:
+        return self.candidates[0].score
+
+
+class SpeakerModel:
+    """A trained network with the names of its speakers and the specification of its features.
+
+    An utterance is the path of an audio file or features (T, n_mels), float, made with `spec`.
+    """
+
+    def __init__(self, network, speakers: Sequence[str], spec: FeatureSpec, device: str = "cpu"):
+        self.network = network.to(device).eval()
+        self.speakers = list(speakers)
+        self.spec = spec
+        self.device = device
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | os.PathLike, device: str = "cpu", user_dir: str | None = None
+    ) -> "SpeakerModel":
+        """The model in a checkpoint of fairseq-train; UserError, in one sentence, where it fails.
+
+        user_dir: folder of the plugin with its parts, in place of the one it was trained with.
+        """
+        state = read_checkpoint(path)
+        network = build_network(state, path, user_dir)
+        task_state = state["task_state"]
+        try:
+            spec = FeatureSpec.from_dict(task_state["spec"])
+        except (UserError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: {error}") from error
+        return cls(network, task_state["speakers"], spec, usable_device(device))
+
+    @property
+    def score_kind(self) -> str:
+        """What scores are: "cosine" or "log-probability"."""
+        head = getattr(getattr(self.network, "network", self.network), "head", None)
+        return "cosine" if getattr(head, "kind", None) == "cosine" else "log-probability"
+
+    def scores(self, utterances, batch_size: int | None = None, max_frames: int = MAX_FRAMES):
+        """float32 (N, number of speakers): cosines in [-1, 1] or log-probabilities."""
+        return self._collect(utterances, "scores", len(self.speakers), batch_size, max_frames)
+
+    def embed(self, utterances, batch_size: int | None = None, max_frames: int = MAX_FRAMES):
+        """Speaker embeddings float32 (N, D), not scaled to a length: compare them by cosine."""
+        return self._collect(utterances, "embedding", None, batch_size, max_frames)
+
+    def identify(self, utterances, top_k: int = 1):
+        """An `Identification` for one utterance, a list of them for several.
+
+        top_k: number of candidates in each, at most the number of speakers.
+        """
+        if not 1 <= top_k:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if isinstance(utterances, str | os.PathLike) or getattr(utterances, "ndim", 0) == 2:
+            return self.identify([utterances], top_k)[0]
+        scores = self.scores(utterances)
+        return [
+            Identification(tuple(Match(self.speakers[c], float(row[c])) for c in best))
+            for row, best in zip(scores, rank(scores, top_k), strict=True)
+        ]
+
+    def predict(
+        self,
+        utterances: Iterable,
+        batch_size: int | None = None,
+        max_frames: int = MAX_FRAMES,
+    ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+        """Batches as (positions in `utterances`, {"embedding": (B, D), "scores": (B, C)} float32).
+
+        Every position comes once; not in order, because utterances of like length share a batch.
+        At most `max_frames` padded frames and `batch_size` utterances in one, and features of a few
+        batches in memory, however long `utterances` is.
+        """
+        window: list[tuple[int, np.ndarray]] = []
+        frames = 0
+        for position, utterance in enumerate(utterances):
+            features = self._features(utterance)
+            window.append((position, features))
+            frames += len(features)
+            if frames >= WINDOW * max_frames:
+                yield from self._predict_window(window, batch_size, max_frames)
+                window, frames = [], 0
+        yield from self._predict_window(window, batch_size, max_frames)
+
+    def _predict_window(self, window, batch_size, max_frames):
+        import torch
+
+        from fairseq_ext.speaker.dataset import batches_by_frames, pad
+
+        sizes = np.array([len(features) for _, features in window], dtype=np.int64)
+        for batch in batches_by_frames(sizes, max_frames, batch_size):
+            source, padding_mask = pad([torch.from_numpy(window[i][1]) for i in batch])
+            with torch.inference_mode():
+                mask = None if padding_mask is None else padding_mask.to(self.device)
+                out = self.network(source.to(self.device), mask)
+                scores = out["logits"].float()
+                if self.score_kind == "log-probability":
+                    scores = scores.log_softmax(1)
+            found = {"embedding": out["embedding"].float().cpu().numpy()}
+            found["scores"] = scores.cpu().numpy()
+            yield [window[i][0] for i in batch], found
+
+    def _features(self, utterance) -> np.ndarray:
+        if isinstance(utterance, str | os.PathLike):
+            return audio_features(utterance, self.spec)
+        features = np.array(utterance, dtype=np.float32)
+        if features.ndim != 2 or features.shape[1] != self.spec.n_mels or not len(features):
+            raise ValueError(
+                f"an utterance is a path or features (T, {self.spec.n_mels}), got {features.shape}"
+            )
+        return features
+
+    def _collect(self, utterances, key, width, batch_size, max_frames) -> np.ndarray:
+        rows: dict[int, np.ndarray] = {}
+        for positions, found in self.predict(utterances, batch_size, max_frames):
+            rows.update(zip(positions, found[key], strict=True))
+        if not rows:
+            return np.zeros((0, width or 0), dtype=np.float32)
+        return np.stack([rows[position] for position in range(len(rows))])
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """What `torch.save` wrote, as plain dicts and tensors on the CPU.
+
+    Nothing the file holds is run (weights_only). UserError where it is missing, damaged, or of
+    anything but a speaker model.
+    """
+    import torch
+
+    from ext_common.compat.files import allow_namespace, why_unreadable
+
+    allow_namespace()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = why_unreadable(os.fspath(path), error)
+        if reason is None:
+            raise
+        raise UserError(reason) from error
+    why = why_no_speaker_model(state)
+    if why:
+        raise UserError(f"{path} {why}: give a checkpoint trained with --task speaker_id")
+    return state
+
+
+def why_no_speaker_model(state: Any) -> str | None:
+    """The second half of a sentence about a checkpoint's content; None for a speaker model."""
+    if not isinstance(state, Mapping) or not isinstance(state.get("model"), Mapping):
+        return "is not a checkpoint of fairseq-train"
+    task_state = state.get("task_state")
+    if not isinstance(task_state, Mapping) or not {"speakers", "spec"} <= set(task_state):
+        kind = name_of(state, "task")
+        return f"is of another task{f' ({kind})' if kind else ''}, not of speaker identification"
+    cfg = state.get("cfg")
+    if not isinstance(cfg, Mapping) or not {"task", "model"} <= set(cfg):
+        return "does not say how its model was built (it has no cfg)"
+    return None
+
+
+def name_of(state: Mapping, part: str) -> str | None:
+    """The name of the task or model that a checkpoint was trained with, where it says so."""
+    for source in (state.get("cfg"), state.get("args")):
+        entry = source.get(part) if isinstance(source, Mapping) else getattr(source, part, None)
+        for key in ("_name", part):
+            name = entry.get(key) if isinstance(entry, Mapping) else getattr(entry, key, None)
+            if isinstance(name, str):
+                return name
+        if isinstance(entry, str):
+            return entry
+    return None
+
+
+def build_network(state: Mapping, path: str | os.PathLike, user_dir: str | None = None):
+    """The fairseq model of a checkpoint's state, with its weights."""
+    from ext_common.compat.messages import leave_out_harmless_warnings
+
+    leave_out_harmless_warnings()
+    with untouched_logging():
+        # Without fairseq loaded first, importing fairseq_ext registers nothing.
+        import fairseq  # noqa: F401
+        from fairseq import checkpoint_utils
+        from omegaconf import OmegaConf
+
+        from ext_common import compat
+
+        compat.apply()
+        from fairseq_ext.speaker import criterion, model, task  # noqa: F401
+
+    missing = import_plugin(state, user_dir)
+    hint = f" (it was trained with --user-dir {missing}, which is not here)" if missing else ""
+    check_registered(state, path, hint)
+    state = dict(state)
+    state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
+    try:
+        models, _, _ = checkpoint_utils.load_model_ensemble_and_task([os.fspath(path)], state=state)
+    except UserError as error:
+        text = str(error)
+        place = "" if text.startswith(os.fspath(path)) else f"{path}: "
+        raise UserError(f"{place}{text}{hint}") from error
+    return models[0]
+
+
+def check_registered(state: Mapping, path: str | os.PathLike, hint: str) -> None:
+    """UserError where fairseq does not know the task or model; it would fail with a KeyError."""
+    from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+    from fairseq.tasks import TASK_REGISTRY
+
+    for part, known in (
+        ("task", TASK_REGISTRY),
+        ("model", {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY}),
+    ):
+        name = name_of(state, part)
+        if name not in known:
+            raise UserError(
+                f"{path} was trained with the {part} {name!r}, which is not known here{hint}:"
+                " give --user-dir, the folder of the plugin that has it"
+            )
+
+
+@contextlib.contextmanager
+def untouched_logging() -> Iterator[None]:
+    """Leave the root logger as it is: importing fairseq sets it to print every DEBUG line."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
+
+
+def import_plugin(state: Mapping, user_dir: str | None) -> str | None:
+    """Import `user_dir`, or the plugin a checkpoint was trained with where that is not this one.
+
+    Returns the latter's name where it was not found; the checkpoint may do without.
+    """
+    from fairseq.utils import import_user_module
+
+    recorded = state["cfg"].get("common") or {}
+    recorded = recorded.get("user_dir") if isinstance(recorded, Mapping) else None
+    folder = user_dir or recorded
+    if not folder or Path(folder).name == OUR_PLUGIN:
+        return None
+    if not os.path.isdir(folder):
+        if user_dir:
+            raise UserError(f"--user-dir {user_dir} is not a folder: give the folder of the plugin")
+        return folder
+    name = Path(folder).resolve().name
+    there = getattr(sys.modules.get(name), "__path__", None)
+    if name in sys.modules and str(Path(folder).resolve()) not in map(
+        os.path.realpath, there or []
+    ):
+        raise UserError(
+            f"--user-dir {folder}: another module is called {name!r}: give the folder another name"
+        )
+    from argparse import Namespace
+
+    import_user_module(Namespace(user_dir=str(Path(folder).resolve())))
+    return None
+
+
+def usable_device(device: str) -> str:
+    """`device`, with "auto" as CUDA where there is one; UserError for one that is not there."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used ({reason}): try cpu") from error
+    return device
+
+
+def rank(scores: np.ndarray, k: int) -> np.ndarray:
+    """int64 (N, min(k, C)): the columns of the `k` best scores, best first; ties by column."""
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]

@@ -1,0 +1,136 @@
+"""The speaker networks as fairseq models: `--arch conformer_speaker` and its sizes."""
+
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Dict, Optional
+
+import torch
+from fairseq.dataclass import FairseqDataclass
+from fairseq.models import BaseFairseqModel, register_model
+from omegaconf import II
+from torch import Tensor
+
+from ext_common.cli import UserError
+from fairseq_ext.speaker.network import NetworkOptions, SpeakerNetwork
+
+# Sizes by name; the recipes under configs/speaker_id say the same (a test compares them).
+PRESETS = {
+    "conformer_speaker": {},
+    "conformer_speaker_classroom": dict(d_model=80, nhead=2, d_ffn=256, layers=2),
+    "conformer_speaker_large": dict(
+        d_model=256, nhead=4, d_ffn=1024, layers=6, aggregate_layers=True, embedding_dim=192
+    ),
+    "transformer_speaker": dict(encoder="transformer"),
+}
+
+
+@dataclass
+class SpeakerModelConfig(NetworkOptions, FairseqDataclass):
+    head: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "class scores: cosine or linear (default: linear for --criterion softmax, else cosine)"
+        },
+    )
+    init_from: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "start from the encoder of this checkpoint, of any set of speakers: its sizes are"
+            " taken over, the class weights are new"
+        },
+    )
+    freeze_encoder: bool = field(
+        default=False, metadata={"help": "train the class weights only (with --init-from)"}
+    )
+    criterion: str = II("criterion._name")
+
+
+class SpeakerModelBase(BaseFairseqModel):
+    """A `SpeakerNetwork` with fairseq's interface; forward returns embedding (B, D) and logits (B, C)."""
+
+    def __init__(self, network: SpeakerNetwork, frozen: bool = False):
+        super().__init__()
+        self.network = network
+        self.frozen = frozen
+        if frozen:
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(name.startswith("head."))
+
+    @classmethod
+    def build_model(cls, cfg, task):
+        fitting = "linear" if cfg.criterion == "softmax" else "cosine"
+        if cfg.head not in (None, fitting):
+            raise UserError(f"--criterion {cfg.criterion} needs --head {fitting}: leave --head out")
+        cfg.head = fitting
+        weights = None
+        if cfg.init_from and not task.from_checkpoint:
+            weights = _take_over_encoder(cfg, task)
+        elif cfg.freeze_encoder and not cfg.init_from:
+            raise UserError("--freeze-encoder needs --init-from: a random encoder learns nothing")
+        options = NetworkOptions(**{f.name: cfg[f.name] for f in fields(NetworkOptions)})
+        network = SpeakerNetwork(options, task.spec["n_mels"], len(task.speakers), cfg.head)
+        if weights is not None:
+            network.load_state_dict(weights, strict=False)
+        else:
+            network.feature_mean.copy_(torch.as_tensor(task.feature_mean))
+            network.feature_std.copy_(torch.as_tensor(task.feature_std))
+        return cls(network, cfg.freeze_encoder)
+
+    def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None) -> Dict[str, Tensor]:
+        return self.network(source, padding_mask)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.frozen and mode:
+            self.network.eval()
+            self.network.head.train()
+        return self
+
+    def max_positions(self):
+        return None
+
+    def upgrade_state_dict_named(self, state_dict, name):
+        key = f"{name}.network.head.weight".lstrip(".")
+        mine = self.network.head.weight.shape
+        if key in state_dict and state_dict[key].shape != mine:
+            raise UserError(
+                f"the checkpoint has class weights {tuple(state_dict[key].shape)} and this data needs"
+                f" {tuple(mine)}: to start from it with other speakers, give --init-from CHECKPOINT and"
+                " a new --save-dir"
+            )
+
+
+def _take_over_encoder(cfg, task) -> Dict[str, Tensor]:
+    from fairseq_ext.speaker.inference import read_checkpoint
+
+    state = read_checkpoint(cfg.init_from)
+    theirs, spec = state["cfg"]["model"], state["task_state"]["spec"]
+    if spec != task.spec:
+        raise UserError(
+            f"--init-from {cfg.init_from} was trained on features {spec}, this data has {task.spec}:"
+            " prepare the recordings again with the options of the checkpoint"
+        )
+    for f in fields(NetworkOptions):
+        if f.name in theirs and f.name not in ("subcenters", "dropout", "embedding_dropout"):
+            cfg[f.name] = theirs[f.name]
+    prefix = "network."
+    weights = {k[len(prefix) :]: v for k, v in state["model"].items() if k.startswith(prefix)}
+    return {k: v for k, v in weights.items() if not k.startswith("head.")}
+
+
+def _register(name: str, changes: Dict) -> None:
+    config = SpeakerModelConfig
+    if changes:
+        by_name = {f.name: f for f in fields(SpeakerModelConfig)}
+        config = make_dataclass(
+            f"{name}_config",
+            [
+                (k, by_name[k].type, field(default=v, metadata=dict(by_name[k].metadata)))
+                for k, v in changes.items()
+            ],
+            bases=(SpeakerModelConfig,),
+        )
+    register_model(name, dataclass=config)(type(name, (SpeakerModelBase,), {}))
+
+
+for _name, _changes in PRESETS.items():
+    _register(_name, _changes)

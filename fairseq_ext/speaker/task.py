@@ -1,0 +1,237 @@
+"""`--task speaker_id`: closed-set speaker identification on a folder made by `speaker.prepare`."""
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+from fairseq.data import iterators
+from fairseq.dataclass import FairseqDataclass
+from fairseq.tasks import FairseqTask, register_task
+from omegaconf import II, MISSING
+
+from ext_common.cli import UserError
+from fairseq_ext.speaker.augment import Context, build_augmentation, mel_frequencies
+from fairseq_ext.speaker.corpus import Corpus
+from fairseq_ext.speaker.dataset import CropDataset, UtteranceDataset, batches_by_frames
+from fairseq_ext.speaker.features import FeatureSpec, audio_features, log_mel
+
+logger = logging.getLogger(__name__)
+AUDIO = {".wav", ".flac", ".ogg", ".mp3"}
+
+
+@dataclass
+class SpeakerIdConfig(FairseqDataclass):
+    data: str = field(default=MISSING, metadata={"help": "folder made by fairseq_ext.speaker.prepare"})
+    crop_frames: int = field(
+        default=101, metadata={"help": "length of a training crop, frames of 10 ms"}
+    )
+    epoch_updates: int = field(
+        default=200,
+        metadata={"help": "an epoch covers the recordings once, but has at least this many updates"},
+    )
+    augment: str = field(
+        default="channel",
+        metadata={
+            "help": "augmentation of training crops, as name:key=value,key=value;name (channel, noise,"
+            " reverb, specaugment); '' for none"
+        },
+    )
+    speed_perturb: float = field(
+        default=0.0, metadata={"help": "play training crops at 1 ± this times their speed"}
+    )
+    noise_dir: Optional[str] = field(
+        default=None,
+        metadata={"help": "audio files, or a prepared folder, for augmentation 'noise'"},
+    )
+    rir_dir: Optional[str] = field(
+        default=None, metadata={"help": "room impulse responses for augmentation 'reverb'"}
+    )
+    max_valid_frames: int = field(
+        default=40000,
+        metadata={"help": "padded frames in a validation batch, whatever --batch-size"},
+    )
+    seed: int = II("common.seed")
+    update_freq: Any = II("optimization.update_freq")
+
+
+@register_task("speaker_id", dataclass=SpeakerIdConfig)
+class SpeakerIdTask(FairseqTask):
+    """Crops for training, whole utterances for the rest; nothing is dropped from either.
+
+    The names of the speakers and the feature specification travel in the checkpoint (`task_state`), so that a
+    model can be used without the data it was trained on.
+    """
+
+    def __init__(self, cfg: SpeakerIdConfig):
+        super().__init__(cfg)
+        self.from_checkpoint = False
+        self._corpus: Optional[Corpus] = None
+        self.state.add_factory("speakers", lambda: list(self.corpus.speakers))
+        self.state.add_factory("spec", lambda: self.corpus.spec.to_dict())
+
+    @property
+    def corpus(self) -> Corpus:
+        if self._corpus is None:
+            self._corpus = Corpus.open(self.cfg.data)
+        return self._corpus
+
+    @property
+    def speakers(self) -> List[str]:
+        """Names of the speakers; the index is the label."""
+        return self.state.speakers
+
+    @property
+    def spec(self) -> Dict[str, Any]:
+        """The feature specification, as `FeatureSpec.to_dict` gives it."""
+        return self.state.spec
+
+    @property
+    def feature_mean(self) -> np.ndarray:
+        return self.corpus.mean if not self.from_checkpoint else np.zeros(self.spec["n_mels"])
+
+    @property
+    def feature_std(self) -> np.ndarray:
+        return self.corpus.std if not self.from_checkpoint else np.ones(self.spec["n_mels"])
+
+    def state_dict(self):
+        return {"speakers": list(self.speakers), "spec": dict(self.spec)}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        if self._corpus is not None:
+            if state_dict["speakers"] != self.corpus.speakers:
+                raise UserError(
+                    f"{self.cfg.data} has other speakers than the checkpoint: to train on them from it,"
+                    " give --init-from CHECKPOINT and a new --save-dir"
+                )
+            if state_dict["spec"] != self.corpus.spec.to_dict():
+                raise UserError(
+                    f"{self.cfg.data} has features {self.corpus.spec.to_dict()}, the checkpoint was"
+                    f" trained on {state_dict['spec']}: prepare the data again with its options"
+                )
+        self.state.merge_state_dict(state_dict)
+
+    def build_model(self, cfg, from_checkpoint=False):
+        self.from_checkpoint = from_checkpoint
+        return super().build_model(cfg, from_checkpoint)
+
+    def load_dataset(self, split: str, combine: bool = False, **kwargs) -> None:
+        rows = self.corpus.rows(split)
+        rows = rows[self.corpus.labels[rows] >= 0]
+        if not len(rows):
+            raise UserError(f"{self.cfg.data}: split {split!r} has no utterance with a known speaker")
+        if split != "train":
+            self.datasets[split] = UtteranceDataset(self.corpus, rows)
+            return
+        self.datasets[split] = CropDataset(
+            self.corpus,
+            rows,
+            self.cfg.crop_frames,
+            self.cfg.seed,
+            self.cfg.speed_perturb,
+            build_augmentation(self.cfg.augment),
+            self._context(),
+        )
+
+    def _context(self) -> Context:
+        spec = self.corpus.spec
+        return Context(
+            self.corpus.mean,
+            mel_frequencies(spec.n_mels, spec.f_min, spec.sample_rate / 2),
+            spec.sample_rate,
+            float(np.log(spec.floor)),
+            read_collection(self.cfg.noise_dir, spec),
+            read_rooms(self.cfg.rir_dir, spec),
+        )
+
+    def get_batch_iterator(
+        self,
+        dataset,
+        max_tokens=None,
+        max_sentences=None,
+        max_positions=None,
+        ignore_invalid_inputs=False,
+        required_batch_size_multiple=1,
+        seed=1,
+        num_shards=1,
+        shard_id=0,
+        num_workers=0,
+        epoch=1,
+        data_buffer_size=0,
+        disable_iterator_cache=False,
+        skip_remainder_batch=False,
+        grouped_shuffling=False,
+        update_epoch_batch_itr=False,
+    ):
+        """fairseq's, without its traps: no utterance is dropped to round a batch to a multiple of 8,
+        workers see the epoch they work for, and validation is bounded in padded frames."""
+        if isinstance(dataset, CropDataset):
+            size = max_sentences or max(1, max_tokens // self.cfg.crop_frames)
+            if max_tokens:
+                size = max(1, min(size, max_tokens // self.cfg.crop_frames))
+            # updates of all processes and accumulation steps are full, so that any number of processes
+            # trains on the same batches
+            per_update = size * num_shards * self._update_freq(epoch)
+            dataset.set_epoch(epoch)
+            dataset.set_epoch_size(per_update * self.cfg.epoch_updates, per_update)
+            order = dataset.ordered_indices()
+            batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
+        else:
+            batches = batches_by_frames(dataset.sizes, self.cfg.max_valid_frames, max_sentences)
+        return iterators.EpochBatchIterator(
+            dataset=dataset,
+            collate_fn=dataset.collater,
+            batch_sampler=batches,
+            seed=seed,
+            num_shards=num_shards,
+            shard_id=shard_id,
+            num_workers=num_workers,
+            epoch=epoch,
+            buffer_size=data_buffer_size,
+            reuse_dataloader=False,
+            persistent_workers=False,
+        )
+
+    def _update_freq(self, epoch: int) -> int:
+        values = list(self.cfg.update_freq or [1])
+        return values[min(epoch, len(values)) - 1]
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs):
+        criterion.set_num_updates(update_num)
+        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+
+    def max_positions(self):
+        return None
+
+    @property
+    def source_dictionary(self):
+        return None
+
+    @property
+    def target_dictionary(self):
+        return None
+
+
+def read_collection(folder: Optional[str], spec: FeatureSpec) -> List[np.ndarray]:
+    """Log-mel features (T, n_mels) of all audio under a folder, or of a prepared folder (memory-mapped)."""
+    if not folder:
+        return []
+    if (Path(folder) / "corpus.json").exists():
+        corpus = Corpus.open(folder)
+        if corpus.spec != spec:
+            raise UserError(f"{folder} was prepared with other features than the training data")
+        return [corpus.features[o : o + n] for o, n in zip(corpus.offsets, corpus.lengths)]
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in AUDIO)
+    if not files:
+        raise UserError(f"{folder} has no audio files ({', '.join(sorted(AUDIO))})")
+    logger.info(f"reading {len(files)} files of {folder}")
+    return [audio_features(p, spec) for p in files]
+
+
+def read_rooms(folder: Optional[str], spec: FeatureSpec) -> List[np.ndarray]:
+    """Impulse responses as `Context` wants them: (T, n_mels) relative to that of a single sample."""
+    impulse = np.zeros(4 * spec.n_fft, dtype=np.float32)
+    impulse[2 * spec.hop_length] = 1
+    flat = log_mel(impulse, replace(spec, loudness_db=None, trim_silence=False)).max(0)
+    return [response - flat for response in read_collection(folder, spec)]

@@ -1,0 +1,408 @@
+"""Augmentation of features against the same thing done to waveforms."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torchaudio
+
+from ext_common.cli import UserError
+from fairseq_ext.speaker.augment import (
+    AUGMENTATIONS,
+    Context,
+    add_noise,
+    build_augmentation,
+    change_speed,
+    mel_frequencies,
+    reverberate,
+    tilt_response_db,
+)
+from fairseq_ext.speaker.features import FeatureSpec, log_mel
+
+SPEC = FeatureSpec()
+RATE, MELS = SPEC.sample_rate, SPEC.n_mels
+FREQUENCIES = mel_frequencies(MELS, SPEC.f_min, RATE / 2)
+FLOOR = float(np.log(SPEC.floor))
+DB = np.log(10) / 10
+
+
+def context(**changes):
+    mean = np.linspace(-8, -3, MELS).astype(np.float32)
+    return Context(mean, FREQUENCIES, RATE, FLOOR, **changes)
+
+
+def lfilter(b, a, x):
+    """b(z) / a(z) on a signal, float64."""
+    b, a = (torch.tensor([*c, 0.0, 0.0][:2], dtype=torch.float64) for c in (b, a))
+    x = torch.tensor(np.asarray(x), dtype=torch.float64)
+    return torchaudio.functional.lfilter(x, a, b, clamp=False).numpy()
+
+
+def speech(seconds=2.0, seed=0):
+    """Noise with a falling spectrum, loud and soft by turns: level and spectrum of speech."""
+    rng = np.random.default_rng(seed)
+    x = lfilter([1], [1, -0.9], rng.standard_normal(int(seconds * RATE)))
+    syllables = 0.2 + np.abs(np.sin(2 * np.pi * 2 * np.arange(len(x)) / RATE))
+    return (0.05 * x * syllables).astype(np.float32)
+
+
+def crop(frames=80, seed=0):
+    return np.random.default_rng(seed).normal(-6, 2, (frames, MELS)).astype(np.float32)
+
+
+def run(pipeline, x, seed=0, ctx=None):
+    rng = np.random.default_rng(seed)
+    for step in build_augmentation(pipeline):
+        x = step(x, rng, ctx or context())
+    return x
+
+
+NOISES = [crop(30, 7), crop(200, 8)]
+ROOMS = [np.linspace(0, -12, 40)[:, None] + np.zeros(MELS, dtype=np.float32)]
+FULL = dict(noises=NOISES, impulse_responses=ROOMS)
+EVERY = ["channel", "channel:ripple_db=3", "noise:p=1", "reverb:p=1", "specaugment"]
+
+
+def test_every_augmentation_is_tested_here():
+    assert {p.partition(":")[0] for p in EVERY} == set(AUGMENTATIONS.names())
+
+
+@pytest.mark.parametrize("pipeline", [*EVERY, ";".join(EVERY)])
+def test_contract(pipeline):
+    """Source untouched, shape and type kept, deterministic given the generator, never below the floor."""
+    x = crop()
+    before = x.copy()
+    x.flags.writeable = False
+    first = run(pipeline, x, 1, context(**FULL))
+    again = run(pipeline, x, 1, context(**FULL))
+    other = run(pipeline, x, 2, context(**FULL))
+    assert np.array_equal(x, before)
+    assert first.shape == x.shape and first.dtype == np.float32
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other) or "reverb" in pipeline
+    assert not np.array_equal(first, x)
+    assert np.isfinite(first).all()
+    for y in (np.full((20, MELS), FLOOR, dtype=np.float32), crop(1)):
+        result = run(pipeline, y, 1, context(**FULL))
+        assert np.isfinite(result).all() and (result >= np.float32(FLOOR)).all()
+
+
+class TestSpecAugment:
+    def test_filled_with_the_mean_of_the_data_and_nothing_else_touched(self):
+        ctx, x = context(), crop()
+        seen_bands, seen_frames = set(), set()
+        for seed in range(60):
+            y = run("specaugment:freq_masks=1,time_masks=1,time_fraction=0.2", x, seed, ctx)
+            changed = y != x
+            assert np.array_equal(y[changed], np.broadcast_to(ctx.mean, x.shape)[changed])
+            bands = np.flatnonzero(changed.all(0))
+            frames = np.flatnonzero(changed.all(1))
+            rest = changed.copy()
+            rest[:, bands] = False
+            rest[frames] = False
+            assert not rest.any(), "whole bands and whole frames only"
+            assert len(bands) <= 6 and len(frames) <= 16
+            for places in (bands, frames):
+                assert len(places) == 0 or np.array_equal(
+                    places, np.arange(places[0], places[0] + len(places))
+                )
+            seen_bands.update(bands.tolist())
+            seen_frames.update(frames.tolist())
+        # both ends can be masked
+        assert {0, MELS - 1} <= seen_bands and {0, len(x) - 1} <= seen_frames
+
+    def test_every_width_up_to_the_largest_is_drawn(self):
+        x = crop()
+        widths = {
+            int((run("specaugment:freq_masks=1,freq_width=4,time_masks=0", x, s) != x).all(0).sum())
+            for s in range(80)
+        }
+        assert widths == {0, 1, 2, 3, 4}
+
+    def test_masks_differ_between_crops(self):
+        """One mask for a whole batch is a known mistake."""
+        x = crop()
+        masks = {(run("specaugment", x, seed) != x).tobytes() for seed in range(10)}
+        assert len(masks) > 8
+
+    @pytest.mark.parametrize("frames", [1, 2, 3])
+    def test_short_crops(self, frames):
+        assert run("specaugment:time_fraction=1", crop(frames)).shape == (frames, MELS)
+
+    def test_wider_than_the_features(self):
+        assert run("specaugment:freq_width=99", crop()).shape == (80, MELS)
+
+
+class TestChannel:
+    @pytest.mark.parametrize("a", [-0.5, 0.3, 0.5])
+    @pytest.mark.parametrize("gain_db", [-10.0, 6.0])
+    def test_response_is_that_of_the_filter(self, a, gain_db):
+        """x[n] − a·x[n−1] and a gain on the waveform move each band by the response at its centre."""
+        x = speech()
+        y = 10 ** (gain_db / 20) * lfilter([1, -a], [1], x).astype(np.float32)
+        # edge frames hold the filter's start and the reflection
+        measured = (log_mel(y, SPEC) - log_mel(x, SPEC))[3:-3].mean(0) / DB
+        expected = gain_db + tilt_response_db(a, FREQUENCIES, RATE)
+        np.testing.assert_allclose(measured, expected, atol=0.35)
+
+    def test_response_by_hand(self):
+        """|1 − a e^(−jω)|² at 0, a quarter and half of the rate."""
+        found = tilt_response_db(0.5, np.array([0, 4000, 8000]), 16000)
+        np.testing.assert_allclose(found, 10 * np.log10([0.25, 1.25, 2.25]))
+        np.testing.assert_allclose(tilt_response_db(0.0, FREQUENCIES, RATE), 0, atol=1e-12)
+
+    def test_one_response_a_crop(self):
+        x = crop()
+        difference = run("channel:gain_db=10,tilt=0.5,ripple_db=2", x) - x
+        np.testing.assert_allclose(difference, np.broadcast_to(difference[:1], x.shape), atol=1e-5)
+
+    def test_draws_are_uniform_within_bounds(self):
+        x = crop(2)
+        gains = np.array(
+            [(run("channel:gain_db=10,tilt=0", x, s) - x).mean() / DB for s in range(400)]
+        )
+        assert np.abs(gains).max() <= 10 + 1e-4
+        assert abs(gains.mean()) < 1.2 and abs(gains.std() - 20 / np.sqrt(12)) < 0.6
+        # the tilt at the lowest band goes from 20 log10(1 − 0.5) to 20 log10(1 + 0.5)
+        tilts = np.array([(run("channel:gain_db=0", x, s) - x)[0, 0] / DB for s in range(400)])
+        assert -6.1 < tilts.min() < -5.5 and 3.2 < tilts.max() < 3.6
+
+    def test_nothing_to_do(self):
+        x = crop()
+        np.testing.assert_allclose(run("channel:gain_db=0,tilt=0", x), x, atol=1e-6)
+
+
+class TestNoise:
+    @pytest.mark.parametrize("snr", [0.0, 10.0, 20.0])
+    def test_as_mixing_waveforms(self, snr):
+        """Independent signals: powers add, on average, with the level the ratio asks for."""
+        x, noise = speech(8), np.random.default_rng(5).standard_normal(8 * RATE).astype(np.float32)
+        noise *= np.sqrt(np.mean(x**2) / np.mean(noise**2) / 10 ** (snr / 10))
+        truth = np.exp(log_mel(x + noise, SPEC)).mean(0)
+        found = np.exp(add_noise(log_mel(x, SPEC), log_mel(noise * 3.7, SPEC), snr)).mean(0)
+        # the mel bands start at 50 Hz, where the waveform's powers do not
+        np.testing.assert_allclose(np.log(found / truth) / DB, 0, atol=0.6)
+
+    def test_ratio_of_powers_is_exact(self):
+        x, noise = crop(), crop(80, 3)
+        mixed = np.exp(add_noise(x, noise, 7.0).astype(np.float64))
+        added = mixed - np.exp(x.astype(np.float64))
+        ratio = 10 * np.log10(np.exp(x.astype(np.float64)).mean() / added.mean())
+        assert ratio == pytest.approx(7.0, abs=1e-3)
+        assert (mixed >= np.exp(x.astype(np.float64)) * (1 - 1e-6)).all()
+
+    def test_share_of_crops(self):
+        x, ctx = crop(5), context(noises=NOISES)
+        count = sum(run("noise:p=0.3", x, s, ctx) is not x for s in range(300))
+        assert 50 < count < 130
+        assert all(run("noise:p=0", x, s, ctx) is x for s in range(20))
+        assert all(run("noise:p=1", x, s, ctx) is not x for s in range(20))
+
+    def test_short_noise_is_repeated_and_any_stretch_is_used(self):
+        noise = np.full((7, MELS), -20, dtype=np.float32)
+        noise[np.arange(7), np.arange(7)] = 20
+        ctx, starts = context(noises=[noise]), set()
+        for seed in range(60):
+            y = run("noise:p=1,snr_low=0,snr_high=0", np.full((15, MELS), -5, dtype=np.float32), seed, ctx)
+            loud = y.argmax(1)
+            assert np.array_equal(loud, (loud[0] + np.arange(15)) % 7)
+            starts.add(int(loud[0]))
+        assert starts == set(range(7))
+
+    def test_ratio_is_within_bounds(self):
+        x, ctx, ratios = crop(), context(noises=[crop(80, 3)]), []
+        for seed in range(100):
+            y = run("noise:p=1,snr_low=5,snr_high=15", x, seed, ctx).astype(np.float64)
+            power = np.exp(x.astype(np.float64))
+            ratios.append(10 * np.log10(power.mean() / (np.exp(y) - power).mean()))
+        # stretches of the noise are rotations of it: same mean power
+        assert 4.9 < min(ratios) < 6.5 and 13.5 < max(ratios) < 15.1
+
+    def test_without_recordings(self):
+        with pytest.raises(UserError, match="--noise-dir"):
+            run("noise", crop())
+
+
+class TestReverb:
+    def relative(self, response):
+        """As the task prepares impulse responses."""
+        impulse = np.zeros(2000, dtype=np.float32)
+        impulse[320] = 1
+        return log_mel(response, SPEC) - log_mel(impulse, SPEC).max(0)
+
+    def test_impulse_alone_is_the_identity(self):
+        x = crop()
+        decay = np.full((30, MELS), -60, dtype=np.float32)
+        decay[5] = 3.0
+        np.testing.assert_allclose(reverberate(x, decay), x, atol=1e-4)
+
+    def test_waveform_of_one_sample_is_nearly_the_identity(self):
+        """Also in colour: wide bands hold more of an impulse, and that is not the room's doing.
+
+        What remains is the analysis window: a hop behind, its square is 1 % of its peak.
+        """
+        x = log_mel(speech(), SPEC)
+        impulse = np.zeros(4000, dtype=np.float32)
+        impulse[800] = 0.3
+        difference = reverberate(x, self.relative(impulse)) - x
+        assert np.abs(difference.mean(0)).max() < 0.3 * DB
+        assert np.abs(difference).max() < 2 * DB
+
+    def test_as_convolving_the_waveform(self):
+        """Exponential decay over 0.3 s behind a delay, darker the later: band by band, on average."""
+        rng = np.random.default_rng(1)
+        t = np.arange(int(0.4 * RATE)) / RATE
+        tail = lfilter([0.4], [1, -0.6], rng.standard_normal(len(t))) * np.exp(-6.9 * t / 0.3)
+        room = np.concatenate([np.zeros(700), [6.0], tail]).astype(np.float32)
+        x = speech(6)
+        # both to a mean gain of 1 over the bands, which is what the augmentation keeps
+        wet = np.convolve(x, room)[700 : 700 + len(x)].astype(np.float32)
+        truth, dry = (np.exp(log_mel(v, SPEC)[2:-2]).mean(0) for v in (wet, x))
+        found = np.exp(reverberate(log_mel(x, SPEC), self.relative(room))[2:-2]).mean(0)
+        measured, expected = np.log(found / dry) / DB, np.log(truth / dry) / DB
+        difference = measured - expected
+        assert np.abs(difference - difference.mean()).max() < 2.0
+        assert np.corrcoef(measured, expected)[0, 1] > 0.7
+
+    def test_loudness_stays(self):
+        x = crop(400)
+        decay = np.linspace(0, -14, 40)[:, None] + np.linspace(-1, 1, MELS)
+        y = reverberate(x, decay.astype(np.float32))
+        ratio = np.exp(y[60:]).mean() / np.exp(x[60:]).mean()
+        assert abs(np.log(ratio)) < 0.35
+
+    def test_a_click_becomes_the_decay(self):
+        x = np.full((60, MELS), -30, dtype=np.float32)
+        x[10] = 5.0
+        decay = np.linspace(0, -8, 20)[:, None] + np.zeros(MELS)
+        y = reverberate(x, decay.astype(np.float32))
+        np.testing.assert_allclose(y[10:30] - y[10], decay, atol=1e-3)
+        assert (y[:10] < -25).all() and (y[31:] < -12).all(), "nothing before it, nothing wraps round"
+
+    def test_longer_than_the_crop(self):
+        y = reverberate(crop(10), np.linspace(0, -5, 300)[:, None] + np.zeros(MELS))
+        assert y.shape == (10, MELS) and np.isfinite(y).all()
+
+    def test_without_rooms(self):
+        with pytest.raises(UserError, match="--rir-dir"):
+            run("reverb", crop())
+
+    def test_the_task_reads_rooms_relative_to_an_impulse(self, tmp_path):
+        pytest.importorskip("fairseq")
+        from fairseq_ext.speaker.task import read_rooms
+
+        impulse = np.zeros(4000, dtype=np.float32)
+        impulse[800] = 0.25
+        soundfile.write(tmp_path / "flat.wav", impulse, RATE, subtype="FLOAT")
+        (found,) = read_rooms(str(tmp_path), SPEC)
+        loudest = found[found.sum(1).argmax()]
+        np.testing.assert_allclose(loudest, 2 * np.log(0.25), atol=1e-3)
+        assert read_rooms(None, SPEC) == []
+
+
+class TestSpeed:
+    @pytest.mark.parametrize("factor", [0.9, 1.1, 1.2])
+    def test_a_tone_moves_as_when_resampled(self, factor):
+        seconds, tone = 1.5, 1500.0
+        t = np.arange(int(seconds * RATE)) / RATE
+        x = log_mel(0.1 * np.sin(2 * np.pi * tone * t).astype(np.float32), SPEC)
+        fast = log_mel(0.1 * np.sin(2 * np.pi * tone * factor * t).astype(np.float32), SPEC)
+        frames = int((len(x) - 1) / factor) - 2
+        found = change_speed(x, factor, frames, FREQUENCIES)
+        assert found.shape == (frames, MELS) and found.dtype == np.float32
+        middle = slice(5, frames - 5)
+        expected = np.exp(fast[10]) @ FREQUENCIES / np.exp(fast[10]).sum()
+        power = np.exp(found[middle])
+        centre = power @ FREQUENCIES / power.sum(1)
+        # half a band
+        assert np.abs(centre - expected).max() < 0.5 * np.interp(
+            expected, FREQUENCIES[1:], np.diff(FREQUENCIES)
+        )
+
+    @pytest.mark.parametrize("factor", [0.9, 1.1])
+    def test_events_come_earlier_by_the_factor(self, factor):
+        x = np.full((100, MELS), -10, dtype=np.float32)
+        x[60] = 0
+        found = change_speed(x, factor, int(99 / factor), FREQUENCIES)
+        assert abs(int(found[:, 20].argmax()) - 60 / factor) <= 1
+
+    @pytest.mark.parametrize("factor", [0.8, 0.95, 1.05, 1.3])
+    def test_as_resampling_the_waveform(self, factor):
+        """Noise with a smooth spectrum: mean level of each band within a decibel and a half."""
+        x = speech(6)
+        n = int(len(x) / factor)
+        fast = np.interp(np.arange(n) * factor, np.arange(len(x)), x).astype(np.float32)
+        frames = int((len(x) // SPEC.hop_length) / factor) - 2
+        found = change_speed(log_mel(x, SPEC), factor, frames, FREQUENCIES).mean(0)
+        truth = log_mel(fast, SPEC).mean(0)
+        # up to 4 kHz: above, linear interpolation is no resampling and the band edge has no source
+        low = (FREQUENCIES < 4000) & (FREQUENCIES > 200)
+        difference = (found - truth)[low] / DB
+        assert np.abs(difference).max() < 1.5
+
+    def test_factor_of_one_is_the_identity(self):
+        x = crop()
+        assert np.array_equal(change_speed(x, 1, 50, FREQUENCIES), x[:50])
+        np.testing.assert_allclose(change_speed(x, 1 + 1e-9, 50, FREQUENCIES), x[:50], atol=1e-4)
+
+    def test_short_source_repeats_its_end(self):
+        y = change_speed(crop(1), 1.1, 5, FREQUENCIES)
+        assert np.array_equal(y, np.broadcast_to(y[:1], y.shape)) and np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("n_mels", [40, 80])
+def test_mel_frequencies_are_the_peaks_of_torchaudios_filters(n_mels):
+    from torchaudio.functional import melscale_fbanks
+
+    bins = 20001
+    filters = melscale_fbanks(bins, 50.0, 8000.0, n_mels, 16000).numpy()
+    peaks = filters.argmax(0) * 8000 / (bins - 1)
+    np.testing.assert_allclose(mel_frequencies(n_mels, 50.0, 8000.0), peaks, atol=1.0)
+
+
+class TestBuild:
+    def test_order_and_options(self):
+        steps = build_augmentation(" channel:gain_db=0,tilt=0 ; specaugment:freq_masks=1 ;")
+        assert len(steps) == 2
+        ctx, x = context(), crop()
+        rng, by_hand = np.random.default_rng(4), np.random.default_rng(4)
+        found = x
+        for step in steps:
+            found = step(found, rng, ctx)
+        expected = AUGMENTATIONS.get("channel")(x, by_hand, ctx, gain_db=0.0, tilt=0.0)
+        expected = AUGMENTATIONS.get("specaugment")(expected, by_hand, ctx, freq_masks=1)
+        assert np.array_equal(found, expected)
+
+    @pytest.mark.parametrize("nothing", ["", None, " ", ";"])
+    def test_nothing(self, nothing):
+        assert build_augmentation(nothing) == []
+
+    @pytest.mark.parametrize(
+        "pipeline, message",
+        [
+            ("specaugmnt", "did you mean 'specaugment'.*channel, noise, reverb, specaugment"),
+            ("xyzzy", "known: channel, noise, reverb, specaugment"),
+            ("channel:gain=3", "did you mean 'gain_db'"),
+            ("channel:gain_db=loud", "gain_db"),
+            ("channel:gain_db", "key=value"),
+            ("specaugment:freq_masks=1.5", "freq_masks"),
+            ("channel,specaugment", "unknown augmentation"),
+            ("channel:tilt=1", "tilt"),
+            ("specaugment:time_fraction=2", "time_fraction"),
+            ("specaugment:freq_masks=-1", "freq_masks"),
+            ("noise:p=50", "p 50"),
+            ("noise:snr_low=20,snr_high=5", "snr_low"),
+        ],
+    )
+    def test_mistakes_are_told_in_words(self, pipeline, message):
+        with pytest.raises(UserError, match=message):
+            build_augmentation(pipeline)
+
+
+def test_global_generators_are_left_alone():
+    np.random.seed(0)
+    torch.manual_seed(0)
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    run(";".join(EVERY), crop(), 0, context(**FULL))
+    assert np.array_equal(np.random.get_state()[1], before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])

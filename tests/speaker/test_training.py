@@ -1,0 +1,232 @@
+"""fairseq's own commands with the speaker task: resume, processes, recipes, fine-tuning, epochs.
+
+Each command is a process of its own, as a user types it (fairseq keeps state inside one).
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+BIN = Path(sys.executable).parent
+SMALL = "--d-model 16 --nhead 2 --d-ffn 32 --layers 1 --kernel-size 7 --embedding-dim 16"
+TRAIN = (
+    "--user-dir fairseq_ext --task speaker_id --arch conformer_speaker --criterion am_softmax"
+    " --optimizer adam --lr 2e-3 --lr-scheduler inverse_sqrt --warmup-updates 20 --batch-size 8"
+    f" --log-format json --log-interval 1 --crop-frames 30 {SMALL}"
+)
+
+
+@pytest.fixture
+def run(repo_root):
+    """Run a command as a user would; returns its output, asserts its exit code."""
+
+    def run(*command, code=0):
+        words = [w for part in command for w in (part.split() if isinstance(part, str) else [part])]
+        result = subprocess.run(
+            [str(w) for w in words],
+            cwd=repo_root,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+        assert result.returncode == code, result.stdout[-3000:]
+        return result.stdout
+
+    return run
+
+
+@pytest.fixture
+def train(run, tiny_data):
+    def train(save_dir, flags="", before=(), code=0):
+        program = BIN / "fairseq-train"
+        return run(*before, program, tiny_data, TRAIN, "--save-dir", save_dir, flags, code=code)
+
+    return train
+
+
+def read(path):
+    from ext_common.compat.files import allow_namespace
+
+    allow_namespace()
+    return torch.load(path, weights_only=True)
+
+
+def losses(log):
+    lines = re.findall(r"\| train_inner \| (\{.*\})", log)
+    return {int(row["num_updates"]): row["loss"] for row in map(json.loads, lines)}
+
+
+def traced(log, key):
+    lines = re.findall(r"\| train_inner \| (\{.*\})", log)
+    return {int(row["num_updates"]): row[key] for row in map(json.loads, lines)}
+
+
+def assert_same_run(a, b):
+    assert a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    theirs = b["last_optimizer_state"]["state"]
+    for key, state in a["last_optimizer_state"]["state"].items():
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.as_tensor(state[name]).equal(torch.as_tensor(theirs[key][name]))
+
+
+@pytest.mark.slow
+def test_stop_and_resume_is_bit_exact(train, tmp_path):
+    """Weights, optimizer, LR, margin and data order: 40 updates = 20 + 20, augmentation on."""
+    flags = (
+        "--augment channel;specaugment --speed-perturb 0.1 --margin-end 40 --epoch-updates 15"
+        " --conv-norm batch --num-workers 1 --max-update"
+    )
+    whole = train(tmp_path / "whole", f"{flags} 40")
+    first = train(tmp_path / "parts", f"{flags} 20")
+    second = train(tmp_path / "parts", f"{flags} 40")
+    assert_same_run(
+        read(tmp_path / "whole" / "checkpoint_last.pt"),
+        read(tmp_path / "parts" / "checkpoint_last.pt"),
+    )
+    for key in ("loss", "lr", "margin", "gnorm"):
+        assert {**traced(first, key), **traced(second, key)} == traced(whole, key)
+    assert max(traced(first, "lr")) == 20 and min(traced(second, "lr")) == 21
+
+
+@pytest.mark.slow
+def test_two_processes_equal_accumulation(train, tmp_path):
+    """torchrun without a distributed flag: one group, the batches of --update-freq 2."""
+    flags = "--dropout 0 --max-update 12 --epoch-updates 6 --cpu"
+    train(tmp_path / "one", f"{flags} --update-freq 2")
+    torchrun = [BIN / "torchrun", "--nproc_per_node", "2", "--no-python"]
+    log = train(tmp_path / "two", flags, before=torchrun)
+    assert "training on 2 devices" in log
+    one = read(tmp_path / "one" / "checkpoint_last.pt")["model"]
+    two = read(tmp_path / "two" / "checkpoint_last.pt")["model"]
+    moved = 0.0
+    for key in one:
+        # Adam divides by the root of the second moment, which blows up rounding of tiny gradients
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-4)
+        moved = max(moved, float(one[key].abs().max()))
+    assert moved > 0.01
+
+
+def test_an_epoch_is_defined_by_duration(train, tmp_path):
+    """10 utterances are not one update: at least --epoch-updates, all of them full."""
+    log = train(tmp_path / "ck", "--epoch-updates 20 --max-epoch 2")
+    updates = losses(log)
+    assert sorted(updates) == list(range(1, 41))
+    assert set(traced(log, "bsz").values()) == {"8"}
+    valid = [json.loads(line) for line in re.findall(r"\| valid \| (\{.*\})", log)]
+    # 8 utterances of valid: every accuracy is a multiple of 1/8
+    for row in valid:
+        assert float(row["valid_accuracy"]) % 12.5 == 0
+        assert float(row["valid_bsz"]) * 1 <= 8
+
+
+@pytest.mark.slow
+def test_other_speakers_from_a_checkpoint(train, run, tiny_recordings, tmp_path):
+    """--init-from takes the encoder and its sizes, makes new class weights, and can freeze."""
+    from fairseq_ext.speaker.prepare import PrepareOptions, prepare
+
+    train(tmp_path / "first", "--max-update 5 --pooling statistics")
+    other = tmp_path / "other"
+    some = tmp_path / "recordings"
+    for name in ("anna", "ben", "dora"):
+        (some / name).parent.mkdir(exist_ok=True)
+        (some / name).symlink_to(tiny_recordings / name)
+    prepare(some, other, PrepareOptions(workers=1, valid_fraction=0.2, test_fraction=0.2))
+    first = tmp_path / "first" / "checkpoint_last.pt"
+    flags = TRAIN.replace(SMALL, "")
+    command = [BIN / "fairseq-train", other, flags, "--save-dir", tmp_path / "second"]
+    run(*command, "--max-update 5 --freeze-encoder --init-from", first)
+    a, b = read(first), read(tmp_path / "second" / "checkpoint_last.pt")
+    assert b["cfg"]["model"]["pooling"] == "statistics" and b["cfg"]["model"]["d_model"] == 16
+    assert b["model"]["network.head.weight"].shape == (3, 16)
+    encoder = [k for k in a["model"] if ".head." not in k]
+    assert encoder and all(torch.equal(a["model"][k], b["model"][k]) for k in encoder)
+    # resuming a fine-tuning keeps what it has learned, and the same folder refuses other speakers
+    run(*command, "--max-update 8 --freeze-encoder --init-from", first)
+    c = read(tmp_path / "second" / "checkpoint_last.pt")
+    assert c["optimizer_history"][-1]["num_updates"] == 8
+    log = run(BIN / "fairseq-train", other, TRAIN, "--save-dir", tmp_path / "first", code=1)
+    assert "--init-from" in log.splitlines()[-1] and "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_a_recipe_trains_and_is_identified(run, repo_root, tiny_data, tmp_path):
+    """configs/speaker_id through fairseq-hydra-train, then average, validate and identify."""
+    save_dir = tmp_path / "ck"
+    log = run(
+        *(BIN / "fairseq-hydra-train", "--config-dir", repo_root / "configs" / "speaker_id"),
+        "--config-name libri251 model=conformer_speaker_classroom task.crop_frames=30",
+        f"task.data={tiny_data} checkpoint.save_dir={save_dir} optimization.max_update=12",
+        "task.epoch_updates=6 dataset.batch_size=8 checkpoint.no_epoch_checkpoints=false",
+    )
+    assert "num_updates 12" in log
+    average = tmp_path / "average.pt"
+    epochs = sorted(save_dir.glob("checkpoint[0-9].pt"))
+    assert len(epochs) == 2
+    run(sys.executable, "-m fairseq_ext.average", *epochs, "--output", average)
+    valid = run(
+        *(BIN / "fairseq-validate", tiny_data, "--user-dir fairseq_ext --task speaker_id"),
+        *("--path", average, "--batch-size 4"),
+    )
+    shown = float(re.findall(r"accuracy ([\d.]+)", valid)[-1])
+    output = tmp_path / "predictions.csv"
+    run(
+        *(sys.executable, "-m fairseq_ext.speaker.identify", tiny_data, "--path", average),
+        *("--subset valid --output", output),
+    )
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert np.isclose(100 * found["top1"], shown, atol=1e-3)
+
+
+def test_presets_and_recipes_say_the_same(repo_root):
+    import fairseq  # noqa: F401
+
+    from ext_common import compat
+
+    compat.apply()
+    from dataclasses import fields
+
+    from fairseq.models import MODEL_DATACLASS_REGISTRY
+
+    from fairseq_ext.speaker.model import PRESETS
+    from fairseq_ext.speaker.network import NetworkOptions
+
+    folder = repo_root / "configs" / "speaker_id" / "model"
+    assert {p.stem for p in folder.glob("*.yaml")} == set(PRESETS)
+    for name in PRESETS:
+        defaults = MODEL_DATACLASS_REGISTRY[name]()
+        known = {f.name: getattr(defaults, f.name) for f in fields(NetworkOptions)}
+        assert yaml.safe_load((folder / f"{name}.yaml").read_text()) == {"_name": name, **known}
+
+
+def test_default_is_small(repo_root):
+    from fairseq_ext.speaker.network import NetworkOptions, SpeakerNetwork
+
+    network = SpeakerNetwork(NetworkOptions(), 40, 600)
+    assert sum(p.numel() for p in network.parameters()) <= 1_400_000
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--pooling atentive_statistics", "attentive_statistics"),
+        ("--encoder conforma", "conformer"),
+        ("--augment chanel", "channel"),
+        ("--criterion softmax --head cosine", "--head"),
+        ("--freeze-encoder", "--init-from"),
+    ],
+)
+@pytest.mark.slow
+def test_mistakes_are_one_sentence(train, tmp_path, flags, words):
+    log = train(tmp_path / "ck", f"{flags} --max-update 1", code=1)
+    assert words in log.splitlines()[-1] and "Traceback" not in log
