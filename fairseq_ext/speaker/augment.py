@@ -42,6 +42,11 @@ class SpecAugmentOptions:
         default=0.1, metadata={"help": "largest width of each, as a share of the crop"}
     )
 
+    def __post_init__(self):
+        for name in ("freq_masks", "freq_width", "time_masks"):
+            _check(self, name, 0, float("inf"))
+        _check(self, "time_fraction", 0, 1)
+
 
 @dataclass
 class ChannelOptions:
@@ -53,6 +58,11 @@ class ChannelOptions:
         default=0.0, metadata={"help": "deviation of a smooth random response over frequency, dB"}
     )
 
+    def __post_init__(self):
+        _check(self, "gain_db", 0, 100)
+        _check(self, "tilt", 0, 0.99)
+        _check(self, "ripple_db", 0, 100)
+
 
 @dataclass
 class NoiseOptions:
@@ -60,10 +70,17 @@ class NoiseOptions:
     snr_low: float = field(default=5.0, metadata={"help": "lowest signal-to-noise ratio, dB"})
     snr_high: float = field(default=20.0, metadata={"help": "highest signal-to-noise ratio, dB"})
 
+    def __post_init__(self):
+        _check(self, "p", 0, 1)
+        _check(self, "snr_low", -100, self.snr_high)
+
 
 @dataclass
 class ReverbOptions:
     p: float = field(default=0.5, metadata={"help": "share of crops that get reverberation (--rir-dir)"})
+
+    def __post_init__(self):
+        _check(self, "p", 0, 1)
 
 
 @AUGMENTATIONS.register("specaugment", options=SpecAugmentOptions)
@@ -164,12 +181,13 @@ def reverberate(x: np.ndarray, impulse_response: np.ndarray) -> np.ndarray:
     decay starts at its loudest frame and is scaled to a total
     power of 1 a band on average, so that the colour of the room stays and the loudness does not change.
     """
+    # in float64: the rounding of the transform is relative to the loudest frame, 130 dB above the floor
+    impulse_response, x = impulse_response.astype(np.float64), x.astype(np.float64)
     decay = np.exp(impulse_response[np.argmax(np.exp(impulse_response).sum(1)) :][: len(x)])
     decay = decay / decay.sum(0).mean()
     power = np.exp(x)
     n = len(x) + len(decay) - 1
     wet = np.fft.irfft(np.fft.rfft(power, n, axis=0) * np.fft.rfft(decay, n, axis=0), n, axis=0)
-    # the transform's rounding error is relative to the loudest frame and may be negative
     return np.log(np.maximum(wet[: len(x)], power * decay[0])).astype(np.float32)
 
 
@@ -197,3 +215,9 @@ def mel_frequencies(n_mels: int, f_min: float, f_max: float) -> np.ndarray:
     low, high = (2595 * np.log10(1 + f / 700) for f in (f_min, f_max))
     mels = np.linspace(low, high, n_mels + 2)[1:-1]
     return 700 * (10 ** (mels / 2595) - 1)
+
+
+def _check(options, name: str, low: float, high: float) -> None:
+    value = getattr(options, name)
+    if not low <= value <= high:
+        raise ValueError(f"{name} {value} is not between {low} and {high}")

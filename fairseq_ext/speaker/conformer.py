@@ -228,7 +228,7 @@ class MaskedBatchNorm(nn.Module):
         mean, var = self.running_mean, self.running_var
         if self.training:
             valid = (x if padding_mask is None else x[~padding_mask]).reshape(-1, x.shape[-1])
-            valid = valid.float()
+            valid = valid.to(torch.promote_types(x.dtype, torch.float32))
             n = len(valid)
             if n < 2:
                 raise ValueError("batch normalisation needs at least 2 valid frames to train on")

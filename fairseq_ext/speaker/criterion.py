@@ -51,8 +51,12 @@ class SpeakerCriterion(FairseqCriterion):
         self.num_updates = num_updates
 
     def current_options(self) -> Dict:
-        """The options of the loss, with the margin as it is at this update."""
-        if not self.warmup:
+        """The options of the loss, with the margin as it is at this update of training.
+
+        Validation always has the whole margin, so that its losses can be compared through the warm-up
+        and `fairseq-validate`, which knows no update count, repeats them.
+        """
+        if not self.warmup or not self.training:
             return self.options
         return {**self.options, "m": margin_at(self.num_updates, self.options["m"], *self.warmup)}
 
@@ -118,7 +122,12 @@ def _register_criterion(name: str) -> None:
     own = [] if known is None else fields(known)
     base = MarginWarmup if any(f.name == "m" for f in own) else SpeakerCriterionConfig
     columns = [
-        (f.name, f.type, field(default=f.default, metadata=dict(f.metadata))) for f in own
+        (
+            f.name,
+            f.type,
+            field(default=f.default, default_factory=f.default_factory, metadata=dict(f.metadata)),
+        )
+        for f in own
     ]
     config = make_dataclass(f"{name}_config", columns, bases=(base,))
     # fairseq refuses a second criterion class of one name

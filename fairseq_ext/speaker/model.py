@@ -67,7 +67,10 @@ class SpeakerModelBase(BaseFairseqModel):
         elif cfg.freeze_encoder and not cfg.init_from:
             raise UserError("--freeze-encoder needs --init-from: a random encoder learns nothing")
         options = NetworkOptions(**{f.name: cfg[f.name] for f in fields(NetworkOptions)})
-        network = SpeakerNetwork(options, task.spec["n_mels"], len(task.speakers), cfg.head)
+        try:
+            network = SpeakerNetwork(options, task.spec["n_mels"], len(task.speakers), cfg.head)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         if weights is not None:
             network.load_state_dict(weights, strict=False)
         else:

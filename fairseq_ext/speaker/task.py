@@ -64,9 +64,9 @@ class SpeakerIdTask(FairseqTask):
     model can be used without the data it was trained on.
     """
 
-    def __init__(self, cfg: SpeakerIdConfig):
+    def __init__(self, cfg: SpeakerIdConfig, from_checkpoint: bool = False):
         super().__init__(cfg)
-        self.from_checkpoint = False
+        self.from_checkpoint = from_checkpoint
         self._corpus: Optional[Corpus] = None
         self.state.add_factory("speakers", lambda: list(self.corpus.speakers))
         self.state.add_factory("spec", lambda: self.corpus.spec.to_dict())
@@ -113,7 +113,7 @@ class SpeakerIdTask(FairseqTask):
         self.state.merge_state_dict(state_dict)
 
     def build_model(self, cfg, from_checkpoint=False):
-        self.from_checkpoint = from_checkpoint
+        self.from_checkpoint = self.from_checkpoint or from_checkpoint
         return super().build_model(cfg, from_checkpoint)
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs) -> None:

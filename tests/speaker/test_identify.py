@@ -46,16 +46,20 @@ def expected_names(data, checkpoint, split):
     return [corpus.ids[r] for r in rows], names, [corpus.speakers[corpus.labels[r]] for r in rows]
 
 
-def test_predictions_of_a_split(identify, tiny_data, tiny_checkpoint, capsys):
-    assert identify(tiny_data, "--subset", "train") == 0
-    ids, names, truth = expected_names(tiny_data, tiny_checkpoint, "train")
+def test_predictions_of_a_split(identify, tiny_data, save_checkpoint, capsys):
+    def never_carl(state):
+        state["model"]["network.head.weight"][2] *= -1
+
+    checkpoint = save_checkpoint(never_carl)
+    assert identify(tiny_data, "--subset", "train", path=checkpoint) == 0
+    ids, names, truth = expected_names(tiny_data, checkpoint, "train")
     head, *rows = read_csv("predictions.csv")
     assert head == ["Id", "Category"]
     assert rows == [[i, n] for i, n in zip(ids, names, strict=True)]
 
     metrics = json.load(open("metrics.json"))
     right = sum(n == t for n, t in zip(names, truth, strict=True))
-    assert 0 < right and metrics["top1"]["correct"] == right
+    assert 0 < right < len(truth) and metrics["top1"]["correct"] == right
     assert metrics["top1"]["total"] == len(truth)
     assert metrics["top1"]["accuracy"] == right / len(truth)
     assert metrics["top1"]["interval95"] == pytest.approx(wilson_interval(right, len(truth)))
@@ -68,12 +72,13 @@ def test_predictions_of_a_split(identify, tiny_data, tiny_checkpoint, capsys):
     assert sum(p["count"] for p in metrics["most_confused"]) == len(truth) - right
 
     shown = capsys.readouterr().out
+    assert "lowest: carl 0/" in shown and "carl → " in shown
     assert f"top-1 accuracy {100 * right / len(truth):.1f} % ({right} of {len(truth)}" in shown
     assert "top-5 accuracy 100.0 %" in shown and "95 % interval" in shown
     assert open("confusion.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n"
     manifest = json.load(open("predictions.manifest.json"))
     assert manifest["counts"]["in"] == manifest["counts"]["out"] == len(truth)
-    assert set(manifest["inputs"]) == {str(tiny_checkpoint), str(tiny_data / "corpus.json")}
+    assert set(manifest["inputs"]) == {str(checkpoint), str(tiny_data / "corpus.json")}
     assert sorted(os.listdir()) == [
         "confusion.png",
         "metrics.json",

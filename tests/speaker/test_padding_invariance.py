@@ -114,19 +114,19 @@ def test_alone_is_as_in_a_batch(options, train):
 def test_more_padding_changes_nothing(options, train):
     """Also in training with batch statistics: those are of the valid frames, and so are the running ones."""
     case = Case(options, train=train)
+    # in float64, where nothing but the padding can make a difference of 1e-9
+    case.net.double()
+    case.x = case.x.double()
     first = case.run(case.x, case.mask)
     for more in (1, 7, 64):
         x = F.pad(case.x, (0, 0, 0, more), value=3.0)
         logits, grad, grads, buffers = case.run(x, F.pad(case.mask, (0, more), value=True))
-        close(logits, first[0])
-        scale = max(1.0, float(grad.abs().max()))
-        close(grad[:, : case.x.shape[1]] / scale, first[1] / scale)
-        # one scale for all: those before a batch norm are sums that cancel to nothing
-        scale = max(1.0, *(float(v.abs().max()) for v in grads.values()))
+        close(logits, first[0], 1e-9)
+        close(grad[:, : case.x.shape[1]], first[1], 1e-7)
         for k, v in grads.items():
-            close(v / scale, first[2][k] / scale)
+            close(v, first[2][k], 1e-7)
         for k, v in buffers.items():
-            close(v, first[3][k])
+            close(v, first[3][k], 1e-9)
             moved = train and "running" in k
             assert moved or torch.equal(v, dict(case.net.named_buffers())[k])
 
