@@ -119,7 +119,9 @@ def one(name: str, recipe_name: str, changes: dict, data: str, prepared: dict, w
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("groups", nargs="*", help="main, ablation, digits (default: all)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "speaker_tables")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -133,7 +135,9 @@ def main() -> None:
             "libri251-shifted": prepare_shifted(args.work),
             "fsdd": prepare_digits(args.work),
         }
-        chosen = {n: r for n, r in all_runs().items() if not args.groups or n.split("-")[0] in args.groups}
+        chosen = {
+            n: r for n, r in all_runs().items() if not args.groups or n.split("-")[0] in args.groups
+        }
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda item: one(item[0], *item[1], prepared, args.work), chosen.items()))
     print(report(RESULTS))

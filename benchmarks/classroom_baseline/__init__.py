@@ -6,11 +6,11 @@ Linear 40→80, one post-norm `nn.TransformerEncoderLayer` (d 80, 2 heads, ffn 2
 
 from dataclasses import dataclass
 
-import fairseq_ext  # noqa: F401
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models import BaseFairseqModel, register_model
 from torch import nn
 
+import fairseq_ext  # noqa: F401
 from fairseq_ext.speaker.pooling import MeanPooling
 
 

@@ -77,7 +77,9 @@ class NoiseOptions:
 
 @dataclass
 class ReverbOptions:
-    p: float = field(default=0.5, metadata={"help": "share of crops that get reverberation (--rir-dir)"})
+    p: float = field(
+        default=0.5, metadata={"help": "share of crops that get reverberation (--rir-dir)"}
+    )
 
     def __post_init__(self):
         _check(self, "p", 0, 1)
@@ -125,7 +127,9 @@ def random_noise(
     """A random stretch of the recordings under --noise-dir, at a random signal-to-noise ratio."""
     o = NoiseOptions(**options)
     if not context.noises:
-        raise UserError("augmentation 'noise' has nothing to add: give --noise-dir a folder of audio")
+        raise UserError(
+            "augmentation 'noise' has nothing to add: give --noise-dir a folder of audio"
+        )
     if rng.random() >= o.p:
         return x
     noise = context.noises[rng.integers(len(context.noises))]
@@ -194,8 +198,8 @@ def reverberate(x: np.ndarray, impulse_response: np.ndarray) -> np.ndarray:
 def change_speed(x: np.ndarray, factor: float, frames: int, frequencies: np.ndarray) -> np.ndarray:
     """`frames` frames of x played `factor` times as fast: time and frequency axes are stretched alike.
 
-    x is (T, n_mels) with T ≥ (frames − 1) · factor + 1 or shorter (its end is repeated); frequencies (n_mels,)
-    are the centres of the bands, in Hz.
+    x is (T, n_mels) with T ≥ (frames − 1) · factor + 1 or shorter (its end is repeated); frequencies
+    (n_mels,) are the centres of the bands, in Hz.
     """
     if factor == 1:
         return x[:frames]

@@ -126,7 +126,9 @@ class FeedForward(nn.Module):
 class SelfAttention(nn.Module):
     """LayerNorm, multi-head scaled dot-product attention over the valid frames, dropout."""
 
-    def __init__(self, d_model: int, nhead: int, dropout: float = 0.0, attention_dropout: float = 0.0):
+    def __init__(
+        self, d_model: int, nhead: int, dropout: float = 0.0, attention_dropout: float = 0.0
+    ):
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
         self.attention = MultiHeadAttention(d_model, nhead, attention_dropout)

@@ -100,7 +100,7 @@ class SpeakerCriterion(FairseqCriterion):
 
 
 def register_margin(name: str, options=None) -> Callable:
-    """Enter a loss `f(logits, labels, reduction, **options)` in MARGINS and as fairseq's `--criterion name`."""
+    """Enter a loss f(logits, labels, reduction, **options) in MARGINS and as `--criterion name`."""
 
     def enter(function: Callable) -> Callable:
         MARGINS.register(name, options=options)(function)

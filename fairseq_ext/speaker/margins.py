@@ -19,7 +19,9 @@ MARGINS = Registry("margin")
 @dataclass
 class MarginOptions:
     s: float = field(default=30.0, metadata={"help": "scale of the cosines before the softmax"})
-    m: float = field(default=0.2, metadata={"help": "margin taken from the target (AM: cosine, AAM: radians)"})
+    m: float = field(
+        default=0.2, metadata={"help": "margin taken from the target (AM: cosine, AAM: radians)"}
+    )
 
 
 @MARGINS.register("am_softmax", options=MarginOptions)
@@ -78,4 +80,6 @@ def _full_precision(logits: Tensor) -> Tensor:
 def _scaled_cross_entropy(
     logits: Tensor, labels: Tensor, target: Tensor, s: float, reduction: str
 ) -> Tensor:
-    return F.cross_entropy(s * logits.scatter(1, labels[:, None], target), labels, reduction=reduction)
+    return F.cross_entropy(
+        s * logits.scatter(1, labels[:, None], target), labels, reduction=reduction
+    )

@@ -72,7 +72,8 @@ class SpeakerModelBase(BaseFairseqModel):
         except ValueError as error:
             raise UserError(str(error)) from None
         if weights is not None:
-            network.load_state_dict(weights, strict=False)
+            # all but the class weights, which stay as they were drawn
+            network.load_state_dict({**weights, **head_of(network)})
         else:
             network.feature_mean.copy_(torch.as_tensor(task.feature_mean))
             network.feature_std.copy_(torch.as_tensor(task.feature_std))
@@ -100,6 +101,11 @@ class SpeakerModelBase(BaseFairseqModel):
                 f" {tuple(mine)}: to start from it with other speakers, give --init-from CHECKPOINT and"
                 " a new --save-dir"
             )
+
+
+def head_of(network: SpeakerNetwork) -> Dict[str, Tensor]:
+    """The part of the state that belongs to the speakers and not to speech."""
+    return {k: v for k, v in network.state_dict().items() if k.startswith("head.")}
 
 
 def _take_over_encoder(cfg, task) -> Dict[str, Tensor]:

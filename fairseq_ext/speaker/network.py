@@ -27,7 +27,9 @@ class NetworkOptions(EncoderOptions):
     )
     aggregate_layers: bool = field(
         default=False,
-        metadata={"help": "pool the outputs of all blocks side by side (MFA-Conformer), not the last"},
+        metadata={
+            "help": "pool the outputs of all blocks side by side (MFA-Conformer), not the last"
+        },
     )
     feature_norm: str = field(
         default="global",
@@ -67,7 +69,9 @@ class SpeakerNetwork(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(n_mels))
         self.register_buffer("feature_std", torch.ones(n_mels))
         self.input = nn.Linear(n_mels * o.frame_stack, o.d_model)
-        encoder_fields = {k: v for k, v in asdict(o).items() if k in EncoderOptions.__dataclass_fields__}
+        encoder_fields = {
+            k: v for k, v in asdict(o).items() if k in EncoderOptions.__dataclass_fields__
+        }
         self.encoder = ENCODERS.get(o.encoder)(**encoder_fields)
         width = o.d_model * (o.layers if o.aggregate_layers else 1)
         self.encoder_norm = nn.LayerNorm(width)
@@ -78,9 +82,7 @@ class SpeakerNetwork(nn.Module):
         self.head = Head(o.embedding_dim, classes, head, o.subcenters)
 
     def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None) -> Dict[str, Tensor]:
-        x = normalise(
-            source, padding_mask, self.feature_norm, self.feature_mean, self.feature_std
-        )
+        x = normalise(source, padding_mask, self.feature_norm, self.feature_mean, self.feature_std)
         x, padding_mask = stack_frames(x, padding_mask, self.frame_stack)
         layers = self.encoder(self.input(x), padding_mask)
         x = self.encoder_norm(torch.cat(layers, -1) if self.aggregate_layers else layers[-1])
@@ -92,7 +94,8 @@ class SpeakerNetwork(nn.Module):
 class Head(nn.Module):
     """Class weights: (B, D) → (B, classes).
 
-    cosine: max over a class's sub-centres (Deng et al. 2020) of cos(x, w), in float32, no bias; linear: W x + b.
+    cosine: max over a class's sub-centres (Deng et al. 2020) of cos(x, w), in float32, no bias;
+    linear: W x + b.
     """
 
     def __init__(self, dim: int, classes: int, kind: str = "cosine", subcenters: int = 1):
@@ -111,7 +114,9 @@ class Head(nn.Module):
             return F.linear(x, self.weight, self.bias)
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            cosines = F.linear(F.normalize(x.to(dtype), dim=1), F.normalize(self.weight.to(dtype), dim=1))
+            cosines = F.linear(
+                F.normalize(x.to(dtype), dim=1), F.normalize(self.weight.to(dtype), dim=1)
+            )
         if self.subcenters > 1:
             cosines = cosines.view(len(x), -1, self.subcenters).amax(-1)
         return cosines

@@ -87,7 +87,7 @@ class SelfAttentivePooling(nn.Module):
 
 @POOLINGS.register("attentive_statistics", options=AttentiveStatisticsOptions)
 class AttentiveStatisticsPooling(nn.Module):
-    """Weighted mean and standard deviation (Okabe et al. 2018; per channel: Desplanques et al. 2020): C → 2 C."""
+    """Weighted mean and standard deviation (Okabe 2018; per channel: Desplanques 2020): C → 2 C."""
 
     def __init__(self, d_model: int, hidden: int = 64, per_channel: bool = True):
         super().__init__()
@@ -101,8 +101,9 @@ class AttentiveStatisticsPooling(nn.Module):
 
 @POOLINGS.register("self_attention", options=SelfAttentionOptions)
 class SelfAttentionPooling(nn.Module):
-    """Multi-head scaled dot-product self-attention over the valid frames, then their mean: (B, T, C) → (B, C).
+    """Multi-head scaled dot-product self-attention over the valid frames, then their mean.
 
+    (B, T, C) → (B, C).
     Vaswani et al. 2017, eq. (1), followed by the masked mean over time.
     """
 

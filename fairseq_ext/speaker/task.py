@@ -23,13 +23,17 @@ AUDIO = {".wav", ".flac", ".ogg", ".mp3"}
 
 @dataclass
 class SpeakerIdConfig(FairseqDataclass):
-    data: str = field(default=MISSING, metadata={"help": "folder made by fairseq_ext.speaker.prepare"})
+    data: str = field(
+        default=MISSING, metadata={"help": "folder made by fairseq_ext.speaker.prepare"}
+    )
     crop_frames: int = field(
         default=101, metadata={"help": "length of a training crop, frames of 10 ms"}
     )
     epoch_updates: int = field(
         default=200,
-        metadata={"help": "an epoch covers the recordings once, but has at least this many updates"},
+        metadata={
+            "help": "an epoch covers the recordings once, but has at least this many updates"
+        },
     )
     augment: str = field(
         default="channel",
@@ -120,7 +124,9 @@ class SpeakerIdTask(FairseqTask):
         rows = self.corpus.rows(split)
         rows = rows[self.corpus.labels[rows] >= 0]
         if not len(rows):
-            raise UserError(f"{self.cfg.data}: split {split!r} has no utterance with a known speaker")
+            raise UserError(
+                f"{self.cfg.data}: split {split!r} has no utterance with a known speaker"
+            )
         if split != "train":
             self.datasets[split] = UtteranceDataset(self.corpus, rows)
             return
@@ -197,7 +203,9 @@ class SpeakerIdTask(FairseqTask):
         values = list(self.cfg.update_freq or [1])
         return values[min(epoch, len(values)) - 1]
 
-    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs):
+    def train_step(
+        self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs
+    ):
         criterion.set_num_updates(update_num)
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
@@ -221,7 +229,9 @@ def read_collection(folder: Optional[str], spec: FeatureSpec) -> List[np.ndarray
         corpus = Corpus.open(folder)
         if corpus.spec != spec:
             raise UserError(f"{folder} was prepared with other features than the training data")
-        return [corpus.features[o : o + n] for o, n in zip(corpus.offsets, corpus.lengths)]
+        return [
+            corpus.features[o : o + n] for o, n in zip(corpus.offsets, corpus.lengths, strict=True)
+        ]
     files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in AUDIO)
     if not files:
         raise UserError(f"{folder} has no audio files ({', '.join(sorted(AUDIO))})")

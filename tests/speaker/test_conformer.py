@@ -1,4 +1,4 @@
-"""The encoder against torchaudio's Conformer and torch's attention; dropout against the binomial."""
+"""The encoder against torchaudio's Conformer and torch's attention; dropout against binomials."""
 
 import math
 
@@ -355,7 +355,7 @@ class TestDropout:
         x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(seeded, (x,))
 
-    @pytest.mark.parametrize("shape", [(0,), (1,), (2,), (3,), (5,), (2, 0, 3), (3, 7), (2, 3, 5), ()])
+    @pytest.mark.parametrize("shape", [(0,), (1,), (2,), (3,), (5,), (2, 0, 3), (3, 7), ()])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
     def test_any_size_and_type(self, shape, dtype):
         x = torch.ones(shape, dtype=dtype, requires_grad=True)

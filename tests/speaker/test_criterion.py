@@ -154,7 +154,8 @@ def test_validation_always_has_the_whole_margin():
     """Losses stay comparable, and fairseq-validate, which knows no update, repeats them."""
     one = criterion(s=10.0, m=0.4, margin_start=10, margin_end=30).eval()
     batch = sample(5)
-    expected = am_softmax(batch["net_input"]["source"], batch["target"], s=10.0, m=0.4, reduction="sum")
+    scores, target = batch["net_input"]["source"], batch["target"]
+    expected = am_softmax(scores, target, s=10.0, m=0.4, reduction="sum")
     for update in (0, 20, 50):
         one.set_num_updates(update)
         loss, _, log = one(Scores(), batch)

@@ -25,8 +25,10 @@ def corpus_of(lengths, labels=None):
     lengths = np.array(lengths, dtype=np.int64)
     offsets = np.cumsum(lengths) - lengths
     features = np.concatenate(
-        [np.stack([np.full(n, u), np.arange(n), o + np.arange(n)], 1) for u, (n, o) in
-         enumerate(zip(lengths, offsets, strict=True))]
+        [
+            np.stack([np.full(n, u), np.arange(n), o + np.arange(n)], 1)
+            for u, (n, o) in enumerate(zip(lengths, offsets, strict=True))
+        ]
     ).astype(np.float32)
     features.flags.writeable = False
     count = len(lengths)
@@ -295,7 +297,8 @@ class TestBatches:
         assert sorted(map(sorted, batches)) == [[0], [1, 2], [3]]
 
     def test_course_lengths_cost_what_was_asked_for(self):
-        sizes = np.random.default_rng(0).lognormal(np.log(541), 0.6, 3000).clip(91, 7193).astype(int)
+        rng = np.random.default_rng(0)
+        sizes = rng.lognormal(np.log(541), 0.6, 3000).clip(91, 7193).astype(int)
         batches = batches_by_frames(sizes, 40000)
         assert max(len(b) * sizes[b].max() for b in batches) <= 40000
         padded = sum(len(b) * sizes[b].max() for b in batches)

@@ -74,7 +74,7 @@ def test_global_normalisation_uses_the_buffers():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_stacked_frames(n):
-    """Every T from 1 to 70: ⌈T / n⌉ stacks, frames in order, zeros behind the end, mask to match."""
+    """Every T from 1 to 70: ⌈T / n⌉ stacks, frames in order, zeros behind, mask to match."""
     for length in range(1, 71):
         x = torch.arange(1, length * 2 + 1).float().reshape(1, length, 2)
         y, mask = stack_frames(x, None, n)

@@ -1,4 +1,4 @@
-"""An utterance scores the same whatever else is in its batch: every encoder, pooling and criterion."""
+"""An utterance scores the same whatever is in its batch: each encoder, pooling, criterion."""
 
 import itertools
 
@@ -13,9 +13,11 @@ from fairseq_ext.speaker.pooling import POOLINGS
 
 MELS, CLASSES, KERNEL = 6, 5, 7
 LENGTHS = [23, 11, 1]
-TINY = dict(d_model=8, nhead=2, d_ffn=12, layers=2, kernel_size=KERNEL, dropout=0.0, embedding_dim=8)
+TINY = dict(
+    d_model=8, nhead=2, d_ffn=12, layers=2, kernel_size=KERNEL, dropout=0.0, embedding_dim=8
+)
 
-# Every encoder × pooling × criterion, and every other option that touches time with each of the encoders.
+# Every encoder × pooling × criterion, and every other option that touches time with each encoder.
 PARTS = [
     dict(encoder=e, pooling=p, criterion=c)
     for e, p, c in itertools.product(ENCODERS.names(), POOLINGS.names(), MARGINS.names())
@@ -23,7 +25,11 @@ PARTS = [
 REST = [
     dict(encoder=e, conv_norm=n, feature_norm=f, frame_stack=k, aggregate_layers=a)
     for e, n, f, k, a in itertools.product(
-        ENCODERS.names(), ["layer", "batch"], ["none", "global", "utterance"], [1, 2, 3], [False, True]
+        ENCODERS.names(),
+        ["layer", "batch"],
+        ["none", "global", "utterance"],
+        [1, 2, 3],
+        [False, True],
     )
     if n == "layer" or e == "conformer"
 ]
@@ -112,7 +118,7 @@ def test_alone_is_as_in_a_batch(options, train):
 @everything
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_more_padding_changes_nothing(options, train):
-    """Also in training with batch statistics: those are of the valid frames, and so are the running ones."""
+    """Also in training with batch statistics: those, and the running ones, are of valid frames."""
     case = Case(options, train=train)
     # in float64, where nothing but the padding can make a difference of 1e-9
     case.net.double()

@@ -1,4 +1,4 @@
-"""The task: nothing dropped, new crops every epoch in every worker, what travels in the checkpoint."""
+"""The task: nothing dropped, new crops every epoch in every worker, names in the checkpoint."""
 
 import fairseq  # noqa: F401
 import numpy as np
@@ -35,11 +35,8 @@ def corpus_of(lengths):
 
 
 def task_of(**changes):
-    return SpeakerIdTask(
-        SpeakerIdConfig(
-            **{"data": "none", "crop_frames": 5, "epoch_updates": 4, "seed": 1, "update_freq": [1], **changes}
-        )
-    )
+    own = dict(data="none", crop_frames=5, epoch_updates=4, seed=1, update_freq=[1])
+    return SpeakerIdTask(SpeakerIdConfig(**{**own, **changes}))
 
 
 def crops(lengths, task, seed=1):
@@ -94,7 +91,7 @@ def test_no_utterance_is_dropped_in_validation(count):
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 20])
 @pytest.mark.parametrize("batch_size, update_freq, shards", [(4, 1, 1), (8, 1, 2), (3, 2, 2)])
 def test_training_epoch(count, batch_size, update_freq, shards):
-    """Full batches, epoch_updates at least, every utterance, and no crop twice over the processes."""
+    """Full batches, epoch_updates at least, every utterance, no crop in two processes."""
     task = task_of(update_freq=[update_freq])
     lengths = np.random.default_rng(count).integers(1, 40, count)
     found, sizes = {}, []
@@ -138,7 +135,7 @@ def test_batches_are_those_of_one_process():
 
 
 def test_workers_see_the_epoch_they_work_for():
-    """Two epochs, two crops; the same in 0 and 2 workers, and in a run that starts at the second."""
+    """Two epochs, two crops; the same in 0 and 2 workers, and when started at the second."""
     lengths = [200, 300, 100]
     runs = {}
     for workers in (0, 2):
@@ -227,7 +224,7 @@ class TestOnPreparedData:
         with pytest.raises(UserError, match="--noise-dir"):
             task.dataset("train")[0]
 
-    def test_noise_from_audio_and_from_a_prepared_folder(self, tiny_data, tiny_recordings, tmp_path):
+    def test_noise_from_audio_and_prepared_folders(self, tiny_data, tiny_recordings, tmp_path):
         from fairseq_ext.speaker.task import read_collection
 
         spec = Corpus.open(tiny_data).spec

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Set everything up and run a main job of this project, from data to pictures.
+#
+#     bash scripts/quickstart.sh [speaker] [OPTION...]
+#
+# speaker: make recordings of synthetic voices, train a model that tells them apart, test it.
+#          Options: bash scripts/quickstart.sh speaker --help
+#
+# Safe to call again: it continues where it was stopped and skips what is done.
+set -euo pipefail
+scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+root=$(dirname "$scripts")
+jobs="speaker"
+
+case "${1:-}" in
+-h | --help)
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$scripts/quickstart.sh" | sed '$d'
+    exit 0
+    ;;
+"" | -*) job=speaker ;;
+*)
+    job=$1
+    shift
+    ;;
+esac
+case " $jobs " in
+*" $job "*) ;;
+*)
+    echo "error: there is no quickstart '$job': known are: $jobs" >&2
+    exit 2
+    ;;
+esac
+
+trap 'echo "stopped: the same command continues" >&2; exit 130' INT
+bash "$scripts/setup.sh" demo
+exec "$root/.venv/bin/python" "$scripts/quickstart/$job.py" "$@"
