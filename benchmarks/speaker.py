@@ -5,7 +5,7 @@
 Training step against torchaudio's Conformer of the same size, reading crops against one torch.load
 an utterance, embeddings against torchaudio's Conformer and SpeechBrain's ECAPA-TDNN of equal size
 (where it is installed: pip install -e .[bench]). Sides alternate in one process; the ratio is that
-of the medians, with the smallest and largest of a round; memory is measured in a fresh process each.
+of the medians, with the smallest and largest of a round; memory is measured in fresh processes.
 What the machine does besides costs both sides, but not alike: run it when it does nothing else.
 """
 
@@ -189,9 +189,9 @@ def measure_case(case, folder, options):
     rates = alternate(
         sides, rounds, case.warmup, before=lambda name: prepare[name] and prepare[name]()
     )
-    memory = {}
-    if case.memory:
-        memory = {name: memory_in_process(case, name, folder, options) for name in case.sides}
+    measured = case.sides if case.memory else []
+    measured = measured[:1] if options.quick else measured
+    memory = {name: memory_in_process(case, name, folder, options) for name in measured}
     return {
         "case": case.name,
         "unit": case.unit,

@@ -168,8 +168,8 @@ def embedding_networks() -> dict:
 def embedding_side(side: str, size: Size, networks: dict) -> Side:
     """Embeddings of `size.embed` utterances of the course's lengths.
 
-    ours: `SpeakerModel.embed`. "NAME, one by one": an utterance a call. "NAME, batches of 8": in the
-    order of the files, padded to the longest.
+    ours: `SpeakerModel.embed`. "NAME, one by one": an utterance a call. "NAME, batches of 8": in
+    the order of the files, padded to the longest.
     """
     features = utterances(size.embed)
     name, _, how = side.partition(", ")

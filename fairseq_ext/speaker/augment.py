@@ -35,9 +35,9 @@ class Context:
 
 @dataclass
 class SpecAugmentOptions:
-    freq_masks: int = field(default=2, metadata={"help": "masks over mel bands"})
-    freq_width: int = field(default=6, metadata={"help": "largest width of each, in bands"})
-    time_masks: int = field(default=2, metadata={"help": "masks over time"})
+    freq_masks: int = field(default=1, metadata={"help": "masks over mel bands"})
+    freq_width: int = field(default=5, metadata={"help": "largest width of each, in bands"})
+    time_masks: int = field(default=1, metadata={"help": "masks over time"})
     time_fraction: float = field(
         default=0.1, metadata={"help": "largest width of each, as a share of the crop"}
     )

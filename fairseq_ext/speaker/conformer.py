@@ -25,7 +25,7 @@ class EncoderOptions:
     d_model: int = field(default=112, metadata={"help": "width of the encoder"})
     nhead: int = field(default=4, metadata={"help": "attention heads"})
     d_ffn: int = field(default=256, metadata={"help": "width of the feed-forward layers"})
-    layers: int = field(default=2, metadata={"help": "number of blocks"})
+    layers: int = field(default=3, metadata={"help": "number of blocks"})
     dropout: float = field(default=0.1, metadata={"help": "dropout in every sub-layer"})
     attention_dropout: float = field(
         default=0.0, metadata={"help": "dropout on the attention weights"}

@@ -75,21 +75,31 @@ class CropDataset(FairseqDataset):
         crops = -(-crops // multiple_of) * multiple_of
         self.utterance = np.repeat(np.arange(len(lengths)), allocate(lengths, crops))
         self.sizes = np.minimum(lengths, self.crop_frames)[self.utterance]
+        self._draw_places()
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+        self._draw_places()
+
+    def _draw_places(self) -> None:
+        # one generator an epoch: one a crop takes longer than reading the crop
+        rng = np.random.default_rng((self.seed, self.epoch, 0, 1))
+        self.places = rng.random(len(self.utterance))
 
     # crops of the next epoch are other crops: batches must not be kept
     can_reuse_epoch_itr_across_epochs = False
 
     def __getitem__(self, index: int) -> Dict:
-        rng = np.random.default_rng((self.seed, self.epoch, index))
         row = int(self.rows[self.utterance[index]])
-        factor = rng.uniform(1 - self.speed, 1 + self.speed) if self.speed else 1.0
         length = int(self.corpus.lengths[row])
+        rng, factor = None, 1.0
+        if self.speed or self.steps:
+            rng = np.random.default_rng((self.seed, self.epoch, index))
+        if self.speed:
+            factor = rng.uniform(1 - self.speed, 1 + self.speed)
         frames = min(self.crop_frames, max(1, int(length / factor)))
         needed = min(length, int(np.ceil((frames - 1) * factor)) + 1)
-        start = int(rng.integers(0, length - needed + 1))
+        start = int(self.places[index] * (length - needed + 1))
         x = self.corpus.read(row, start, needed)
         if factor != 1:
             x = change_speed(x, factor, frames, self.context.frequencies)

@@ -23,7 +23,7 @@ from ext_common.cli import UserError
 from fairseq_ext.speaker.features import FeatureSpec, audio_features
 
 # Padded frames in one batch, as the task's max_valid_frames.
-MAX_FRAMES = 40000
+MAX_FRAMES = 4000
 # Features that are held at a time to be batched by length, in batches.
 WINDOW = 10
 OUR_PLUGIN = "fairseq_ext"

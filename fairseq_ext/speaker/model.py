@@ -15,10 +15,10 @@ from fairseq_ext.speaker.network import NetworkOptions, SpeakerNetwork
 # Sizes by name; the recipes under configs/speaker_id say the same (a test compares them).
 PRESETS = {
     "conformer_speaker": {},
-    "conformer_speaker_classroom": dict(d_model=80, nhead=2, d_ffn=256, layers=2),
-    "conformer_speaker_large": dict(
-        d_model=256, nhead=4, d_ffn=1024, layers=6, aggregate_layers=True, embedding_dim=192
+    "conformer_speaker_classroom": dict(
+        d_model=80, nhead=2, d_ffn=256, layers=2, pooled_layers="last", embedding_dim=128
     ),
+    "conformer_speaker_large": dict(d_model=256, nhead=4, d_ffn=1024, layers=6, embedding_dim=256),
     "transformer_speaker": dict(encoder="transformer"),
 }
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_ext.speaker.conformer import ENCODERS, EncoderOptions, zero_padding
+from fairseq_ext.speaker.kernels import Linear
 from fairseq_ext.speaker.pooling import POOLINGS
 
 FEATURE_NORMS = ("none", "global", "utterance")
@@ -25,10 +26,11 @@ class NetworkOptions(EncoderOptions):
     pooling_options: str = field(
         default="", metadata={"help": "options of the pooling, as key=value,key=value"}
     )
-    aggregate_layers: bool = field(
-        default=False,
+    pooled_layers: str = field(
+        default="all",
         metadata={
-            "help": "pool the outputs of all blocks side by side (MFA-Conformer), not the last"
+            "help": "whose outputs are pooled: all blocks' side by side (MFA-Conformer), or the last's",
+            "choices": ["all", "last"],
         },
     )
     feature_norm: str = field(
@@ -40,9 +42,19 @@ class NetworkOptions(EncoderOptions):
         },
     )
     frame_stack: int = field(
-        default=1, metadata={"help": "neighbouring frames the encoder takes as one"}
+        default=1,
+        metadata={"help": "neighbouring frames the encoder takes as one (linear front end)"},
     )
-    embedding_dim: int = field(default=128, metadata={"help": "width of the speaker embedding"})
+    front_end: str = field(
+        default="linear",
+        metadata={
+            "help": "what brings the features to d_model: linear, or conv (two 3 × 3 convolutions over"
+            " time and frequency, which halve the frames)",
+            "choices": ["linear", "conv"],
+        },
+    )
+    front_channels: int = field(default=32, metadata={"help": "channels of the conv front end"})
+    embedding_dim: int = field(default=192, metadata={"help": "width of the speaker embedding"})
     embedding_dropout: float = field(default=0.0, metadata={"help": "dropout on the embedding"})
     subcenters: int = field(
         default=1, metadata={"help": "class weights a speaker, the nearest counts (cosine head)"}
@@ -63,17 +75,19 @@ class SpeakerNetwork(nn.Module):
             raise ValueError(f"unknown feature_norm {o.feature_norm!r}: known are {known}")
         if o.frame_stack < 1 or o.subcenters < 1 or o.layers < 1:
             raise ValueError("frame_stack, subcenters and layers are at least 1")
-        self.feature_norm, self.frame_stack = o.feature_norm, o.frame_stack
-        self.aggregate_layers = o.aggregate_layers
+        self.feature_norm = o.feature_norm
+        if o.pooled_layers not in ("all", "last"):
+            raise ValueError(f"unknown pooled_layers {o.pooled_layers!r}: known are all, last")
+        self.pooled_layers = o.pooled_layers
         # the statistics of the training data, set by the task and kept in the checkpoint
         self.register_buffer("feature_mean", torch.zeros(n_mels))
         self.register_buffer("feature_std", torch.ones(n_mels))
-        self.input = nn.Linear(n_mels * o.frame_stack, o.d_model)
+        self.input = front_end(o, n_mels)
         encoder_fields = {
             k: v for k, v in asdict(o).items() if k in EncoderOptions.__dataclass_fields__
         }
         self.encoder = ENCODERS.get(o.encoder)(**encoder_fields)
-        width = o.d_model * (o.layers if o.aggregate_layers else 1)
+        width = o.d_model * (o.layers if o.pooled_layers == "all" else 1)
         self.encoder_norm = nn.LayerNorm(width)
         self.pooling = POOLINGS.build(o.pooling, width, options=o.pooling_options)
         self.embedding = nn.Linear(self.pooling.output_dim, o.embedding_dim)
@@ -83,12 +97,47 @@ class SpeakerNetwork(nn.Module):
 
     def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None) -> Dict[str, Tensor]:
         x = normalise(source, padding_mask, self.feature_norm, self.feature_mean, self.feature_std)
-        x, padding_mask = stack_frames(x, padding_mask, self.frame_stack)
-        layers = self.encoder(self.input(x), padding_mask)
-        x = self.encoder_norm(torch.cat(layers, -1) if self.aggregate_layers else layers[-1])
+        x, padding_mask = self.input(x, padding_mask)
+        layers = self.encoder(x, padding_mask)
+        x = self.encoder_norm(torch.cat(layers, -1) if self.pooled_layers == "all" else layers[-1])
         pooled = self.pooling(x, padding_mask)
         embedding = self.embedding(self.embedding_norm(pooled))
         return {"embedding": embedding, "logits": self.head(self.dropout(embedding))}
+
+
+class LinearFrontEnd(nn.Module):
+    """`stack` neighbouring frames side by side → one linear layer: (B, T, F) → (B, ⌈T / stack⌉, d)."""
+
+    def __init__(self, n_mels: int, d_model: int, stack: int):
+        super().__init__()
+        self.stack = stack
+        self.linear = Linear(n_mels * stack, d_model)
+
+    def forward(self, x: Tensor, padding_mask: Optional[Tensor]):
+        x, padding_mask = stack_frames(x, padding_mask, self.stack)
+        return self.linear(x), padding_mask
+
+
+class ConvFrontEnd(nn.Module):
+    """Two 3 × 3 convolutions with SiLU over time and frequency: (B, T, F) → (B, ⌈T / 2⌉, d).
+
+    Strides are (2, 2) and (1, 2), as the subsampling of Gulati et al. 2020 with half its step in time.
+    Padded frames are zeroed before each convolution: past its end an utterance sees zeros, as alone.
+    """
+
+    def __init__(self, n_mels: int, d_model: int, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, channels, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=(1, 2), padding=1)
+        self.linear = Linear(channels * -(-n_mels // 4), d_model)
+
+    def forward(self, x: Tensor, padding_mask: Optional[Tensor]):
+        x = F.silu(self.conv1(x.unsqueeze(1)))
+        if padding_mask is not None:
+            padding_mask = padding_mask[:, ::2]
+            x = x.masked_fill(padding_mask[:, None, :, None], 0)
+        x = F.silu(self.conv2(x))
+        return self.linear(x.permute(0, 2, 1, 3).flatten(2)), padding_mask
 
 
 class Head(nn.Module):
@@ -120,6 +169,15 @@ class Head(nn.Module):
         if self.subcenters > 1:
             cosines = cosines.view(len(x), -1, self.subcenters).amax(-1)
         return cosines
+
+
+def front_end(o: NetworkOptions, n_mels: int) -> nn.Module:
+    """The module that `NetworkOptions.front_end` names."""
+    if o.front_end == "linear":
+        return LinearFrontEnd(n_mels, o.d_model, o.frame_stack)
+    if o.front_end != "conv":
+        raise ValueError(f"unknown front_end {o.front_end!r}: known are linear, conv")
+    return ConvFrontEnd(n_mels, o.d_model, o.front_channels)
 
 
 def normalise(

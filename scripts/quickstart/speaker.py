@@ -133,7 +133,7 @@ def prepare(steps, recordings, how):
     data = steps.folder / "data"
     command = ["python", "-m", "fairseq_ext.speaker.prepare", recordings, data, *how]
     # Of the user's own files only the command itself knows whether they are still the same.
-    ours = recordings == steps.folder / "recordings"
+    ours = Path(recordings) == steps.folder / "recordings"
     corpus = data / "corpus.json"
     try:
         steps.do("prepare features", command, outputs=[corpus], always=not ours)
@@ -242,8 +242,8 @@ def meaning(options, subset):
         )
     if options.data == "fsdd":
         return (
-            "These are digits of six people, each recorded with one microphone: the figure "
-            "measures speaker and\nchannel together, and so few people are easy to tell apart."
+            "Six people saying digits are easy to tell apart, and a microphone or a room may give "
+            "them away as\nmuch as the voice: the figure measures speaker and channel together."
         )
     text = (
         "Where a speaker was recorded with one microphone, in one room or on one day, the figure "

@@ -111,7 +111,9 @@ def step_key(command, inputs):
     content = hashlib.sha256()
     for path in inputs:
         content.update(hashlib.sha256(Path(path).read_bytes()).digest() if path.exists() else b"-")
-    return {"command": [str(part) for part in command], "inputs": content.hexdigest()}
+    # Paths in full: the same step from another working folder is typed differently.
+    full = [os.path.abspath(p) if isinstance(p, os.PathLike) else str(p) for p in command]
+    return {"command": full, "inputs": content.hexdigest()}
 
 
 def run_command(command, on_line=None):
@@ -182,4 +184,4 @@ def relative(path):
     """A path as short as it can be typed from here."""
     path = os.path.abspath(path)
     here = os.path.relpath(path)
-    return path if here.startswith("..") else here
+    return Path(path if here.startswith("..") else here)

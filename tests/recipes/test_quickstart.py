@@ -293,7 +293,7 @@ def test_speaker_quickstart(tmp_path):
     assert times(out) == before
     assert again.stdout.partition("== result")[2] == done.stdout.partition("== result")[2]
 
-    # More updates, stopped on the way, and the same command once more.
+    # More updates from another working folder, stopped on the way; the same once more.
     args = [sys.executable, SCRIPTS / "quickstart" / "speaker.py", "--out", out, "--updates", "30"]
     stopped = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
     log = out / "train.log"

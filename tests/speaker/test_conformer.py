@@ -99,15 +99,19 @@ def test_equals_torchaudio_in_eval(frames, layers):
         torch.testing.assert_close(outputs[-2], shorter, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [3, 17])
 @pytest.mark.parametrize("frames", [1, KERNEL - 3, 31])
-def test_equals_torchaudio_in_training(frames):
-    """Dropout 0: outputs, gradients and the running statistics after two steps."""
+def test_equals_torchaudio_in_training(frames, batch):
+    """Dropout 0: outputs, gradients and the running statistics after two steps.
+
+    Batches of 16 and more take another kernel for the linear layers.
+    """
     peer, ours = peer_and_ours()
     peer.train(), ours.train()
     for _ in range(2):
-        x = torch.randn(3, frames, 12, requires_grad=True)
+        x = torch.randn(batch, frames, 12, requires_grad=True)
         y = x.detach().clone().requires_grad_()
-        expected, _ = peer(x, torch.full((3,), frames))
+        expected, _ = peer(x, torch.full((batch,), frames))
         result = ours(y)[-1]
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
         weight = torch.randn_like(expected)
@@ -115,6 +119,17 @@ def test_equals_torchaudio_in_training(frames):
         (result * weight).sum().backward()
         torch.testing.assert_close(y.grad, x.grad, rtol=1e-3, atol=1e-3)
     for theirs, mine in zip(peer.conformer_layers, ours.blocks, strict=True):
+        conv, peers = mine.convolution, theirs.conv_module.sequential
+        for a, b in (
+            (conv.depthwise.weight, peers[2].weight),
+            (conv.pointwise1.weight, peers[0].weight),
+            (mine.ffn1.linear1.weight, theirs.ffn1.sequential[1].weight),
+            (mine.attention.attention.in_proj.weight, theirs.self_attn.in_proj_weight),
+        ):
+            scale = float(b.grad.abs().max())
+            torch.testing.assert_close(
+                a.grad.reshape(b.shape) / scale, b.grad / scale, rtol=1e-3, atol=1e-3
+            )
         norm, copy = theirs.conv_module.sequential[3], mine.convolution.norm
         torch.testing.assert_close(copy.running_mean, norm.running_mean, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(copy.running_var, norm.running_var, rtol=1e-4, atol=1e-4)
@@ -201,6 +216,26 @@ def test_padding_mask_means_true_is_padding(name):
     alone = encoder(x[:, :8])[-1]
     torch.testing.assert_close(encoder(x, mask)[-1][:, :8], alone, rtol=1e-5, atol=1e-5)
     assert (encoder(x, ~mask)[-1][:, :8] - alone).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("conv_norm", ["layer", "batch"])
+@pytest.mark.parametrize("name", ENCODERS.names())
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
+def test_what_the_padding_holds_changes_nothing(name, conv_norm, value):
+    torch.manual_seed(0)
+    encoder = ENCODERS.get(name)(
+        d_model=8, nhead=2, d_ffn=8, layers=2, dropout=0.0, kernel_size=3, conv_norm=conv_norm
+    )
+    mask = mask_of([8, 5], 12)
+    x = torch.randn(2, 12, 8)
+    expected = encoder(x.masked_fill(mask[..., None], 0), mask)[-1][~mask]
+    x = x.masked_fill(mask[..., None], value).requires_grad_()
+    found = encoder(x, mask)
+    assert all(layer.isfinite().all() for layer in found)
+    assert torch.equal(found[-1][~mask], expected)
+    found[-1][~mask].square().sum().backward()
+    assert (x.grad[mask] == 0).all() and (x.grad[~mask] != 0).any()
+    assert all(p.grad.isfinite().all() for p in encoder.parameters())
 
 
 @pytest.mark.parametrize("name", ENCODERS.names())

@@ -177,6 +177,14 @@ def test_gradient_still_pulls_at_the_worst_angle(kind):
         assert x.grad[0, 0] < -1e-3
 
 
+def test_gradient_is_bounded_beside_the_end():
+    """The slope of sin θ over cos θ grows without end towards cos = ±1; one such pair must not."""
+    for gap in (1e-8, 1e-12, 1e-15):
+        x = torch.tensor([[1 - gap, 0.99]], dtype=torch.float64, requires_grad=True)
+        aam_softmax(x, torch.tensor([0]), s=64.0, m=0.5).backward()
+        assert x.grad.abs().max() < 64 * 5000
+
+
 @pytest.mark.parametrize("kind", MARGINS.names())
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_full_precision_under_autocast(kind, dtype):
@@ -300,7 +308,7 @@ def test_separable_speakers_reach_a_loss_of_almost_zero(kind):
             loss.backward()
             optimizer.step()
         assert (head(x).argmax(1) == labels).all()
-        return float(loss)
+        return float(loss.detach())
 
     assert train(30.0) < 0.02
     # −log softmax of cosines alone: even at 1 against −1 everywhere the loss cannot be small

@@ -92,7 +92,7 @@ def test_stacked_frames(n):
 
 
 def test_aggregation_pools_all_blocks_side_by_side():
-    net = network(aggregate_layers=True, pooling="mean").eval()
+    net = network(pooled_layers="all", pooling="mean").eval()
     x = torch.randn(2, 9, MELS)
     layers = net.encoder(net.input((x - net.feature_mean) / net.feature_std))
     assert len(layers) == 2

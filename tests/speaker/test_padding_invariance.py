@@ -23,7 +23,7 @@ PARTS = [
     for e, p, c in itertools.product(ENCODERS.names(), POOLINGS.names(), MARGINS.names())
 ]
 REST = [
-    dict(encoder=e, conv_norm=n, feature_norm=f, frame_stack=k, aggregate_layers=a)
+    dict(encoder=e, conv_norm=n, feature_norm=f, frame_stack=k, pooled_layers=a)
     for e, n, f, k, a in itertools.product(
         ENCODERS.names(),
         ["layer", "batch"],
