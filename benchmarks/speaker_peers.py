@@ -20,6 +20,9 @@ SAME_SIZE = NetworkOptions(
     dropout=0.1,
     attention_dropout=0.1,
     conv_norm="batch",
+    front_end="linear",
+    pooled_layers="last",
+    embedding_dim=128,
 )
 
 

@@ -42,6 +42,8 @@ def all_runs() -> dict:
     for seed in SEEDS:
         common = {"common.seed": seed}
         runs[f"main-ours-{seed}"] = ("libri251", common, "libri251")
+    for seed in SEEDS:
+        common = {"common.seed": seed}
         runs[f"main-baseline-{seed}"] = ("classroom_baseline", common, "libri251")
         runs[f"digits-ours-{seed}"] = ("fsdd", common, "fsdd")
         digits = {**common, "optimization.max_update": 3000}

@@ -16,7 +16,13 @@ from fairseq_ext.speaker.network import NetworkOptions, SpeakerNetwork
 PRESETS = {
     "conformer_speaker": {},
     "conformer_speaker_classroom": dict(
-        d_model=80, nhead=2, d_ffn=256, layers=2, pooled_layers="last", embedding_dim=128
+        d_model=80,
+        nhead=2,
+        d_ffn=256,
+        layers=2,
+        pooled_layers="last",
+        front_end="linear",
+        embedding_dim=128,
     ),
     "conformer_speaker_large": dict(d_model=256, nhead=4, d_ffn=1024, layers=6, embedding_dim=256),
     "transformer_speaker": dict(encoder="transformer"),

@@ -46,7 +46,7 @@ class NetworkOptions(EncoderOptions):
         metadata={"help": "neighbouring frames the encoder takes as one (linear front end)"},
     )
     front_end: str = field(
-        default="linear",
+        default="conv",
         metadata={
             "help": "what brings the features to d_model: linear, or conv (two 3 × 3 convolutions over"
             " time and frequency, which halve the frames)",
@@ -177,6 +177,8 @@ def front_end(o: NetworkOptions, n_mels: int) -> nn.Module:
         return LinearFrontEnd(n_mels, o.d_model, o.frame_stack)
     if o.front_end != "conv":
         raise ValueError(f"unknown front_end {o.front_end!r}: known are linear, conv")
+    if o.frame_stack != 1:
+        raise ValueError("frame_stack belongs to the linear front end: give --front-end linear")
     return ConvFrontEnd(n_mels, o.d_model, o.front_channels)
 
 

@@ -91,17 +91,35 @@ def test_stacked_frames(n):
         assert (longer[0, stacks:] == 0).all()
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 8, 31])
+def test_conv_front_end_has_half_the_frames_whatever_follows(length):
+    """⌈T / 2⌉ frames, the same alone and before padding; each sees 7 frames around its own place."""
+    torch.manual_seed(0)
+    front = network(front_end="conv").input
+    x = torch.randn(1, length, MELS, requires_grad=True)
+    alone, mask = front(x, None)
+    assert alone.shape == (1, -(-length // 2), 8) and mask is None
+    padded = torch.cat([x.detach(), torch.zeros(1, 6, MELS)], 1)
+    longer, mask = front(padded, mask_of([length, length + 6])[:1])
+    assert int((~mask).sum()) == alone.shape[1]
+    torch.testing.assert_close(longer[:, : alone.shape[1]], alone, rtol=1e-5, atol=1e-5)
+    middle = alone.shape[1] // 2
+    alone[0, middle].sum().backward()
+    reached = x.grad[0].abs().sum(1).nonzero().flatten().tolist()
+    assert reached == [t for t in range(length) if abs(t - 2 * middle) <= 3]
+
+
 def test_aggregation_pools_all_blocks_side_by_side():
     net = network(pooled_layers="all", pooling="mean").eval()
     x = torch.randn(2, 9, MELS)
-    layers = net.encoder(net.input((x - net.feature_mean) / net.feature_std))
+    layers = net.encoder(*net.input((x - net.feature_mean) / net.feature_std, None))
     assert len(layers) == 2
     pooled = net.encoder_norm(torch.cat(layers, -1)).mean(1)
     assert pooled.shape == (2, 16)
     expected = net.embedding(net.embedding_norm(pooled))
     torch.testing.assert_close(net(x)["embedding"], expected, rtol=1e-5, atol=1e-5)
     # both blocks count
-    last = network(pooling="mean").eval()
+    last = network(pooled_layers="last", pooling="mean").eval()
     assert last.pooling.output_dim == 8 and net.pooling.output_dim == 16
 
 
@@ -151,7 +169,7 @@ def test_order_in_the_batch_is_irrelevant():
 def test_half_precision_trains(convert, conv_norm):
     """--fp16 and --bf16 convert the whole network; the scores stay float32 cosines."""
     net = getattr(network(conv_norm=conv_norm, feature_norm="utterance"), convert)().train()
-    x = (torch.randn(4, 12, MELS) - 10).to(net.input.weight.dtype)
+    x = (torch.randn(4, 12, MELS) - 10).to(net.input.linear.weight.dtype)
     logits = net(x, mask_of([12, 7, 3, 2]))["logits"]
     assert logits.dtype == torch.float32
     logits.square().sum().backward()
@@ -167,6 +185,9 @@ def test_bad_options_are_refused_in_words():
         (dict(pooling="atentive_statistics"), "did you mean 'attentive_statistics'"),
         (dict(conv_norm="group"), "'group'.*layer, batch"),
         (dict(frame_stack=0), "frame_stack"),
+        (dict(frame_stack=2), "front end"),
+        (dict(front_end="convolution"), "front_end"),
+        (dict(pooled_layers="first"), "pooled_layers"),
         (dict(layers=0), "layers"),
         (dict(nhead=3), "nhead"),
     ):

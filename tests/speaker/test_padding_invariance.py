@@ -14,7 +14,14 @@ from fairseq_ext.speaker.pooling import POOLINGS
 MELS, CLASSES, KERNEL = 6, 5, 7
 LENGTHS = [23, 11, 1]
 TINY = dict(
-    d_model=8, nhead=2, d_ffn=12, layers=2, kernel_size=KERNEL, dropout=0.0, embedding_dim=8
+    d_model=8,
+    nhead=2,
+    d_ffn=12,
+    layers=2,
+    kernel_size=KERNEL,
+    dropout=0.0,
+    embedding_dim=8,
+    front_channels=3,
 )
 
 # Every encoder × pooling × criterion, and every other option that touches time with each encoder.
@@ -23,13 +30,13 @@ PARTS = [
     for e, p, c in itertools.product(ENCODERS.names(), POOLINGS.names(), MARGINS.names())
 ]
 REST = [
-    dict(encoder=e, conv_norm=n, feature_norm=f, frame_stack=k, pooled_layers=a)
-    for e, n, f, k, a in itertools.product(
+    dict(encoder=e, conv_norm=n, feature_norm=f, **front, pooled_layers=a)
+    for e, n, f, front, a in itertools.product(
         ENCODERS.names(),
         ["layer", "batch"],
         ["none", "global", "utterance"],
-        [1, 2, 3],
-        [False, True],
+        [dict(front_end="conv"), *(dict(front_end="linear", frame_stack=k) for k in (1, 2, 3))],
+        ["last", "all"],
     )
     if n == "layer" or e == "conformer"
 ]
