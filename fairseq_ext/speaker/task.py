@@ -60,6 +60,7 @@ class SpeakerIdConfig(FairseqDataclass):
         },
     )
     seed: int = II("common.seed")
+    train_subset: str = II("dataset.train_subset")
     update_freq: Any = II("optimization.update_freq")
 
 
@@ -130,7 +131,7 @@ class SpeakerIdTask(FairseqTask):
             raise UserError(
                 f"{self.cfg.data}: split {split!r} has no utterance with a known speaker"
             )
-        if split != "train":
+        if self.from_checkpoint or split != self.cfg.train_subset:
             self.datasets[split] = UtteranceDataset(self.corpus, rows)
             return
         self.datasets[split] = CropDataset(

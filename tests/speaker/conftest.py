@@ -84,7 +84,9 @@ def tiny_state(tiny_data):
         labels = torch.from_numpy(corpus.labels[train])
         for label in range(len(SPEAKERS)):
             network.head.weight[label] = found[labels == label].mean(0)
-    task = asdict(tasks.SpeakerIdConfig(data="no/such/folder", seed=1, update_freq=[1]))
+    task = asdict(
+        tasks.SpeakerIdConfig(data="no/such/folder", seed=1, train_subset="train", update_freq=[1])
+    )
     return {
         "args": None,
         "cfg": {

@@ -35,7 +35,9 @@ def corpus_of(lengths):
 
 
 def task_of(**changes):
-    own = dict(data="none", crop_frames=5, epoch_updates=4, seed=1, update_freq=[1])
+    own = dict(
+        data="none", crop_frames=5, epoch_updates=4, seed=1, train_subset="train", update_freq=[1]
+    )
     return SpeakerIdTask(SpeakerIdConfig(**{**own, **changes}))
 
 
