@@ -11,7 +11,24 @@ from fairseq_ext.speaker.augment import Context, change_speed
 from fairseq_ext.speaker.corpus import Corpus
 
 
-class UtteranceDataset(FairseqDataset):
+class SpeakerDataset(FairseqDataset):
+    """What fairseq asks of both: `sizes` int64 (len,) are frames."""
+
+    sizes: np.ndarray
+
+    def collater(self, samples: Sequence[Dict]) -> Dict:
+        return collate(samples)
+
+    def size(self, index: int) -> int:
+        return int(self.sizes[index])
+
+    num_tokens = size
+
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
+        return self.sizes[indices]
+
+
+class UtteranceDataset(SpeakerDataset):
     """Whole utterances of one split, batched by length under a limit of padded frames."""
 
     def __init__(self, corpus: Corpus, rows: np.ndarray):
@@ -29,22 +46,11 @@ class UtteranceDataset(FairseqDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def collater(self, samples: Sequence[Dict]) -> Dict:
-        return collate(samples)
-
-    def size(self, index: int) -> int:
-        return int(self.sizes[index])
-
-    num_tokens = size
-
-    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
-        return self.sizes[indices]
-
     def ordered_indices(self) -> np.ndarray:
         return np.argsort(self.sizes, kind="stable")
 
 
-class CropDataset(FairseqDataset):
+class CropDataset(SpeakerDataset):
     """Random crops of `crop_frames` frames, drawn anew every epoch in proportion to length.
 
     An epoch has `len(self)` crops; utterance i gets about its share of the frames, and at least one. What a
@@ -113,17 +119,6 @@ class CropDataset(FairseqDataset):
 
     def __len__(self) -> int:
         return len(self.utterance)
-
-    def collater(self, samples: Sequence[Dict]) -> Dict:
-        return collate(samples)
-
-    def size(self, index: int) -> int:
-        return int(self.sizes[index])
-
-    num_tokens = size
-
-    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
-        return self.sizes[indices]
 
     def ordered_indices(self) -> np.ndarray:
         return np.random.default_rng((self.seed, self.epoch)).permutation(len(self))

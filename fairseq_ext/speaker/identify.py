@@ -31,7 +31,6 @@ from fairseq_ext.speaker.metrics import (
     accuracy_by_label,
     confusion_counts,
     in_top,
-    most_confused_pairs,
 )
 
 SHOWN = 5  # worst speakers and pairs on the screen; metrics.json has all speakers
@@ -157,6 +156,8 @@ def known_labels(speakers, known):
 
 def measure(best, truth, names):
     """Everything that metrics.json has, over the rows with a known label."""
+    from ext_common.plots import most_confused
+
     ranked, labels = best[truth >= 0], truth[truth >= 0]
     hits = in_top(ranked, labels, 1)
     by_label = accuracy_by_label(hits, labels)
@@ -172,9 +173,7 @@ def measure(best, truth, names):
         },
         "most_confused": [
             {"true": true, "predicted": predicted, "count": count}
-            for true, predicted, count in most_confused_pairs(
-                counts, [names[c] for c in classes], PAIRS
-            )
+            for true, predicted, count in most_confused(counts, [names[c] for c in classes], PAIRS)
         ],
     }
 

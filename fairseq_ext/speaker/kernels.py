@@ -41,8 +41,8 @@ class Dropout(nn.Module):
 class Linear(nn.Linear):
     """`nn.Linear`, which over frames (B, T, C) on a CPU computes as a 1 × 1 convolution.
 
-    oneDNN computes that with the widest vectors of any CPU; the BLAS behind `F.linear` (MKL) does so on
-    Intel's only, and has half the speed of it on an AMD EPYC with AVX-512, forward and backward.
+    oneDNN computes that with the widest vectors there are. The BLAS behind `F.linear` (MKL) has half its
+    speed on the AMD EPYC with AVX-512 measured here, forward and backward; Intel was not measured.
     """
 
     def forward(self, x: Tensor) -> Tensor:

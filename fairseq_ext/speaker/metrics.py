@@ -58,12 +58,3 @@ def confusion_counts(labels: np.ndarray, predicted: np.ndarray) -> tuple[np.ndar
     count, n = len(classes), len(labels)
     cells = where[:n] * count + where[n:]
     return classes, np.bincount(cells, minlength=count * count).reshape(count, count)
-
-
-def most_confused_pairs(counts: np.ndarray, names, top: int) -> list[tuple[str, str, int]]:
-    """The `top` largest counts off the diagonal as (true, predicted, count), largest first."""
-    errors = np.array(counts)
-    np.fill_diagonal(errors, 0)
-    rows, columns = np.nonzero(errors)
-    order = np.argsort(-errors[rows, columns], kind="stable")[:top]
-    return [(names[rows[i]], names[columns[i]], int(errors[rows[i], columns[i]])) for i in order]

@@ -67,7 +67,14 @@ def tiny_state(tiny_data):
 
     corpus = Corpus.open(tiny_data)
     options = NetworkOptions(
-        d_model=16, nhead=2, d_ffn=32, layers=1, kernel_size=7, pooling="mean", embedding_dim=8
+        d_model=16,
+        nhead=2,
+        d_ffn=32,
+        layers=1,
+        kernel_size=7,
+        pooling="mean",
+        embedding_dim=8,
+        front_end="linear",
     )
     torch.manual_seed(1)
     network = SpeakerNetwork(options, corpus.spec.n_mels, len(SPEAKERS)).eval()

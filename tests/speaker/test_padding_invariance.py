@@ -24,6 +24,11 @@ TINY = dict(
     front_channels=3,
 )
 
+FRONTS = [
+    dict(front_end="conv"),
+    *(dict(front_end="linear", frame_stack=k) for k in (1, 2, 3)),
+]
+
 # Every encoder × pooling × criterion, and every other option that touches time with each encoder.
 PARTS = [
     dict(encoder=e, pooling=p, criterion=c)
@@ -35,7 +40,7 @@ REST = [
         ENCODERS.names(),
         ["layer", "batch"],
         ["none", "global", "utterance"],
-        [dict(front_end="conv"), *(dict(front_end="linear", frame_stack=k) for k in (1, 2, 3))],
+        FRONTS,
         ["last", "all"],
     )
     if n == "layer" or e == "conformer"
@@ -145,11 +150,11 @@ def test_more_padding_changes_nothing(options, train):
 
 
 @pytest.mark.parametrize("encoder", ENCODERS.names())
-@pytest.mark.parametrize("frame_stack", [1, 2, 3])
-def test_every_length(encoder, frame_stack):
+@pytest.mark.parametrize("front", FRONTS, ids=label)
+def test_every_length(encoder, front):
     """1 to 70 frames, across every boundary of stacks and kernel, beside a longer utterance."""
     lengths = [74, *range(1, 71)]
-    case = Case(dict(encoder=encoder, frame_stack=frame_stack), lengths)
+    case = Case(dict(encoder=encoder, **front), lengths)
     case.target = torch.zeros(len(lengths), dtype=torch.int64)
     with torch.no_grad():
         together = case.net(case.x, case.mask)["logits"]

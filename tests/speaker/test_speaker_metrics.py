@@ -12,7 +12,6 @@ from fairseq_ext.speaker.metrics import (
     accuracy_by_label,
     confusion_counts,
     in_top,
-    most_confused_pairs,
     wilson_interval,
 )
 
@@ -85,14 +84,3 @@ def test_confusion_counts_agree_with_counting_one_by_one(pairs):
         for j, other in enumerate(classes):
             assert counts[i, j] == pairs.count((true, other))
     assert counts.sum() == len(pairs)
-
-
-def test_most_confused_pairs_are_errors_in_falling_order():
-    counts = np.array([[50, 1, 0], [4, 60, 2], [0, 2, 70]])
-    assert most_confused_pairs(counts, ["a", "b", "c"], 3) == [
-        ("b", "a", 4),
-        ("b", "c", 2),
-        ("c", "b", 2),
-    ]
-    assert counts[0, 0] == 50  # the caller's matrix is left alone
-    assert most_confused_pairs(np.diag([3, 4]), ["a", "b"], 3) == []
