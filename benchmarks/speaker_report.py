@@ -18,6 +18,7 @@ def report(results: Path) -> str:
     tables = [groups["main"] and main_table(groups["main"])]
     tables += [groups["ablation"] and ablation_table(groups["ablation"])]
     tables += [groups["ablation"] and effects_table(groups["ablation"])]
+    tables += [groups["choices"] and choices_table(groups["choices"], groups["ablation"])]
     tables += [groups["digits"] and digits_table(groups["digits"])]
     return "\n\n".join(t for t in tables if t)
 
@@ -43,6 +44,23 @@ def ablation_table(runs: dict) -> str:
     ]
     head = ["encoder", "pooling", "criterion", "as it is", "channel-shifted", "updates", "CPU s"]
     return markdown([*head, "seeds"], rows)
+
+
+def choices_table(runs: dict, ablation: dict) -> str:
+    """One change at a time to the Conformer with self-attention pooling and AM-softmax, on valid."""
+    reference = {"(the reference)": ablation.get("conformer-self_attention-am_softmax", [])}
+    rows = [
+        [
+            name.replace("_", " "),
+            spread(r, f"{AS_IS}/valid"),
+            spread(r, f"{SHIFTED}/valid"),
+            *cost(r),
+        ]
+        for name, r in {**reference, **runs}.items()
+        if r
+    ]
+    head = ["one change, valid top-1 %", "as it is", "channel-shifted", "updates", "CPU s", "seeds"]
+    return markdown(head, rows)
 
 
 def effects_table(runs: dict) -> str:

@@ -1,4 +1,4 @@
-"""The speaker tables of the README: `python -m benchmarks.speaker_tables [main] [ablation] [digits]`.
+"""The speaker tables of the README: `python -m benchmarks.speaker_tables [GROUP …]`.
 
 Every run is one `fairseq-hydra-train` in a process of its own, on one thread, and one JSON file under
 benchmarks/results/speaker_tables/, written when it is done; a run that has its file is not done again.
@@ -33,6 +33,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "speaker_tables"
 CONFIGS = ROOT / "configs" / "speaker_id"
 SEEDS = (1, 2, 3)
+CHOICES = {
+    "conv_front_end": {"model.front_end": "conv", "model.frame_stack": 1},
+    "attentive_statistics": {"model.pooling": "attentive_statistics"},
+    "utterance_mean_normalisation": {"model.feature_norm": "utterance"},
+    "no_augmentation": {"task.augment": ""},
+}
 ONE_AT_A_TIME = threading.Lock()
 
 
@@ -59,6 +65,11 @@ def all_runs() -> dict:
                     }
                     name = f"ablation-{encoder}-{pooling}-{criterion}-{seed}"
                     runs[name] = ("ablation", changes, "libri251")
+    for seed in SEEDS:
+        # what else was decided, each against ablation-conformer-self_attention-am_softmax
+        for name, changes in CHOICES.items():
+            changes = {"common.seed": seed, **changes}
+            runs[f"choices-{name}-{seed}"] = ("ablation", changes, "libri251")
     return runs
 
 
@@ -143,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("groups", nargs="*", help="main, ablation, digits (default: all)")
+    parser.add_argument("groups", nargs="*", help="main, digits, ablation, choices (default: all)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "speaker_tables")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--report", action="store_true", help="print the tables of what is done")
