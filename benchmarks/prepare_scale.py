@@ -1,4 +1,4 @@
-"""Prepare a generated set of the course's shape: time, peak memory, and how soon crops can be read.
+"""Prepare and predict a generated set of the course's shape: time, peak memory, how soon crops are read.
 
     python benchmarks/prepare_scale.py --output benchmarks/results/prepare_scale.json
 
@@ -101,6 +101,7 @@ def measure(folder, options):
     cold, warm = (
         json.loads(subprocess.run(read, check=True, capture_output=True).stdout) for _ in range(2)
     )
+    trained, predicted, submission = submit(folder, dest)
     total = shape["utterances"] + shape["unlabelled"]
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -117,7 +118,33 @@ def measure(folder, options):
         "first_crops_file_not_cached": cold,
         "first_crops_file_cached": warm,
         "crops": f"{CROPS} of {CROP} frames",
+        "train_2_updates_s": round(trained[0], 1),
+        "train_2_updates": trained[1],
+        "identify_s": round(predicted[0], 1),
+        "identify": predicted[1],
+        "rows_of_submission": submission,
     }
+
+
+def submit(folder, data):
+    """Train the course's recipe for 2 updates and predict testdata.json with it.
+
+    Returns ((seconds, peaks) of training, the same of predicting, rows of the submission file).
+    """
+    checkpoints, output = folder / "checkpoints", folder / "submission.csv"
+    train = [
+        *(Path(sys.executable).parent / "fairseq-hydra-train", "--config-name", "hw4"),
+        *("--config-dir", Path(__file__).resolve().parent.parent / "configs" / "speaker_id"),
+        *(f"task.data={data}", f"checkpoint.save_dir={checkpoints}"),
+        *("optimization.max_update=2", "lr_scheduler.warmup_updates=1"),
+        "dataset.disable_validation=true",
+    ]
+    identify = [
+        *(sys.executable, "-m", "fairseq_ext.speaker.identify", data, "--subset", "test"),
+        *("--path", checkpoints / "checkpoint_last.pt", "--output", output),
+    ]
+    figures = [watched([str(part) for part in command]) for command in (train, identify)]
+    return *figures, len(output.read_text().splitlines()) - 1
 
 
 def generate(source, utterances, seed):
@@ -195,7 +222,7 @@ def watched(command):
     stop.set()
     thread.join()
     if code:
-        raise UserError(f"prepare ended with exit code {code}")
+        raise UserError(f"{' '.join(command[:3])} ended with exit code {code}")
     return seconds, peaks
 
 

@@ -63,15 +63,9 @@ class SpeakerModelBase(BaseFairseqModel):
 
     @classmethod
     def build_model(cls, cfg, task):
-        fitting = "linear" if cfg.criterion == "softmax" else "cosine"
-        if cfg.head not in (None, fitting):
-            raise UserError(f"--criterion {cfg.criterion} needs --head {fitting}: leave --head out")
-        cfg.head = fitting
         weights = None
         if cfg.init_from and not task.from_checkpoint:
-            weights = _take_over_encoder(cfg, task)
-        elif cfg.freeze_encoder and not cfg.init_from:
-            raise UserError("--freeze-encoder needs --init-from: a random encoder learns nothing")
+            weights = encoder_of(read_speaker_checkpoint(cfg.init_from, task))
         options = NetworkOptions(**{f.name: cfg[f.name] for f in fields(NetworkOptions)})
         try:
             network = SpeakerNetwork(options, task.spec["n_mels"], len(task.speakers), cfg.head)
@@ -114,19 +108,40 @@ def head_of(network: SpeakerNetwork) -> Dict[str, Tensor]:
     return {k: v for k, v in network.state_dict().items() if k.startswith("head.")}
 
 
-def _take_over_encoder(cfg, task) -> Dict[str, Tensor]:
+def complete(cfg, task) -> None:
+    """Write into the options of a new model what follows from others, so that its checkpoint has it.
+
+    The head fits the criterion; with `init_from` the sizes are those of that checkpoint.
+    """
+    fitting = "linear" if cfg.criterion == "softmax" else "cosine"
+    if cfg.head not in (None, fitting):
+        raise UserError(f"--criterion {cfg.criterion} needs --head {fitting}: leave --head out")
+    cfg.head = fitting
+    if cfg.freeze_encoder and not cfg.init_from:
+        raise UserError("--freeze-encoder needs --init-from: a random encoder learns nothing")
+    if cfg.init_from:
+        theirs = read_speaker_checkpoint(cfg.init_from, task)["cfg"]["model"]
+        for f in fields(NetworkOptions):
+            if f.name in theirs and f.name not in ("subcenters", "dropout", "embedding_dropout"):
+                cfg[f.name] = theirs[f.name]
+
+
+def read_speaker_checkpoint(path: str, task) -> Dict:
+    """A checkpoint to start from; UserError where its features are not those of the data."""
     from fairseq_ext.speaker.inference import read_checkpoint
 
-    state = read_checkpoint(cfg.init_from)
-    theirs, spec = state["cfg"]["model"], state["task_state"]["spec"]
+    state = read_checkpoint(path)
+    spec = state["task_state"]["spec"]
     if spec != task.spec:
         raise UserError(
-            f"--init-from {cfg.init_from} was trained on features {spec}, this data has {task.spec}:"
+            f"--init-from {path} was trained on features {spec}, this data has {task.spec}:"
             " prepare the recordings again with the options of the checkpoint"
         )
-    for f in fields(NetworkOptions):
-        if f.name in theirs and f.name not in ("subcenters", "dropout", "embedding_dropout"):
-            cfg[f.name] = theirs[f.name]
+    return state
+
+
+def encoder_of(state: Dict) -> Dict[str, Tensor]:
+    """The weights of a checkpoint's network but those of its speakers."""
     prefix = "network."
     weights = {k[len(prefix) :]: v for k, v in state["model"].items() if k.startswith(prefix)}
     return {k: v for k, v in weights.items() if not k.startswith("head.")}

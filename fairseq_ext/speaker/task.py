@@ -9,13 +9,14 @@ import numpy as np
 from fairseq.data import iterators
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
-from omegaconf import II, MISSING
+from omegaconf import II, MISSING, open_dict
 
 from ext_common.cli import UserError
 from fairseq_ext.speaker.augment import Context, build_augmentation, mel_frequencies
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.dataset import CropDataset, UtteranceDataset, batches_by_frames
 from fairseq_ext.speaker.features import FeatureSpec, audio_features, log_mel
+from fairseq_ext.speaker.model import complete
 
 logger = logging.getLogger(__name__)
 AUDIO = {".wav", ".flac", ".ogg", ".mp3"}
@@ -122,6 +123,10 @@ class SpeakerIdTask(FairseqTask):
 
     def build_model(self, cfg, from_checkpoint=False):
         self.from_checkpoint = self.from_checkpoint or from_checkpoint
+        if not self.from_checkpoint:
+            # fairseq builds from a copy of cfg, but saves cfg itself
+            with open_dict(cfg):
+                complete(cfg, self)
         return super().build_model(cfg, from_checkpoint)
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs) -> None:

@@ -294,7 +294,7 @@ def test_speaker_quickstart(tmp_path):
     assert again.stdout.partition("== result")[2] == done.stdout.partition("== result")[2]
 
     # More updates from another working folder, stopped on the way; the same once more.
-    args = [sys.executable, SCRIPTS / "quickstart" / "speaker.py", "--out", out, "--updates", "30"]
+    args = [sys.executable, SCRIPTS / "quickstart" / "speaker.py", "--out", out, "--updates", "60"]
     stopped = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
     log = out / "train.log"
     saved = re.compile("Saved checkpoint .* @ 25 updates")
@@ -302,7 +302,7 @@ def test_speaker_quickstart(tmp_path):
     stopped.send_signal(signal.SIGINT)
     assert stopped.communicate(timeout=100)[1] == "stopped: the same command continues\n"
     assert stopped.returncode == 130
-    last = quickstart(out, "--updates", 30)
+    last = quickstart(out, "--updates", 60)
     assert last.returncode == 0, last.stdout + last.stderr
     loaded = re.findall(r"Loaded checkpoint .* @ (\d+) updates", log.read_text())
     assert loaded[0] == "4" and int(loaded[-1]) >= 25

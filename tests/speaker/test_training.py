@@ -165,11 +165,12 @@ def test_a_recipe_trains_and_is_identified(run, repo_root, tiny_data, tmp_path):
     save_dir = tmp_path / "ck"
     log = run(
         *(BIN / "fairseq-hydra-train", "--config-dir", repo_root / "configs" / "speaker_id"),
-        "--config-name libri251 model=conformer_speaker_classroom task.crop_frames=30",
-        f"task.data={tiny_data} checkpoint.save_dir={save_dir} optimization.max_update=12",
-        "task.epoch_updates=6 dataset.batch_size=8 checkpoint.no_epoch_checkpoints=false",
+        "--config-name libri251 lr_scheduler.warmup_updates=5 task.crop_frames=30",
+        "model=conformer_speaker_classroom",
+        f"task.data={tiny_data} checkpoint.save_dir={save_dir} optimization.max_update=40",
+        "task.epoch_updates=20 dataset.batch_size=8 checkpoint.no_epoch_checkpoints=false",
     )
-    assert "num_updates 12" in log
+    assert "num_updates 40" in log
     average = tmp_path / "average.pt"
     epochs = sorted(save_dir.glob("checkpoint[0-9].pt"))
     assert len(epochs) == 2
