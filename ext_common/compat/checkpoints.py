@@ -124,7 +124,9 @@ def resume_from_whole_checkpoints() -> None:
             except UserError:
                 raise
             except Exception as error:
-                reason = _why_unfit(filename, error)
+                # fairseq hides what a model said in words behind "ensure that the architectures match"
+                said = _user_error_behind(error)
+                reason = str(said) if said else _why_unfit(filename, error)
                 if reason is None:
                     raise
                 raise UserError(reason) from error
@@ -268,6 +270,12 @@ def _why_unfit(path: str, error: Exception) -> str | None:
     if re.match(r"(Criterion|Optimizer) does not match; please reset", text):
         return f"{path}: {first_line(error)}"
     return None
+
+
+def _user_error_behind(error: BaseException | None) -> UserError | None:
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _named(path: str, part: str) -> str:

@@ -295,7 +295,14 @@ def test_speaker_quickstart(tmp_path):
 
     # More updates from another working folder, stopped on the way; the same once more.
     args = [sys.executable, SCRIPTS / "quickstart" / "speaker.py", "--out", out, "--updates", "60"]
-    stopped = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
+    stopped = subprocess.Popen(
+        args,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        # a suite started in the background of a shell inherits that SIGINT is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     log = out / "train.log"
     saved = re.compile("Saved checkpoint .* @ 25 updates")
     wait_for(lambda: saved.search(log.read_text()) or stopped.poll() is not None)

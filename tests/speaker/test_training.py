@@ -186,7 +186,7 @@ def test_a_recipe_trains_and_is_identified(run, repo_root, tiny_data, tmp_path):
         *("--subset valid --output", output),
     )
     found = json.loads((tmp_path / "metrics.json").read_text())
-    assert np.isclose(100 * found["top1"], shown, atol=1e-3)
+    assert np.isclose(100 * found["top1"]["accuracy"], shown, atol=1e-3)
 
 
 def test_presets_and_recipes_say_the_same(repo_root):
