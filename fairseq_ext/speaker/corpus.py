@@ -102,7 +102,8 @@ class Corpus:
         rows = np.flatnonzero(self.splits == split)
         if not len(rows):
             there = ", ".join(dict.fromkeys(self.splits.tolist()))
-            raise UserError(f"{self.path} has no split {split!r}; it has: {there}")
+            remedy = f": prepare it with --{split}-fraction" if split in ("valid", "test") else ""
+            raise UserError(f"{self.path} has no split {split!r}; it has: {there}{remedy}")
         return rows
 
     def read(self, row, start=0, length=None):

@@ -75,7 +75,7 @@ def embed(inputs, options):
     if options.format == "ark" and Path(output).suffix == ".scp":
         raise UsageError(f"--output {output}: name the .ark file, its .scp lies beside it")
     for path in filter(None, (output, options.plot)):
-        check_output(path, inputs)
+        check_output(path, [*inputs, options.path])
     if options.format == "ark":
         import_kaldiio()
     source = open_inputs(inputs, options.subset)

@@ -89,7 +89,12 @@ def audio_features(path, spec, start=None, end=None):
 
     Returns float32 (T, n_mels). Raises AudioError (a UserError) where the audio cannot be used.
     """
-    return log_mel(load_audio(path, spec.sample_rate, start, end), spec)
+    samples = load_audio(path, spec.sample_rate, start, end)
+    if (samples == samples[0]).all():
+        raise AudioError(
+            "silent", f"{path}: all samples are {samples[0]:g}: give a recording of speech"
+        )
+    return log_mel(samples, spec)
 
 
 def load_audio(path, sample_rate, start=None, end=None):

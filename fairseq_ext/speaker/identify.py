@@ -98,7 +98,7 @@ def identify(inputs, options):
     from_folder = os.path.isdir(inputs[0])
     output = options.output or ("predictions.csv" if from_folder else None)
     if output:
-        check_output(output, inputs)
+        check_output(output, [*inputs, options.path])
     model = load_model(source, options)
     best, scores = ranked_predictions(model, source, options)
     columns = min(options.top_k or 1, best.shape[1])

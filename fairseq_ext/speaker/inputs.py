@@ -151,7 +151,7 @@ def predictions(model: SpeakerModel, source, options: PredictOptions, desc: str)
 
 
 def check_output(output: str, given: list[str]) -> None:
-    """UsageError where an output would replace a folder, an input or a part of DATA."""
+    """UsageError where an output would replace a folder, an input, the model or a part of DATA."""
     if os.path.isdir(output):
         raise UsageError(f"--output {output} is a folder: give the file to write")
     target = Path(output).resolve()

@@ -66,9 +66,10 @@ class SpeakerModelBase(BaseFairseqModel):
         weights = None
         if cfg.init_from and not task.from_checkpoint:
             weights = encoder_of(read_speaker_checkpoint(cfg.init_from, task))
+        head = cfg.head or fitting_head(cfg.criterion)
         options = NetworkOptions(**{f.name: cfg[f.name] for f in fields(NetworkOptions)})
         try:
-            network = SpeakerNetwork(options, task.spec["n_mels"], len(task.speakers), cfg.head)
+            network = SpeakerNetwork(options, task.spec["n_mels"], len(task.speakers), head)
         except ValueError as error:
             raise UserError(str(error)) from None
         if weights is not None:
@@ -113,7 +114,7 @@ def complete(cfg, task) -> None:
 
     The head fits the criterion; with `init_from` the sizes are those of that checkpoint.
     """
-    fitting = "linear" if cfg.criterion == "softmax" else "cosine"
+    fitting = fitting_head(cfg.criterion)
     if cfg.head not in (None, fitting):
         raise UserError(f"--criterion {cfg.criterion} needs --head {fitting}: leave --head out")
     cfg.head = fitting
@@ -126,11 +127,21 @@ def complete(cfg, task) -> None:
                 cfg[f.name] = theirs[f.name]
 
 
+def fitting_head(criterion: str) -> str:
+    """The head whose scores a criterion takes."""
+    return "linear" if criterion == "softmax" else "cosine"
+
+
 def read_speaker_checkpoint(path: str, task) -> Dict:
     """A checkpoint to start from; UserError where its features are not those of the data."""
     from fairseq_ext.speaker.inference import read_checkpoint
 
     state = read_checkpoint(path)
+    if not any(key.startswith("network.") for key in state["model"]):
+        name = state["cfg"]["model"].get("_name")
+        raise UserError(
+            f"--init-from {path} is a {name}, whose encoder is none of ours to start from"
+        )
     spec = state["task_state"]["spec"]
     if spec != task.spec:
         raise UserError(

@@ -12,7 +12,7 @@ from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING, open_dict
 
 from ext_common.cli import UserError
-from fairseq_ext.speaker.augment import Context, build_augmentation, mel_frequencies
+from fairseq_ext.speaker.augment import AUGMENTATIONS, Context, build_augmentation, mel_frequencies
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.dataset import CropDataset, UtteranceDataset, batches_by_frames
 from fairseq_ext.speaker.features import FeatureSpec, audio_features, log_mel
@@ -39,8 +39,9 @@ class SpeakerIdConfig(FairseqDataclass):
     augment: str = field(
         default="channel;specaugment",
         metadata={
-            "help": "augmentation of training crops, as name:key=value,key=value;name (channel, noise,"
-            " reverb, specaugment); '' for none"
+            "help": "augmentation of training crops, as name:key=value,key=value;name"
+            f" ({', '.join(AUGMENTATIONS.names())}; their options: python -m fairseq_ext.speaker.parts);"
+            " '' for none"
         },
     )
     speed_perturb: float = field(
@@ -76,6 +77,8 @@ class SpeakerIdTask(FairseqTask):
     def __init__(self, cfg: SpeakerIdConfig, from_checkpoint: bool = False):
         super().__init__(cfg)
         self.from_checkpoint = from_checkpoint
+        if not from_checkpoint:
+            check_options(cfg)
         self._corpus: Optional[Corpus] = None
         self.state.add_factory("speakers", lambda: list(self.corpus.speakers))
         self.state.add_factory("spec", lambda: self.corpus.spec.to_dict())
@@ -193,7 +196,8 @@ class SpeakerIdTask(FairseqTask):
             order = dataset.ordered_indices()
             batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
         else:
-            batches = batches_by_frames(dataset.sizes, self.cfg.max_valid_frames, max_sentences)
+            frames = min(self.cfg.max_valid_frames, max_tokens or self.cfg.max_valid_frames)
+            batches = batches_by_frames(dataset.sizes, frames, max_sentences)
         return iterators.EpochBatchIterator(
             dataset=dataset,
             collate_fn=dataset.collater,
@@ -228,6 +232,20 @@ class SpeakerIdTask(FairseqTask):
     @property
     def target_dictionary(self):
         return None
+
+
+def check_options(cfg: SpeakerIdConfig) -> None:
+    """UserError for what would only fail after the model is built, or not at all."""
+    if cfg.crop_frames < 1 or cfg.epoch_updates < 1 or cfg.max_valid_frames < 1:
+        raise UserError("--crop-frames, --epoch-updates and --max-valid-frames are at least 1")
+    if not 0 <= cfg.speed_perturb < 1:
+        raise UserError(
+            f"--speed-perturb {cfg.speed_perturb} is not in [0, 1): give 0.1 for ± 10 %"
+        )
+    build_augmentation(cfg.augment)
+    for flag, folder in (("--noise-dir", cfg.noise_dir), ("--rir-dir", cfg.rir_dir)):
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"{flag} {folder} does not exist: give a folder of audio files")
 
 
 def read_collection(folder: Optional[str], spec: FeatureSpec) -> List[np.ndarray]:

@@ -9,6 +9,7 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from ext_common.cli import UserError
@@ -304,3 +305,32 @@ def test_a_checkpoint_of_fairseq_train_needs_neither_data_nor_folder(
     assert sum(name in path for path, name in rows) >= 3
     assert done.stderr == ""
     assert list(elsewhere.iterdir()) == []
+
+
+def test_a_checkpoint_without_a_written_head_has_that_of_its_criterion(save_checkpoint):
+    def change(state):
+        state["cfg"]["model"]["head"] = None
+
+    assert SpeakerModel.from_checkpoint(save_checkpoint(change)).score_kind == "cosine"
+
+
+def test_silence_is_nobody(tiny_checkpoint, tmp_path):
+    path = tmp_path / "silent.wav"
+    soundfile.write(path, np.zeros(16000), 16000)
+    with pytest.raises(UserError, match="all samples are 0"):
+        SpeakerModel.from_checkpoint(tiny_checkpoint).identify(path)
+
+
+@pytest.mark.parametrize("command", ["identify", "embed"])
+def test_no_output_replaces_the_model(command, tiny_recordings, save_checkpoint):
+    path = save_checkpoint()
+    before = path.read_bytes()
+    audio = next(tiny_recordings.rglob("*.wav"))
+    arguments = [audio, "--path", path, "--output", path]
+    result = subprocess.run(
+        [sys.executable, "-m", f"fairseq_ext.speaker.{command}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and "would replace" in result.stderr
+    assert path.read_bytes() == before

@@ -265,3 +265,17 @@ class TestOnPreparedData:
             assert len(task.corpus) == 40
             with pytest.raises(UserError, match=message):
                 task.load_state_dict({**state, **change})
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(crop_frames=0), "--crop-frames"),
+        (dict(speed_perturb=1.5), "--speed-perturb 1.5"),
+        (dict(augment="chanel"), "did you mean 'channel'"),
+        (dict(noise_dir="/no/such/folder"), "--noise-dir /no/such/folder does not exist"),
+    ],
+)
+def test_options_are_checked_before_anything_is_built(options, words):
+    with pytest.raises(UserError, match=words):
+        task_of(**options)
