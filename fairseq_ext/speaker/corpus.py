@@ -118,7 +118,8 @@ class Corpus:
                 f"{self.ids[row]}: frames {start} to {start + length} of {available} do not exist"
             )
         first = int(self.offsets[row]) + start
-        return np.array(self.features[first : first + length])
+        # as a plain array: slicing a memmap object takes longer than copying a crop
+        return np.asarray(self.features)[first : first + length].copy()
 
 
 def write_corpus(path, features_file, rows, speakers, spec):
