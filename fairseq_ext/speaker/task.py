@@ -126,8 +126,8 @@ class SpeakerIdTask(FairseqTask):
 
     def build_model(self, cfg, from_checkpoint=False):
         self.from_checkpoint = self.from_checkpoint or from_checkpoint
-        if not self.from_checkpoint:
-            # fairseq builds from a copy of cfg, but saves cfg itself
+        if not self.from_checkpoint and "init_from" in cfg:
+            # one of our models, not someone's own. fairseq builds from a copy of cfg, but saves cfg itself
             with open_dict(cfg):
                 complete(cfg, self)
         return super().build_model(cfg, from_checkpoint)

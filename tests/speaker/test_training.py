@@ -189,6 +189,24 @@ def test_a_recipe_trains_and_is_identified(run, repo_root, tiny_data, tmp_path):
     assert np.isclose(100 * found["top1"]["accuracy"], shown, atol=1e-3)
 
 
+@pytest.mark.slow
+def test_someones_own_architecture_trains_and_is_loaded(run, repo_root, tiny_data, tmp_path):
+    plugin = repo_root / "benchmarks" / "classroom_baseline"
+    flags = (
+        "--task speaker_id --arch classroom_baseline --criterion softmax --optimizer adam --lr 1e-3"
+    )
+    run(
+        *(BIN / "fairseq-train", tiny_data, "--user-dir", plugin, flags),
+        *("--batch-size 8 --max-update 2 --save-dir", tmp_path),
+    )
+    path = tmp_path / "checkpoint_last.pt"
+    log = run(
+        *(sys.executable, "-m fairseq_ext.speaker.identify", tiny_data, "--path", path),
+        *("--subset test --output", tmp_path / "predictions.csv"),
+    )
+    assert "of 8" in log
+
+
 def test_presets_and_recipes_say_the_same(repo_root):
     import fairseq  # noqa: F401
 
