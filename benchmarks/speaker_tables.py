@@ -52,7 +52,7 @@ def all_runs() -> dict:
         common = {"common.seed": seed}
         runs[f"main-baseline-{seed}"] = ("classroom_baseline", common, "libri251")
         runs[f"digits-ours-{seed}"] = ("fsdd", common, "fsdd")
-        digits = {**common, "optimization.max_update": 1000}
+        digits = {**common, "optimization.max_update": 600, "lr_scheduler.warmup_updates": 100}
         runs[f"digits-baseline-{seed}"] = ("classroom_baseline", digits, "fsdd")
         for encoder in ("transformer", "conformer"):
             for pooling in ("mean", "self_attention"):
