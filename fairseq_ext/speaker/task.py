@@ -16,10 +16,11 @@ from fairseq_ext.speaker.augment import AUGMENTATIONS, Context, build_augmentati
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.dataset import CropDataset, UtteranceDataset, batches_by_frames
 from fairseq_ext.speaker.features import FeatureSpec, audio_features, log_mel
+from fairseq_ext.speaker.inference import MAX_FRAMES
 from fairseq_ext.speaker.model import complete
+from fairseq_ext.speaker.tables import AUDIO_ENDINGS, audio_files
 
 logger = logging.getLogger(__name__)
-AUDIO = {".wav", ".flac", ".ogg", ".mp3"}
 
 
 @dataclass
@@ -55,7 +56,7 @@ class SpeakerIdConfig(FairseqDataclass):
         default=None, metadata={"help": "room impulse responses for augmentation 'reverb'"}
     )
     max_valid_frames: int = field(
-        default=4000,
+        default=MAX_FRAMES,
         metadata={
             "help": "padded frames in a validation batch, whatever --batch-size (4000 is fastest on"
             " a CPU; more pays on a GPU)"
@@ -259,11 +260,11 @@ def read_collection(folder: Optional[str], spec: FeatureSpec) -> List[np.ndarray
         return [
             corpus.features[o : o + n] for o, n in zip(corpus.offsets, corpus.lengths, strict=True)
         ]
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in AUDIO)
+    files = audio_files(folder)
     if not files:
-        raise UserError(f"{folder} has no audio files ({', '.join(sorted(AUDIO))})")
+        raise UserError(f"{folder} has no audio files ({', '.join(AUDIO_ENDINGS)})")
     logger.info(f"reading {len(files)} files of {folder}")
-    return [audio_features(p, spec) for p in files]
+    return [audio_features(Path(folder) / name, spec) for name in files]
 
 
 def read_rooms(folder: Optional[str], spec: FeatureSpec) -> List[np.ndarray]:
