@@ -6,22 +6,14 @@ benchmarks/results/speaker_tables/, written when it is done; a run that has its 
 """
 
 import argparse
-import copy
-import hashlib
-import json
-import os
-import shutil
-import subprocess
-import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
 import numpy as np
-import yaml
 
+from benchmarks.recorded import ROOT, changed_recipe, digest_of, is_recorded, train
 from benchmarks.speaker_protocols import prepare_digits, prepare_libri, prepare_shifted
 from benchmarks.speaker_report import report
 from ext_common.manifest import atomic_json, versions
@@ -29,7 +21,6 @@ from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.inference import SpeakerModel, rank
 from fairseq_ext.speaker.metrics import in_top
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "speaker_tables"
 CONFIGS = ROOT / "configs" / "speaker_id"
 SEEDS = (1, 2, 3)
@@ -75,36 +66,10 @@ def all_runs() -> dict:
 
 def recipe(name: str, changes: dict) -> dict:
     """A recipe of configs/speaker_id with dotted changes; a softmax criterion has no margin options."""
-    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    for key, value in changes.items():
-        section, field = key.split(".")
-        config[section][field] = value
+    config = changed_recipe(CONFIGS / f"{name}.yaml", changes)
     if config["criterion"]["_name"] == "softmax":
         config["criterion"] = {"_name": "softmax"}
     return config
-
-
-def train(name: str, config: dict, data: Path, digest: str, work: Path) -> dict:
-    """Train from a recipe in `work / name`; returns wall and CPU seconds of the whole process."""
-    folder = work / name
-    done = folder / "train.json"
-    if done.exists() and json.loads(done.read_text())["recipe_sha256"] == digest:
-        return json.loads(done.read_text())
-    # seconds are those of one process from the first update: a half-trained run begins again
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    config = copy.deepcopy(config)
-    config["task"]["data"] = str(data)
-    config["checkpoint"]["save_dir"] = str(folder / "checkpoints")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(config))
-    # the model groups of `defaults:` are found beside the recipe
-    (folder / "model").symlink_to(CONFIGS / "model")
-    command = ["fairseq-hydra-train", "--config-dir", folder, "--config-name", "recipe"]
-    start = time.time()
-    usage = run([Path(sys.executable).parent / command[0], *command[1:]], folder / "train.log")
-    seconds = {"seconds": round(time.time() - start, 1), "cpu_seconds": round(usage, 1)}
-    atomic_json(done, {"recipe_sha256": digest, **seconds})
-    return json.loads(done.read_text())
 
 
 def evaluate(name: str, data: Path, subset: str, work: Path) -> dict:
@@ -120,28 +85,16 @@ def evaluate(name: str, data: Path, subset: str, work: Path) -> dict:
     return {**scores, "utterances": len(rows)}
 
 
-def run(command: list, log: Path) -> float:
-    """Run on one thread with its output in `log`; CPU seconds of the process and its children."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with open(log, "w") as f:
-        child = subprocess.Popen(
-            [str(c) for c in command], stdout=f, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
-        )
-        _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise SystemExit(f"error: {command[0]} failed, see {log}")
-    return usage.ru_utime + usage.ru_stime
-
-
 def one(name: str, recipe_name: str, changes: dict, data: str, prepared: dict, work: Path) -> None:
     config = recipe(recipe_name, changes)
-    digest = hashlib.sha256(json.dumps([config, data], sort_keys=True).encode()).hexdigest()[:16]
+    digest = digest_of(config, data)
     path = RESULTS / f"{name}.json"
-    if path.exists() and json.loads(path.read_text())["recipe_sha256"] == digest:
+    if is_recorded(path, digest):
         print(f"{name}: done before", flush=True)
         return
     result = {"run": name, "date": date.today().isoformat(), "recipe_sha256": digest}
-    result.update(train(name, config, prepared[data], digest, work), threads=1, recipe=config)
+    trained = train(config, prepared[data], digest, work / name, CONFIGS / "model")
+    result.update(trained, threads=1, recipe=config)
     sets = [(data, "test")] if data == "fsdd" else None
     sets = sets or [(d, s) for d in ("libri251", "libri251-shifted") for s in ("valid", "test")]
     for corpus, subset in sets:

@@ -1,0 +1,121 @@
+"""The tables of `benchmarks.translation_tables` as Markdown, from the JSON files of its runs."""
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+REFERENCES = "references.json"
+
+
+def report(results: Path) -> str:
+    """All tables of which at least one run is done: mean ± standard deviation over seeds."""
+    kinds = read(results)
+    if not kinds:
+        return "no run is recorded yet"
+    tables = [tuning_table(kinds, kind) for kind in ("lstm", "constant") if kind in kinds]
+    if "noam" in kinds:
+        chosen = {"Transformer, Noam": kinds["noam"]["noam"]}
+        for kind, title in (("lstm", "LSTM"), ("constant", "Transformer, constant rate")):
+            if kind in kinds:
+                name = best_of(results, kind)
+                chosen[f"{title} ({name.split('-', 1)[1].replace('-', ', dropout ')})"] = kinds[
+                    kind
+                ][name]
+        tables += [main_table(chosen), significance_table(chosen, results)]
+    return "\n\n".join(table for table in tables if table)
+
+
+def read(results: Path) -> dict[str, dict[str, list[dict]]]:
+    """Runs by kind (lstm) and by name without the seed (lstm-0.001-0.2)."""
+    kinds: dict = defaultdict(lambda: defaultdict(list))
+    for path in sorted(results.glob("*-*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        name = run["run"].rsplit("-", 1)[0]
+        kinds[name.split("-")[0]][name].append(run)
+    return kinds
+
+
+def best_of(results: Path, kind: str) -> str:
+    """The name, without the seed, of the run of this kind with seed 1 that is best on valid."""
+    runs = [run for named in read(results)[kind].values() for run in named]
+    first = [run for run in runs if run["run"].endswith("-1")]
+    if not first:
+        raise SystemExit(
+            f"error: no {kind} run with seed 1 is recorded: run the group tuning first"
+        )
+    return max(first, key=lambda run: run["valid"]["bleu"])["run"].rsplit("-", 1)[0]
+
+
+def main_table(chosen: dict[str, list[dict]]) -> str:
+    rows = []
+    for name, runs in chosen.items():
+        updates = runs[0]["recipe"]["optimization"]["max_update"]
+        cpu = statistics.mean(run["cpu_seconds"] for run in runs)
+        scores = [spread(runs, s, m) for s in ("test", "valid") for m in ("bleu", "chrf")]
+        parameters = f"{runs[0]['parameters']:,}"
+        rows.append([name, *scores, parameters, str(updates), f"{cpu:.0f}", str(len(runs))])
+    head = ["en→zh", "test BLEU", "test chrF", "valid BLEU", "valid chrF"]
+    return markdown([*head, "parameters", "updates", "CPU s", "seeds"], rows)
+
+
+def tuning_table(kinds: dict, kind: str) -> str:
+    rows = []
+    for runs in kinds[kind].values():
+        for run in (run for run in runs if run["run"].endswith("-1")):
+            options = run["recipe"]
+            rate, dropout = options["optimization"]["lr"][0], options["model"].get("dropout", "")
+            score = f"{run['valid']['bleu']:.1f}"
+            rows.append([kind, f"{rate:g}", str(dropout), score, f"{run['cpu_seconds']:.0f}"])
+    return markdown(["tuning", "rate", "dropout", "valid BLEU, seed 1", "CPU s"], rows)
+
+
+def significance_table(chosen: dict[str, list[dict]], results: Path) -> str:
+    """The first system against each other one on test, seed by seed; the largest p of the seeds."""
+    from fairseq_ext.translation.scoring import ScoringOptions, score
+
+    if not (results / REFERENCES).exists():
+        return ""
+    references = json.loads((results / REFERENCES).read_text(encoding="utf-8"))["test"]
+    (ours_name, ours), *others = chosen.items()
+    rows = []
+    for name, theirs in others:
+        pairs = [
+            (a, b)
+            for a in ours
+            for b in theirs
+            if a["run"].rsplit("-", 1)[1] == b["run"].rsplit("-", 1)[1]
+        ]
+        if not pairs:
+            continue
+        compared = [
+            score(
+                a["test"]["translations"],
+                [references],
+                "zh",
+                b["test"]["translations"],
+                options=ScoringOptions(metrics=["bleu", "chrf"]),
+            ).comparisons
+            for a, b in pairs
+        ]
+        row = [f"{ours_name} − {name}"]
+        for metric in ("bleu", "chrf"):
+            differences = [found[metric].difference for found in compared]
+            p = [(found[metric].bootstrap_p, found[metric].randomisation_p) for found in compared]
+            row.append(f"{statistics.mean(differences):+.1f}")
+            row.append(f"{max(one[0] for one in p):.4f} / {max(one[1] for one in p):.4f}")
+        rows.append([*row, str(len(pairs))])
+    head = ["difference on test, same seeds", "BLEU", "p", "chrF", "p"]
+    return markdown([*head, "seeds"], rows)
+
+
+def spread(runs: list[dict], subset: str, metric: str) -> str:
+    values = [run[subset][metric] for run in runs]
+    if len(values) < 2:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

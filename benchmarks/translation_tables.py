@@ -1,0 +1,172 @@
+"""The translation tables of the README: `python -m benchmarks.translation_tables [GROUP …]`.
+
+English to Chinese on ../shared/data/cmn-eng/cmn.txt. Every run is one `fairseq-hydra-train` in a
+process of its own, on one thread, then the average of its last checkpoints, `translate` with beam 5 and
+`score`; one JSON file under benchmarks/results/translation_tables/, written when it is done, with the
+translations of test in it. A run that has its file is not done again. `--jobs 2` does two at a time.
+
+    main    the Transformer with Noam, 3 seeds
+    tuning  with one seed, for the LSTM 3 rates × 2 dropouts, for the Transformer 3 constant rates
+    chosen  the LSTM and the constant rate that were best on valid, 3 seeds
+"""
+
+import argparse
+import json
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+from benchmarks.recorded import ROOT, changed_recipe, digest_of, is_recorded, run, train
+from benchmarks.translation_report import REFERENCES, best_of, report
+from ext_common.manifest import atomic_json, sha256_file, versions
+from fairseq_ext.translation.scoring import score
+from fairseq_ext.translation.text import read_lines
+
+RESULTS = ROOT / "benchmarks" / "results" / "translation_tables"
+CONFIGS = ROOT / "configs" / "translation"
+SHARED = Path(os.environ.get("FAIRSEQ_EXT_DATA") or ROOT.parent / "shared" / "data")
+SEEDS = (1, 2, 3)
+LSTM_RATES = (5e-4, 1e-3, 2e-3)
+LSTM_DROPOUTS = (0.2, 0.4)
+CONSTANT_RATES = (3e-4, 6e-4, 1.2e-3)
+# The LSTM makes this many updates in the CPU time of the Transformer's; the table says the seconds.
+LSTM_UPDATES = 2000
+AVERAGED = 5
+ONE_AT_A_TIME = threading.Lock()
+
+
+def tuning_runs() -> dict:
+    """Name → (recipe, changes): what a rate is chosen from, with one seed, on valid."""
+    runs = {}
+    for rate in LSTM_RATES:
+        for dropout in LSTM_DROPOUTS:
+            runs[f"lstm-{rate:g}-{dropout:g}-1"] = lstm(rate, dropout, 1)
+    for rate in CONSTANT_RATES:
+        runs[f"constant-{rate:g}-1"] = constant(rate, 1)
+    return runs
+
+
+def main_runs() -> dict:
+    return {f"noam-{seed}": ("tiny", {"common.seed": seed}) for seed in SEEDS}
+
+
+def chosen_runs() -> dict:
+    """The other seeds of what was best on valid; needs the tuning runs."""
+    runs = {}
+    _, rate, dropout = best_of(RESULTS, "lstm").split("-", 2)
+    for seed in SEEDS:
+        runs[f"lstm-{rate}-{dropout}-{seed}"] = lstm(float(rate), float(dropout), seed)
+    _, rate = best_of(RESULTS, "constant").split("-", 1)
+    for seed in SEEDS:
+        runs[f"constant-{rate}-{seed}"] = constant(float(rate), seed)
+    return runs
+
+
+def lstm(rate: float, dropout: float, seed: int) -> tuple:
+    changes = {"optimization.lr": [rate], "model.dropout": dropout, "common.seed": seed}
+    return "lstm", {**changes, "optimization.max_update": LSTM_UPDATES}
+
+
+def constant(rate: float, seed: int) -> tuple:
+    """The Transformer's recipe with the same linear warm-up, to a rate that then stays."""
+    changes = {"lr_scheduler._name": "fixed", "optimization.lr": [rate], "common.seed": seed}
+    return "tiny", changes
+
+
+def prepare(work: Path) -> Path:
+    """DATA, made by the real command."""
+    data = work / "data"
+    corpus = SHARED / "cmn-eng" / "cmn.txt"
+    if not corpus.exists():
+        raise SystemExit(f"error: {corpus} is not there: set FAIRSEQ_EXT_DATA to the data's folder")
+    if not (data / "corpus.json").exists():
+        command = [python("prepare"), corpus, data, "--source-lang", "en", "--target-lang", "zh"]
+        run([*command[0], *command[1:]], work / "prepare.log")
+    references = list(read_lines(data / "text" / "test.zh"))
+    atomic_json(RESULTS / REFERENCES, {"test": references})
+    return data
+
+
+def python(noun: str) -> list:
+    return [sys.executable, "-m", f"fairseq_ext.translation.{noun}"]
+
+
+def evaluate(folder: Path, data: Path, subset: str) -> dict:
+    """BLEU and chrF of the averaged model's translations with beam 5, and these translations."""
+    with ONE_AT_A_TIME:
+        output = folder / f"{subset}.zh"
+        path = folder / "checkpoints" / "average.pt"
+        command = [*python("translate"), data / "text" / f"{subset}.en", output, "--path", path]
+        run([*command, "--beam", "5"], folder / f"translate-{subset}.log")
+        lines = list(read_lines(output))
+        references = list(read_lines(data / "text" / f"{subset}.zh"))
+        scores = score(lines, references, "zh")
+    signatures = [scores.metrics[name].signature for name in ("bleu", "chrf")]
+    found = {"bleu": scores.bleu, "chrf": scores.chrf, "signatures": signatures}
+    return {**found, "translations": lines}
+
+
+def one(name: str, recipe: str, changes: dict, data: Path, work: Path) -> None:
+    """Train, average, translate and score one run, unless that is recorded."""
+    config = changed_recipe(CONFIGS / f"{recipe}.yaml", changes)
+    corpus = json.loads((data / "corpus.json").read_text())
+    model = (CONFIGS / "model" / f"{config['defaults'][0]['model']}.yaml").read_text()
+    digest = digest_of(config, model, corpus["split_sha256"])
+    path = RESULTS / f"{name}.json"
+    if is_recorded(path, digest):
+        print(f"{name}: done before", flush=True)
+        return
+    folder = work / name
+    trained = train(config, data, digest, folder, CONFIGS / "model")
+    checkpoints = folder / "checkpoints"
+    average = [*python("average"), checkpoints, "--last", str(AVERAGED)]
+    run([*average, "--output", checkpoints / "average.pt"], folder / "average.log")
+    result = {"run": name, "date": date.today().isoformat(), "recipe_sha256": digest}
+    result.update(trained, threads=1, recipe=config, parameters=parameters(checkpoints))
+    result["split_sha256"] = corpus["split_sha256"]
+    for subset in ("valid", "test"):
+        result[subset] = evaluate(folder, data, subset)
+        result[subset]["reference_sha256"] = sha256_file(data / "text" / f"{subset}.zh")
+    atomic_json(path, {**result, "versions": versions()})
+    scores = f"BLEU {result['test']['bleu']:.1f}, chrF {result['test']['chrf']:.1f}"
+    print(f"{name}: {scores}, {result['cpu_seconds']:.0f} CPU s", flush=True)
+
+
+def parameters(checkpoints: Path) -> int:
+    """Number of parameters, tied ones once."""
+    from fairseq_ext.average import read
+
+    state = read(checkpoints / "average.pt")["model"]
+    sizes = {t.untyped_storage().data_ptr(): t.numel() for t in state.values() if t.dim()}
+    return sum(sizes.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("groups", nargs="*", help="main, tuning, chosen (default: all)")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "translation_tables")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--report", action="store_true", help="print the tables of what is done")
+    args = parser.parse_args()
+    if not args.report:
+        args.work.mkdir(parents=True, exist_ok=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        data = prepare(args.work)
+        groups = {"main": main_runs, "tuning": tuning_runs, "chosen": chosen_runs}
+        for group, runs in groups.items():
+            if args.groups and group not in args.groups:
+                continue
+            with ThreadPoolExecutor(args.jobs) as pool:
+                jobs = [pool.submit(one, n, *r, data, args.work) for n, r in runs().items()]
+            for job in jobs:
+                job.result()
+    print(report(RESULTS))
+
+
+if __name__ == "__main__":
+    main()

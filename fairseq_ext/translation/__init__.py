@@ -1,0 +1,1 @@
+"""Machine translation: from raw bitext to a scored Transformer."""
