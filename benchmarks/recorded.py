@@ -19,11 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def changed_recipe(path: Path, changes: dict[str, Any]) -> dict:
-    """The recipe in a YAML file with dotted changes such as ``{"common.seed": 2}``."""
+    """The recipe in a YAML file with changes: ``{"common.seed": 2}``, or a section whole."""
     config = yaml.safe_load(path.read_text())
     for key, value in changes.items():
-        section, field = key.split(".")
-        config.setdefault(section, {})[field] = value
+        section, _, field = key.partition(".")
+        if field:
+            config.setdefault(section, {})[field] = value
+        else:
+            config[section] = value
     return config
 
 

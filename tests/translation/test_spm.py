@@ -95,7 +95,7 @@ def test_little_text_gives_a_model_as_large_as_it_can(kind, lines, text, tmp_pat
     few = tmp_path / "few"
     few.write_text("\n".join(text.read_text(encoding="utf-8").split("\n")[:lines]) + "\n")
     codec = Codec(train_model([few], kind=kind, pairs=lines), ("<BT>",))
-    assert 260 < codec.size <= spm.default_size(lines)
+    assert 260 < codec.size <= spm.default_size(lines, 100)
     assert codec.decode(codec.encode("the 鑫 cat")) == "the 鑫 cat"
 
 
@@ -103,15 +103,14 @@ def test_the_same_text_gives_the_same_model(text):
     assert train_model([text], size=340) == train_model([text], size=340)
 
 
-def test_sizes_follow_the_corpus():
-    assert [spm.default_size(n) for n in (0, 500, 29_155, 390_000, 10**6, 10**9)] == [
-        1000,
-        1500,
-        7800,
-        22000,
-        32000,
-        32000,
-    ]
+def test_sizes_follow_the_corpus(text, tmp_path):
+    # characters + 256 + max(500, 22,000 · (pairs / 10⁶)^0.8), at most 32,000
+    found = [spm.default_size(n, c) for n, c in [(0, 0), (500, 80), (29_155, 2400), (10**6, 90)]]
+    assert found == [800, 800, 4000, 22300]
+    assert spm.default_size(10**9, 90) == 32_000
+    path = tmp_path / "letters"
+    path.write_text("a" * 5000 + "\n" + "b" * 4994 + "cde\n", encoding="utf-8")
+    assert spm._characters([path]) == 2
 
 
 def test_errors_are_sentences(text, tmp_path):

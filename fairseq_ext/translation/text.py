@@ -1,0 +1,315 @@
+"""Lines of text: read without shifting one, normalised by one convention, measured per language.
+
+Everything that asks "is this the same sentence" uses :func:`match_key`, everything that asks "how long is
+it" uses :func:`length`, so that filters, splits and leak guards cannot disagree.
+"""
+
+import contextlib
+import functools
+import gzip
+import os
+import sys
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import regex
+
+from ext_common.cli import UsageError, UserError
+from ext_common.registry import Registry
+
+CONVENTIONS = Registry("normalisation")
+"""name → function(text, lang) → text. Both ends of a system use the one its data were made with."""
+
+# Other codes of the languages that are treated specially somewhere; script and country are cut off
+# before (zh-Hant-TW, zh_CN).
+_ALIASES = {"cmn": "zh", "zho": "zh", "chi": "zh", "jpn": "ja", "kor": "ko", "eng": "en"}
+_ALIASES |= {"tha": "th", "lao": "lo", "khm": "km", "mya": "my", "rus": "ru", "ara": "ar"}
+_UNSPACED = frozenset("zh ja th lo km my yue".split())
+_HAN_PUNCTUATED = frozenset("zh ja yue".split())
+_SCRIPTS = {
+    "Arabic": "ar fa ps ug ur",
+    "Armenian": "hy",
+    "Bengali": "as bn",
+    "Cyrillic": "be bg kk ky mk mn ru sr tg tt uk",
+    "Devanagari": "hi mr ne sa",
+    "Ethiopic": "am ti",
+    "Georgian": "ka",
+    "Greek": "el",
+    "Gujarati": "gu",
+    "Gurmukhi": "pa",
+    "Han": "ja ko yue zh",
+    "Hangul": "ko",
+    "Hebrew": "he yi",
+    "Hiragana": "ja",
+    "Kannada": "kn",
+    "Katakana": "ja",
+    "Khmer": "km",
+    "Lao": "lo",
+    "Latin": "af az bs ca cs cy da de en eo es et eu fi fr ga gl ha hr hu id is it kk la lt lv ms mt "
+    "nb nl nn no pl pt ro sk sl so sq sr sv sw tl tr uz vi zu",
+    "Malayalam": "ml",
+    "Myanmar": "my",
+    "Oriya": "or",
+    "Sinhala": "si",
+    "Tamil": "ta",
+    "Telugu": "te",
+    "Thai": "th",
+    "Tibetan": "bo dz",
+}
+
+# Punctuation of Chinese and Japanese that NFKC would fold to ASCII, and characters whose folding
+# changes the number they are part of: 10² is not 102, 1½ is not 11⁄2.
+_UNFOLDED = "，！？：；（）～…⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻₀₁₂₃₄₅₆₇₈₉¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅟↉"
+_FOLDED_RUN = regex.compile(f"[^{_UNFOLDED}]+")
+
+_CJK = r"\p{Han}\p{Hiragana}\p{Katakana}ー"
+_CJK_MARKS = r"\u3001-\u3003\u3008-\u301F，．！？：；（）～・"
+_SHARED_MARKS = "“”‘’…—·"
+_JOINING = "".join(
+    rf"\p{{{name}}}"
+    for name in "Arabic Syriac Devanagari Bengali Gurmukhi Gujarati Oriya Tamil Telugu Kannada Malayalam "
+    "Sinhala Khmer Myanmar Tibetan".split()
+)
+_FLAG_TAGS = r"[\U000E0020-\U000E007F]"
+_INVISIBLE = regex.compile(
+    rf"""
+    # everything without a shape of its own, but for the Arabic signs that only are filed with these
+      [[\p{{Cc}}\p{{Cf}}\p{{Cs}}\p{{DI}}\p{{NChar}}]--[\u200C\u200D\uFE0E\uFE0F\U000E0020-\U000E007F\p{{Prepended_Concatenation_Mark}}]]
+    # joiners stay where they shape a word, and where they make one emoji of two
+    | (?<![{_JOINING}]) \u200C | \u200C (?![[{_JOINING}]&&[\p{{L}}\p{{M}}]])
+    | (?<![{_JOINING}\p{{Extended_Pictographic}}\p{{Emoji_Modifier}}\uFE0F]) \u200D
+    | \u200D (?![[{_JOINING}]&&[\p{{L}}\p{{M}}]]|\p{{Extended_Pictographic}})
+    # variation selectors that choose between text and emoji
+    | (?<!\p{{Extended_Pictographic}}) [\uFE0E\uFE0F] (?!\u20E3)
+    # the flags of England, Scotland and Wales
+    | (?<![\U0001F3F4\U000E0020-\U000E007F]) {_FLAG_TAGS}+
+    """,
+    regex.VERSION1 | regex.VERBOSE,
+)
+_PLAIN = regex.compile(r"(?:[!-~]+(?: [!-~]+)*)?")
+
+_WIDE = str.maketrans(",.!?:;()", "，。！？：；（）")
+_BRACKETS = regex.compile(
+    rf"(?<=[{_CJK}{_CJK_MARKS}])\([^()]*\)|\((?=[{_CJK}])[^()]*\)"
+    rf"|\([^()]*(?<=[{_CJK}])\)|\([^()]*\)(?=[{_CJK}])"
+)
+# Not "...": three of "。" are no ellipsis. Not "微软.NET" either. The space behind an ASCII mark is
+# part of writing it.
+_AFTER_CJK = regex.compile(rf"(?<=[{_CJK}][，。！？：；（）]*)(?:[,!?:;()]|\.(?![.A-Za-z0-9]))+ ?")
+_CJK_GAP = regex.compile(
+    rf"(?<=[{_CJK}{_CJK_MARKS}]) +(?=[{_CJK}{_CJK_MARKS}{_SHARED_MARKS}])"
+    rf"|(?<=[{_SHARED_MARKS}]) +(?=[{_CJK}{_CJK_MARKS}])"
+)
+
+_ASCII_REST = bytes(set(range(128)) - set(b"abcdefghijklmnopqrstuvwxyz0123456789"))
+_REST = regex.compile(r"(?V1)[[^\p{L}\p{N}\p{M}]\p{DI}]+")
+_CARRIER = regex.compile(r"[\p{L}\p{N}]")
+
+
+@functools.cache
+def language(code: str) -> str:
+    """The code this module knows a language by: ``zh`` for zh-Hant-TW, zh_CN and cmn."""
+    base = regex.split("[-_]", code.lower(), maxsplit=1)[0]
+    return _ALIASES.get(base, base)
+
+
+def normalise(text: str, lang: str, convention: str = "standard") -> str:
+    """``text`` in the stated convention; doing it twice changes nothing.
+
+    Raises UnknownName for a convention that is not registered in CONVENTIONS.
+    """
+    return CONVENTIONS.get(convention)(text, lang)
+
+
+@CONVENTIONS.register("standard")
+def standard(text: str, lang: str) -> str:
+    """NFKC without the folding of CJK punctuation; nothing invisible; one kind of space.
+
+    Superscripts, subscripts and vulgar fractions stay as well. "▁", SentencePiece's own space, becomes "_".
+    In zh, ja and yue, ASCII , . ! ? : ; ( ) behind Han or kana become full width.
+    """
+    if _PLAIN.fullmatch(text):
+        return text
+    cjk = language(lang) in _HAN_PUNCTUATED
+    # Removing a character can let its neighbours compose, so one pass is not always the last.
+    for _ in range(8):
+        before = text
+        text = _INVISIBLE.sub("", " ".join(text.split())).replace("\u2581", "_")
+        if not unicodedata.is_normalized("NFKC", text):
+            text = _FOLDED_RUN.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text)
+        text = " ".join(text.split())
+        if cjk:
+            text = _BRACKETS.sub(lambda found: f"（{found[0][1:-1]}）", text)
+            text = _AFTER_CJK.sub(lambda found: found[0].rstrip().translate(_WIDE), text)
+        if text == before:
+            break
+    return text
+
+
+@CONVENTIONS.register("none")
+def unbroken(text: str, lang: str) -> str:
+    """Only what would break a file of lines: newlines, NUL, lone surrogates and "▁"."""
+    text = text.replace("\n", " ").replace("\r", " ").replace("\0", "").replace("\u2581", "_")
+    return text if text.isascii() else regex.sub(r"\p{Cs}", "", text)
+
+
+def match_key(text: str) -> str:
+    """What two texts share that are the same but for case, width, spacing and punctuation.
+
+    Letters, numbers and marks after NFKC and case folding. A text without letter and number (so that
+    "?!" and "…" differ) keeps all that is visible. ``match_key(normalise(text)) == match_key(text)``.
+    """
+    if text.isascii():
+        key = text.lower().encode().translate(None, _ASCII_REST).decode()
+    else:
+        shown = unicodedata.normalize("NFKC", _INVISIBLE.sub("", " ".join(text.split())))
+        folded = unicodedata.normalize("NFKC", shown.casefold())
+        key = unicodedata.normalize("NFKC", _REST.sub("", folded))
+    if _CARRIER.search(key):
+        return key
+    shown = "".join(unicodedata.normalize("NFKC", standard(text, "")).split())
+    return unicodedata.normalize("NFKC", shown)
+
+
+def length(text: str, lang: str) -> int:
+    """Characters that are not spaces for zh, ja, th, lo, km, my and yue; words for the others."""
+    if language(lang) in _UNSPACED:
+        return sum(map(len, text.split()))
+    return len(text.split())
+
+
+def unit(lang: str) -> str:
+    """What :func:`length` counts, for messages."""
+    return "characters" if language(lang) in _UNSPACED else "words"
+
+
+def script_share(text: str, lang: str) -> float:
+    """The share of the letters that belong to the scripts of ``lang``.
+
+    1.0 for a text without letters and for a language whose scripts are not known here.
+    """
+    own = _script_pattern(language(lang))
+    letters = sum(map(str.isalpha, text)) if own else 0
+    # regex knows letters of a later Unicode than str
+    return min(1.0, len(own.findall(text)) / letters) if letters else 1.0
+
+
+def detokenise(text: str, lang: str) -> str:
+    """In zh, ja and yue no space between two Han, kana or CJK punctuation marks; else unchanged.
+
+    Quotation marks and dashes that Latin text has too count where their neighbour is CJK.
+    """
+    return _CJK_GAP.sub("", text) if language(lang) in _HAN_PUNCTUATED else text
+
+
+def _uneven(inputs, source: int, target: int) -> UserError:
+    return UserError(
+        f"{inputs[0]} has {source:,} lines and {inputs[1]} {target:,}: parallel files need the same "
+        "number, so give the pair that belongs together"
+    )
+
+
+@functools.cache
+def _script_pattern(lang: str) -> regex.Pattern | None:
+    own = [rf"\p{{scx={script}}}" for script, langs in _SCRIPTS.items() if lang in langs.split()]
+    return regex.compile(f"(?V1)[\\p{{L}}&&[{''.join(own)}]]") if own else None
+
+
+def read_pairs(
+    inputs: Sequence[str | os.PathLike], columns: Sequence[int] = (1, 2)
+) -> Iterator[tuple[int, str, str]]:
+    """(1-based line number, source, target), raw; a column that a row does not have is "".
+
+    inputs: one tab-separated file, of which ``columns`` (1-based) are taken, or two parallel files.
+    Raises UserError where parallel files differ in their number of lines.
+    """
+    if len(inputs) == 1:
+        if len(columns) != 2 or min(columns) < 1:
+            raise UsageError(f"expected two columns counted from 1, got {columns}")
+        first, second = (column - 1 for column in columns)
+        for number, line in enumerate(read_lines(inputs[0]), 1):
+            cells = line.split("\t")
+            yield (
+                number,
+                cells[first] if first < len(cells) else "",
+                cells[second] if second < len(cells) else "",
+            )
+        return
+    if len(inputs) != 2:
+        raise UsageError(f"expected one tab-separated file or two parallel ones, got {len(inputs)}")
+    if all(os.fspath(path) == "-" for path in inputs):
+        raise UsageError("only one of two parallel files can be the standard input")
+    source, target = map(read_lines, inputs)
+    number = 0
+    for number, line in enumerate(source, 1):
+        other = next(target, None)
+        if other is None:
+            lines = number + sum(1 for _ in source)
+            raise _uneven(inputs, lines, number - 1)
+        yield number, line, other
+    surplus = sum(1 for _ in target)
+    if surplus:
+        raise _uneven(inputs, number, number + surplus)
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[str]:
+    r"""The lines of a UTF-8 file, "-" for the standard input; .gz and .zst are unpacked.
+
+    Only "\n" ends a line. A byte order mark at the start and one "\r" at a line's end are dropped.
+    Raises UserError for a file that cannot be read and for bytes that are not UTF-8.
+    """
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, raw in enumerate(file, 1):
+                if number == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                yield raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+    except UnicodeDecodeError as error:
+        what = (
+            "is UTF-16" if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "is not UTF-8"
+        )
+        raise UserError(
+            f"{path}, line {number} {what} (byte {error.start + 1}: 0x{raw[error.start]:02x}): "
+            "convert the file with iconv -t UTF-8"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path} cannot be read after line {number}: {reason}") from error
+
+
+def _open(path: str | os.PathLike) -> AbstractContextManager[Iterable[bytes]]:
+    name = os.fspath(path)
+    if name == "-":
+        return contextlib.nullcontext(sys.stdin.buffer)
+    if name.endswith(".gz"):
+        return gzip.open(name, "rb")
+    if name.endswith(".zst"):
+        return contextlib.closing(_unpack_zst(name))
+    return open(name, "rb")
+
+
+def _unpack_zst(path: str) -> Iterator[bytes]:
+    # zstandard's own reader takes a truncated file for a whole one
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UserError(f"{path}: install zstandard (pip) to read .zst files") from error
+    frame, last = None, b""
+    with open(path, "rb") as file:
+        while data := file.read(1 << 17):
+            while data:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    *lines, last = (last + frame.decompress(data)).split(b"\n")
+                except zstandard.ZstdError as error:
+                    raise OSError(f"it is no whole Zstandard file ({error})") from error
+                yield from lines
+                data = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("it is truncated")
+    if last:
+        yield last
