@@ -10,4 +10,6 @@ if "fairseq" in sys.modules:
     from ext_common import compat
 
     compat.apply()
+    from . import noam  # noqa: F401
     from .speaker import criterion, model, task  # noqa: F401
+    from .translation import task as translation_task  # noqa: F401

@@ -10,6 +10,7 @@ docstring states the symptom, the place in fairseq and the upstream issue where 
     checkpoints   reading under weights_only, whole files whenever the process dies, resume
     processes     several processes: torchrun and spawning on CPU, gloo, buffers, gathers
     training      EMA, bf16, log file, best metric, data folder
+    schedules     what a learning-rate schedule knows of its model
 
 A gap whose place in fairseq no longer looks as it did is left open with a warning.
 """
@@ -24,8 +25,8 @@ def apply() -> None:
         return
     # Set first: the imports below can come back here through another plugin.
     _applied = True
-    from ext_common.compat import checkpoints, messages, processes, training
+    from ext_common.compat import checkpoints, messages, processes, schedules, training
 
-    for room in (messages, checkpoints, processes, training):
+    for room in (messages, checkpoints, processes, training, schedules):
         for close_gap in room.GAPS:
             close_gap()

@@ -1,21 +1,35 @@
-"""Around training: averaged weights (EMA), bf16, the log file, the best metric, the data folder."""
+"""Around training: averaged weights (EMA), bf16, log file, best metric, data folder, the end."""
 
+import atexit
+import logging
 import os
+import queue
 import sys
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from fairseq import options, trainer, utils
-from fairseq.data import data_utils
+from fairseq.data import data_utils, iterators
 from fairseq.logging import progress_bar
 from fairseq.models.ema import ema
+from omegaconf import open_dict
 from torch.utils.data import dataloader
 
 from ext_common.cli import UserError
 from ext_common.compat import processes
 from ext_common.compat.patching import replace
+
+logger = logging.getLogger(__name__)
+
+# fairseq's default of --best-checkpoint-metric.
+_DEFAULT_METRIC = "loss"
+# Seconds that the end of a program waits for its loading threads: longer than a batch takes.
+_PATIENCE = 15.0
 
 
 def average_any_model() -> None:
@@ -146,6 +160,58 @@ def leave_foreign_workers_alone() -> None:
     replace(dataloader._MultiProcessingDataLoaderIter, "__del__", make, ("_shutdown_workers()",))
 
 
+def stop_loading_before_exit() -> None:
+    """Symptom: now and then a finished run ends in "terminate called without an active exception"
+    and exit code -6.
+
+    BufferedIterator reads ahead in a daemon thread that nobody stops: after --max-update it is in
+    the middle of the data, after the last validation it may still be ending its workers. While
+    Python finalises it ends such a thread as soon as the thread asks for the GIL; where that is in
+    a destructor of PyTorch (each operation gives the GIL away and takes it back in one), C++ aborts
+    the process. Here the threads are stopped while Python is still whole, and the DataLoader's
+    workers with them.
+    """
+    atexit.unregister(stop_loading)
+    atexit.register(stop_loading)
+
+
+def stop_loading(patience: float = _PATIENCE) -> None:
+    """Stop the threads that read ahead; returns when they have ended or after ``patience`` seconds.
+
+    A thread ends with the batch it is at. One that needs longer is left to its fate.
+    """
+    loading = [t for t in threading.enumerate() if isinstance(t, iterators.BackgroundConsumer)]
+    # A loader's worker is a fork of such a thread: it is itself the one that is listed.
+    threads = [thread for thread in loading if thread is not threading.current_thread()]
+    for thread in threads:
+        thread._max_len = 0
+    deadline = time.monotonic() + patience
+    for thread in threads:
+        while thread.is_alive() and time.monotonic() < deadline:
+            # It may be waiting for room for the batch, and then for the mark of the end.
+            try:
+                thread._queue.get(timeout=0.05)
+            except queue.Empty:
+                pass
+
+
+def take_the_best_metric_from_the_task() -> None:
+    """Symptom: a task that is judged by BLEU or accuracy keeps the checkpoint of lowest loss, or
+    with `--best-checkpoint-metric bleu` alone the worst one, as it is then minimised.
+
+    A task may have ``best_metric = (name, maximize)``; it counts where no metric was asked for.
+    """
+
+    def make(original: Callable) -> Callable:
+        def __init__(self, cfg, task, *args, **kwargs):
+            original(self, cfg, task, *args, **kwargs)
+            _choose_best_metric(self.cfg, task)
+
+        return __init__
+
+    replace(trainer.Trainer, "__init__", make, ("self.cfg = cfg",))
+
+
 def mend_the_training_command() -> None:
     """The gaps inside fairseq_cli.train, which need not be imported yet when the plugin is.
 
@@ -174,8 +240,24 @@ GAPS = (
     write_log_lines_once,
     name_the_missing_data_folder,
     leave_foreign_workers_alone,
+    stop_loading_before_exit,
+    take_the_best_metric_from_the_task,
     mend_the_training_command,
 )
+
+
+def _choose_best_metric(cfg: Any, task: Any) -> None:
+    best = getattr(task, "best_metric", None)
+    flags = ("--best-checkpoint-metric", "checkpoint.best_checkpoint_metric")
+    asked = any(argument.lstrip("+").startswith(flags) for argument in sys.argv[1:])
+    asked = asked or cfg.checkpoint.best_checkpoint_metric != _DEFAULT_METRIC
+    if best is None or asked or cfg.dataset.disable_validation:
+        return
+    # The same object as in fairseq_cli.train.main, which reads it after every validation.
+    with open_dict(cfg):
+        cfg.checkpoint.best_checkpoint_metric, cfg.checkpoint.maximize_best_checkpoint_metric = best
+    rule = "highest" if best[1] else "lowest"
+    logger.info(f"the best checkpoint is the one with the {rule} {best[0]}")
 
 
 def _mend_train() -> None:
