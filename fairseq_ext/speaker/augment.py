@@ -10,6 +10,7 @@ is; rng a `numpy.random.Generator` that belongs to this crop alone.
 """
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Callable, List, Sequence
 
 import numpy as np
@@ -162,7 +163,8 @@ def build_augmentation(pipeline: str) -> List[Callable]:
         function = AUGMENTATIONS.get(name.strip())
         values = AUGMENTATIONS.options(name.strip(), options)
         values = {} if values is None else asdict(values)
-        steps.append(lambda x, rng, context, f=function, v=values: f(x, rng, context, **v))
+        # not a lambda: a loading worker of a spawned process gets it pickled
+        steps.append(partial(function, **values))
     return steps
 
 

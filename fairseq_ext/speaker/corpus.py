@@ -94,6 +94,13 @@ class Corpus:
             )
         return corpus
 
+    def __getstate__(self):
+        # A pickled memory map is all it maps, and a spawned loading worker gets its dataset pickled.
+        return {**self.__dict__, "features": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, features=open_store(state["path"]).data)
+
     def __len__(self):
         return len(self.ids)
 

@@ -1,5 +1,7 @@
 """Augmentation of features against the same thing done to waveforms."""
 
+import pickle
+
 import numpy as np
 import pytest
 import soundfile
@@ -407,3 +409,10 @@ def test_global_generators_are_left_alone():
     run(";".join(EVERY), crop(), 0, context(**FULL))
     assert np.array_equal(np.random.get_state()[1], before[0])
     assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_steps_travel_to_a_loading_worker():
+    """A spawned worker gets its dataset pickled."""
+    steps = build_augmentation("channel:gain_db=3;specaugment:freq_masks=1")
+    again = pickle.loads(pickle.dumps(steps))
+    assert [step.keywords for step in again] == [step.keywords for step in steps]

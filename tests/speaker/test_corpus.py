@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -136,3 +137,13 @@ def test_damage_is_named(tmp_path):
     (tmp_path / "corpus.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         Corpus.open(tmp_path)
+
+
+def test_pickled_without_its_features(tiny_data):
+    """A loading worker of a spawned process opens the store itself: 6.8 GB do not travel."""
+    corpus = Corpus.open(tiny_data)
+    pickled = pickle.dumps(corpus)
+    assert len(pickled) < corpus.features.nbytes / 10
+    again = pickle.loads(pickled)
+    for row in range(len(corpus)):
+        assert np.array_equal(again.read(row), corpus.read(row))
