@@ -1,0 +1,332 @@
+"""`--task translation_spm`: fairseq's translation on a folder made by `translation.prepare`."""
+
+import logging
+import math
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from fairseq import utils
+from fairseq.data import Dictionary, data_utils, iterators
+from fairseq.tasks import register_task
+from fairseq.tasks.translation import TranslationTask
+
+from ext_common.cli import UserError
+from fairseq_ext.translation import metrics
+from fairseq_ext.translation.batching import batches, fitting, too_long
+from fairseq_ext.translation.config import TranslationSpmConfig, check_options
+from fairseq_ext.translation.corpus import Corpus
+from fairseq_ext.translation.hooks import check_before_resuming, score_by_language
+from fairseq_ext.translation.sampling import SampledPairs, SubwordSampler
+from fairseq_ext.translation.spm import Codec
+from fairseq_ext.translation.validation import TextValidation, log_scores
+from fairseq_ext.translation.vocabulary import (
+    SpmBpe,
+    SpmDictionary,
+    codecs_of,
+    direction,
+    refuse_other_direction,
+    to_state,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@register_task("translation_spm", dataclass=TranslationSpmConfig)
+class TranslationSpmTask(TranslationTask):
+    """Nothing is dropped, and text is what the SentencePiece model says it is.
+
+    The models, and with them the dictionaries, travel in the checkpoint (`task_state`); DATA is opened only
+    for its sentences, and refused where its models are others.
+    """
+
+    def __init__(self, cfg: TranslationSpmConfig, from_checkpoint: bool = False):
+        super().__init__(cfg, None, None)
+        check_options(cfg)
+        self._codecs: Optional[Dict[str, Codec]] = None
+        self._convention = "standard"
+        self._direction_given = bool(cfg.source_lang or cfg.target_lang)
+        self._no_data: Optional[UserError] = None
+        self._positions: List[Any] = []
+        self._validation = TextValidation(self, cfg.valid_beam, cfg.valid_sentences)
+        self._said: set = set()
+        if not from_checkpoint:
+            try:
+                self._use_corpus(open_corpora(cfg.data)[0])
+            except UserError as error:
+                # a folder that is gone is no mistake where a checkpoint brings all that is needed
+                self._no_data = error
+
+    @classmethod
+    def setup_task(cls, cfg: TranslationSpmConfig, **kwargs):
+        return cls(cfg, kwargs.get("from_checkpoint", False))
+
+    # --- vocabulary ---------------------------------------------------------------------------
+
+    @property
+    def source_dictionary(self) -> SpmDictionary:
+        return self._need_vocabulary().src_dict
+
+    @property
+    def target_dictionary(self) -> SpmDictionary:
+        return self._need_vocabulary().tgt_dict
+
+    def _need_vocabulary(self):
+        if self.src_dict is None:
+            raise self._no_data or UserError(
+                "the checkpoint was not made by --task translation_spm"
+            )
+        return self
+
+    def _use_corpus(self, corpus: Corpus) -> None:
+        self._convention = corpus.normalise
+        source, target = self._direction(tuple(corpus.languages))
+        codecs = {lang: corpus.codec(lang) for lang in corpus.languages}
+        self._use_codecs(codecs, source, target)
+
+    def _direction(self, languages: Tuple[str, str]) -> Tuple[str, str]:
+        return direction(self.cfg.source_lang, self.cfg.target_lang, languages)
+
+    def _use_codecs(self, codecs: Dict[str, Codec], source: str, target: str) -> None:
+        self._codecs = codecs
+        self.cfg.source_lang, self.cfg.target_lang = source, target
+        self.src_dict = SpmDictionary(codecs[source], source, always_text=True)
+        self.tgt_dict = SpmDictionary(codecs[target], target)
+        logger.info(
+            f"{source} → {target}, {len(self.src_dict):,} and {len(self.tgt_dict):,} pieces, "
+            f"normalisation {self._convention}, BLEU with the tokenizer {metrics.tokenizer_for(target)}"
+        )
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {
+            "translation": to_state(
+                self._need_vocabulary()._codecs,
+                source_lang=self.cfg.source_lang,
+                target_lang=self.cfg.target_lang,
+                normalise=self._convention,
+                extra_symbols=list(self.src_dict.codec.extra_symbols),
+            )
+        }
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Take models and direction from a checkpoint; UserError where DATA or flags contradict it."""
+        state = state_dict.get("translation")
+        if state is None:
+            if self.src_dict is None:
+                raise self._no_data or UserError(
+                    "the checkpoint was not trained with --task translation_spm: its vocabulary is not in it"
+                )
+            logger.warning("the checkpoint names no SentencePiece models: those of DATA are taken")
+            return
+        saved = state["source_lang"], state["target_lang"]
+        wanted = self._direction(saved)
+        if self.src_dict is None:
+            self._convention = state["normalise"]
+            refuse_other_direction(wanted, saved)
+            self._use_codecs(codecs_of(state), *saved)
+            return
+        self.check_models(state)
+        if wanted != saved and not self._direction_given:
+            # DATA's own direction was only a guess; others hold these two dictionaries by now
+            source, target = self._codecs[saved[0]], self._codecs[saved[1]]
+            self.src_dict.become(SpmDictionary(source, saved[0], always_text=True))
+            self.tgt_dict.become(SpmDictionary(target, saved[1]))
+            self.cfg.source_lang, self.cfg.target_lang = wanted = saved
+        refuse_other_direction(wanted, saved)
+        self._convention = state["normalise"]
+
+    def check_models(self, state: Dict[str, Any]) -> None:
+        """UserError where a checkpoint was trained with other SentencePiece models than this task has."""
+        theirs = {lang: codec.sha256 for lang, codec in codecs_of(state).items()}
+        ours = {lang: codec.sha256 for lang, codec in self._codecs.items()}
+        if theirs != ours:
+            raise UserError(
+                f"{self.cfg.data} has other SentencePiece models than the checkpoint, so that every"
+                " piece would mean another one: use the folder it was trained on, or prepare the data with"
+                " its models"
+            )
+
+    def check_resume(self, state: Dict[str, Any], same_run: bool) -> None:
+        """UserError before a training continues from the checkpoint of another vocabulary.
+
+        same_run: also refuse the other direction (a fine-tuning may change it).
+        """
+        saved = (state.get("task_state") or {}).get("translation")
+        if saved is None:
+            return
+        self.check_models(saved)
+        if same_run:
+            given = self.cfg.source_lang, self.cfg.target_lang
+            refuse_other_direction(given, (saved["source_lang"], saved["target_lang"]))
+
+    # --- data -----------------------------------------------------------------------------------
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> None:
+        self._need_vocabulary()
+        corpora = open_corpora(self.cfg.data)
+        for corpus in corpora:
+            self.check_corpus(corpus)
+        try:
+            super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self.cfg.data} has no split {split!r}: it has {', '.join(corpora[0].splits)}"
+            ) from error
+        # fairseq-generate and -validate hand over the checkpoint's options: they want the text as it is
+        training = split == self.cfg.train_subset and "task_cfg" not in kwargs
+        if training and self.cfg.subword_sampling:
+            self.datasets[split] = self._sampled(self.datasets[split])
+
+    def _sampled(self, dataset) -> SampledPairs:
+        sides = str(self.cfg.subword_sampling_sides)
+        dictionaries = {"source": self.src_dict, "target": self.tgt_dict}
+        limits = dict(zip(dictionaries, self._limits(), strict=True))
+        samplers = {
+            side: SubwordSampler(dictionary.codec, self.cfg.subword_sampling)
+            for side, dictionary in dictionaries.items()
+            if sides in (side, "both")
+        }
+        sampled = SampledPairs(dataset, samplers, limits, self.cfg.seed)
+        logger.info(
+            f"subword sampling of {sides}: sentences are batched as if {sampled.growth:.2f} times as long"
+        )
+        return sampled
+
+    def _limits(self) -> Tuple[int, int]:
+        """The longest source and target, in pieces, that task and models have positions for."""
+        return utils.resolve_max_positions(self.max_positions(), *self._positions)
+
+    def check_corpus(self, corpus: Corpus) -> None:
+        """UserError where a folder was prepared with other models than this task's."""
+        for lang, codec in self._codecs.items():
+            if lang not in corpus.languages or corpus.codec(lang).sha256 != codec.sha256:
+                raise UserError(
+                    f"{corpus.path} has not the SentencePiece model for {lang} that this model was trained"
+                    " with: prepare it with the models of the first folder"
+                )
+            # the ids were made with the file, and `--task translation` may have been told to make another
+            pieces = Dictionary.load(str(corpus.dictionary_path(lang))).symbols[: codec.size]
+            if pieces != codec.pieces(range(codec.size)):
+                raise UserError(
+                    f"{corpus.dictionary_path(lang)} does not list the pieces of the SentencePiece model:"
+                    " prepare the data again"
+                )
+
+    def get_batch_iterator(
+        self,
+        dataset,
+        max_tokens=None,
+        max_sentences=None,
+        max_positions=None,
+        ignore_invalid_inputs=False,
+        required_batch_size_multiple=1,
+        seed=1,
+        num_shards=1,
+        shard_id=0,
+        num_workers=0,
+        epoch=1,
+        data_buffer_size=0,
+        disable_iterator_cache=False,
+        skip_remainder_batch=False,
+        grouped_shuffling=False,
+        update_epoch_batch_itr=False,
+    ):
+        """fairseq's, without its traps: no sentence is dropped to round a batch to a multiple of 8 or for
+        being longer than --max-tokens, batches are those of the epoch after a resume too, and workers see
+        the epoch they work for."""
+        dataset.set_epoch(epoch)
+        with data_utils.numpy_seed(seed + epoch):
+            indices = dataset.ordered_indices()
+        if isinstance(dataset, SampledPairs):
+            dataset.budget = max_tokens
+        # the trainer's limit is the smaller of positions and --max-tokens
+        limits = self._limits() if self._positions else max_positions
+        indices, about = fitting(dataset, indices, limits)
+        if about and not ignore_invalid_inputs:
+            raise too_long(about)
+        if about and about not in self._said:
+            self._said.add(about)
+            logger.warning(f"{about}: left out, the model cannot hold them")
+        return iterators.EpochBatchIterator(
+            dataset=dataset,
+            collate_fn=dataset.collater,
+            batch_sampler=batches(dataset, indices, max_tokens, max_sentences),
+            seed=seed,
+            num_shards=num_shards,
+            shard_id=shard_id,
+            num_workers=num_workers,
+            epoch=epoch,
+            buffer_size=data_buffer_size,
+            skip_remainder_batch=skip_remainder_batch,
+            grouped_shuffling=grouped_shuffling,
+            reuse_dataloader=False,
+            persistent_workers=False,
+        )
+
+    # --- text -----------------------------------------------------------------------------------
+
+    @property
+    def bpe(self) -> SpmBpe:
+        return SpmBpe(self.source_dictionary, self.target_dictionary, self._convention)
+
+    def build_bpe(self, args) -> SpmBpe:
+        return self.bpe
+
+    def build_tokenizer(self, args) -> None:
+        return None
+
+    def get_interactive_tokens_and_lengths(self, lines, encode_fn):
+        eos = self.source_dictionary.eos()
+        tokens = [torch.LongTensor([*self.bpe.encode_ids(line), eos]) for line in lines]
+        return tokens, [len(line) for line in tokens]
+
+    def build_generator(self, models, args, *more, **kwargs):
+        generator = super().build_generator(models, args, *more, **kwargs)
+        if getattr(generator, "unk_penalty", None) == 0:
+            # bytes spell what is no piece, so <unk> is never right
+            generator.unk_penalty = math.inf
+        return generator
+
+    # --- model and validation -------------------------------------------------------------------
+
+    def build_model(self, cfg, from_checkpoint=False):
+        self._need_vocabulary()
+        try:
+            model = super().build_model(cfg, from_checkpoint)
+        except ValueError as error:
+            if "joined dictionary" not in str(error):
+                raise
+            raise UserError(
+                f"{error}: {self.cfg.data} has one SentencePiece model for each language; leave the flag"
+                " out, or prepare the data with a joint one"
+            ) from error
+        self._positions.append(model.max_positions())
+        return model
+
+    @property
+    def best_metric(self) -> Optional[Tuple[str, bool]]:
+        """(name, larger is better) of what selects checkpoints; None for fairseq's loss."""
+        name = str(self.cfg.select_by)
+        return None if name == "loss" or self.cfg.no_valid_text else (name, True)
+
+    def valid_step(self, sample, model, criterion):
+        loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
+        if not self.cfg.no_valid_text and sample.get("target") is not None:
+            logging_output.update(self._validation.statistics(sample, model))
+        return loss, sample_size, logging_output
+
+    def reduce_metrics(self, logging_outputs, criterion) -> None:
+        super().reduce_metrics(logging_outputs, criterion)
+        log_scores(logging_outputs, self.cfg.target_lang)
+
+
+def open_corpora(data: Optional[str]) -> List[Corpus]:
+    """The prepared folders that --data names, separated by colons; UserError where one is none."""
+    if not data:
+        raise UserError(
+            "give the folder that fairseq_ext.translation.prepare wrote as the first argument"
+        )
+    return [Corpus.open(path) for path in utils.split_paths(data)]
+
+
+score_by_language()
+check_before_resuming()
