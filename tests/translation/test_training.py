@@ -1,0 +1,44 @@
+"""Trainings with Noam that must be the same training: resumed, and in two processes."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from .conftest import fairseq as run
+from .conftest import train_flags
+
+NOAM = ["--lr", 0.25, "--lr-scheduler", "noam", "--warmup-updates", 15, "--log-interval", 1]
+QUIET = ["--no-valid-text", "--no-epoch-checkpoints"]
+
+
+def train(data, folder, *flags):
+    """(weights, rate of each update) of a training."""
+    done = run("train", *train_flags(data, folder, *NOAM, *QUIET, *flags))
+    logged = re.findall(r"\| train_inner \| (\{.*\})", done.stdout + done.stderr)
+    rates = {int(row["num_updates"]): float(row["lr"]) for row in map(json.loads, logged)}
+    weights = torch.load(folder / "checkpoint_last.pt", weights_only=False)["model"]
+    return weights, rates
+
+
+@pytest.mark.slow
+def test_20_and_20_updates_are_40(toy_data, tmp_path):
+    """Rates, and weights to the bit."""
+    whole, rates = train(toy_data, tmp_path / "whole", "--max-update", 40, "--dropout", 0.1)
+    half, first = train(toy_data, tmp_path / "halves", "--max-update", 20, "--dropout", 0.1)
+    again, second = train(toy_data, tmp_path / "halves", "--max-update", 40, "--dropout", 0.1)
+    assert len(rates) == 40 and {**first, **second} == rates
+    assert sorted(first) == list(range(1, 21)) and min(second) == 21
+    assert any(not torch.equal(whole[name], half[name]) for name in whole)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_update_freq_2(toy_data, tmp_path):
+    flags = ["--max-update", 12, "--max-tokens", 300]
+    one, rates = train(toy_data, tmp_path / "one", *flags, "--update-freq", 2)
+    two, same_rates = train(toy_data, tmp_path / "two", *flags, "--distributed-world-size", 2)
+    assert same_rates == rates and len(rates) == 12
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
