@@ -5,9 +5,9 @@ process of its own, on one thread, then the average of its last checkpoints, `tr
 `score`; one JSON file under benchmarks/results/translation_tables/, written when it is done, with the
 translations of test in it. A run that has its file is not done again. `--jobs 2` does two at a time.
 
-    main    the Transformer with Noam, 3 seeds
-    tuning  with one seed, for the LSTM 3 rates × 2 dropouts, for the Transformer 3 constant rates
-    chosen  the LSTM and the constant rate that were best on valid, 3 seeds
+    tuning  with one seed: 3 factors of Noam and 3 constant rates for the Transformer, 3 rates × 2 dropouts
+            for the LSTM
+    chosen  of each the one that was best on valid, 3 seeds
 """
 
 import argparse
@@ -29,6 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "translation_tables"
 CONFIGS = ROOT / "configs" / "translation"
 SHARED = Path(os.environ.get("FAIRSEQ_EXT_DATA") or ROOT.parent / "shared" / "data")
 SEEDS = (1, 2, 3)
+NOAM_FACTORS = (0.45, 0.9, 1.5)
 LSTM_RATES = (1e-3, 2e-3, 4e-3)
 LSTM_DROPOUTS = (0.1, 0.3)
 CONSTANT_RATES = (5e-4, 1e-3, 2e-3)
@@ -37,8 +38,8 @@ ONE_AT_A_TIME = threading.Lock()
 
 
 def tuning_runs() -> dict:
-    """Name → (recipe, changes): what a rate is chosen from, with one seed, on valid."""
-    runs = {}
+    """Name → (recipe, changes): what is chosen from, with one seed, on valid."""
+    runs = {f"noam-{factor:g}-1": noam(factor, 1) for factor in NOAM_FACTORS}
     for rate in LSTM_RATES:
         for dropout in LSTM_DROPOUTS:
             runs[f"lstm-{rate:g}-{dropout:g}-1"] = lstm(rate, dropout, 1)
@@ -47,20 +48,19 @@ def tuning_runs() -> dict:
     return runs
 
 
-def main_runs() -> dict:
-    return {f"noam-{seed}": ("tiny_short", {"common.seed": seed}) for seed in SEEDS}
-
-
 def chosen_runs() -> dict:
-    """The other seeds of what was best on valid; needs the tuning runs."""
+    """All seeds of what was best on valid; needs the tuning runs."""
+    best = {kind: best_of(RESULTS, kind).split("-")[1:] for kind in ("noam", "lstm", "constant")}
     runs = {}
-    _, rate, dropout = best_of(RESULTS, "lstm").split("-", 2)
     for seed in SEEDS:
-        runs[f"lstm-{rate}-{dropout}-{seed}"] = lstm(float(rate), float(dropout), seed)
-    _, rate = best_of(RESULTS, "constant").split("-", 1)
-    for seed in SEEDS:
-        runs[f"constant-{rate}-{seed}"] = constant(float(rate), seed)
+        for kind, make in (("noam", noam), ("lstm", lstm), ("constant", constant)):
+            options = best[kind]
+            runs["-".join([kind, *options, str(seed)])] = make(*map(float, options), seed)
     return runs
+
+
+def noam(factor: float, seed: int) -> tuple:
+    return "tiny_short", {"lr_scheduler.noam_factor": factor, "common.seed": seed}
 
 
 def lstm(rate: float, dropout: float, seed: int) -> tuple:
@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("groups", nargs="*", help="main, tuning, chosen (default: all)")
+    parser.add_argument("groups", nargs="*", help="tuning, chosen (default: both)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "translation_tables")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--report", action="store_true", help="print the tables of what is done")
@@ -154,7 +154,7 @@ def main() -> None:
         args.work.mkdir(parents=True, exist_ok=True)
         RESULTS.mkdir(parents=True, exist_ok=True)
         data = prepare(args.work)
-        groups = {"main": main_runs, "tuning": tuning_runs, "chosen": chosen_runs}
+        groups = {"tuning": tuning_runs, "chosen": chosen_runs}
         for group, runs in groups.items():
             if args.groups and group not in args.groups:
                 continue

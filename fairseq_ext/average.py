@@ -2,6 +2,7 @@
 
 python -m fairseq_ext.average CKPT/checkpoint3.pt CKPT/checkpoint4.pt --output CKPT/average.pt
 python -m fairseq_ext.average CKPT --last 5 --output CKPT/average.pt
+python -m fairseq_ext.average CKPT --best 5 --output CKPT/average.pt
 """
 
 import argparse
@@ -21,14 +22,19 @@ from ext_common.manifest import atomic_write
 _PARTS = ("model", "criterion")
 _DROPPED = ("last_optimizer_state",)
 _DROPPED_EXTRA = ("ema", "ema_fp32_params")
+# A run that forgot --maximize-best-checkpoint-metric says the wrong thing about these.
+_HIGHER = ("accuracy", "top5_accuracy", "bleu", "chrf")
+_LOWER = ("loss", "nll_loss", "ppl", "ter", "wer")
+# fairseq writes three decimals, and behind them random digits so that equal values get two files.
+_BEST = re.compile(r"checkpoint\.best_(.+)_(-?\d+\.\d{3})\d*\.pt")
 
 
-def main(argv: list[str]) -> None:
-    args = build_parser().parse_args(argv)
+def main(argv: list[str], program: str = "fairseq_ext.average") -> None:
+    args = build_parser(program).parse_args(argv)
     allow_namespace()
     if os.path.isdir(args.output):
         raise UsageError(f"--output {args.output} is a folder: give the file to write")
-    paths = choose(args.checkpoints, args.last)
+    paths = choose(args.checkpoints, args.last, args.best)
     print(f"average of {len(paths)} checkpoints:")
     for path in paths:
         print(f"  {path}")
@@ -38,9 +44,9 @@ def main(argv: list[str]) -> None:
     print(f"written to {args.output} (without optimizer state)")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(program: str) -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m fairseq_ext.average",
+        prog=f"python -m {program}",
         description="Average the weights of checkpoints of one training.",
         epilog="Weights are averaged in float64 and written as float32; integer buffers and all "
         "that is no tensor (options, dictionaries, speakers) are those of the last checkpoint. "
@@ -58,30 +64,74 @@ def build_parser() -> argparse.ArgumentParser:
         help="of a folder, the N newest of checkpointEPOCH.pt and checkpoint_EPOCH_UPDATE.pt "
         "(default: all of them)",
     )
+    parser.add_argument(
+        "--best",
+        type=int,
+        metavar="N",
+        help="of a folder, the N best of checkpoint.best_METRIC_VALUE.pt, which fairseq-train keeps "
+        "with --keep-best-checkpoints",
+    )
     return parser
 
 
-def choose(given: Sequence[str], last: Optional[int]) -> list[Path]:
-    """The files to average, oldest first where they come from a folder."""
-    if last is not None and last < 1:
-        raise UsageError(f"--last must be at least 1, got {last}")
+def choose(
+    given: Sequence[str], last: Optional[int] = None, best: Optional[int] = None
+) -> list[Path]:
+    """The files to average: of a folder the newest, oldest first, or the best, best first."""
+    if last is not None and best is not None:
+        raise UsageError("give --last or --best, not both")
+    flag, number = ("--best", best) if best is not None else ("--last", last)
+    if number is not None and number < 1:
+        raise UsageError(f"{flag} must be at least 1, got {number}")
     paths = [Path(name) for name in given]
     if not any(path.is_dir() for path in paths):
-        if last is not None:
-            raise UsageError("--last goes with one folder, not with files")
+        if number is not None:
+            raise UsageError(f"{flag} goes with one folder, not with files")
         return paths
     if len(paths) > 1:
         raise UsageError("give checkpoint files, or one folder, not both")
+    return _choose_best(paths[0], best) if best else _choose_last(paths[0], last)
+
+
+def _choose_last(folder: Path, last: Optional[int]) -> list[Path]:
     found = sorted(
-        (order, path) for path in paths[0].iterdir() if (order := _order(path.name)) is not None
+        (order, path) for path in folder.iterdir() if (order := _order(path.name)) is not None
     )
     chosen = [path for _, path in found[-last if last else 0 :]]
     if not chosen or (last and len(chosen) < last):
         raise UserError(
-            f"{paths[0]} holds {len(chosen)} checkpoints named checkpointEPOCH.pt or "
+            f"{folder} holds {len(chosen)} checkpoints named checkpointEPOCH.pt or "
             f"checkpoint_EPOCH_UPDATE.pt, but {last or 'at least 1'} are asked for"
         )
     return chosen
+
+
+def _choose_best(folder: Path, best: int) -> list[Path]:
+    found = [(match, path) for path in folder.iterdir() if (match := _BEST.fullmatch(path.name))]
+    metrics = sorted({match[1] for match, _ in found})
+    if len(metrics) > 1:
+        raise UserError(
+            f"{folder} holds best checkpoints by {' and by '.join(metrics)}: give the files to average"
+        )
+    if len(found) < best:
+        raise UserError(
+            f"{folder} holds {len(found)} checkpoints named checkpoint.best_METRIC_VALUE.pt, but "
+            f"{best} are asked for: train with --keep-best-checkpoints {best} or more"
+        )
+    sign = -1 if _higher_is_better(metrics[0], found[0][1]) else 1
+    found.sort(key=lambda one: (sign * float(one[0][2]), one[1].name))
+    return [path for _, path in found[:best]]
+
+
+def _higher_is_better(metric: str, path: Path) -> bool:
+    if metric in _HIGHER + _LOWER:
+        return metric in _HIGHER
+    cfg = read(path).get("cfg")
+    node = cfg.get("checkpoint") if isinstance(cfg, dict) else None
+    said = node.get("maximize_best_checkpoint_metric") if isinstance(node, dict) else None
+    if said is None:
+        raise UserError(f"{path} does not say whether more {metric} is better: give the files")
+    return said
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # Set everything up and run a main job of this project, from data to pictures.
 #
-#     bash scripts/quickstart.sh [speaker] [OPTION...]
+#     bash scripts/quickstart.sh [speaker|translation] [OPTION...]
 #
-# speaker: make recordings of synthetic voices, train a model that tells them apart, test it.
-#          Options: bash scripts/quickstart.sh speaker --help
+# speaker:     make recordings of synthetic voices, train a model that tells them apart, test it.
+#              Options: bash scripts/quickstart.sh speaker --help
+# translation: make English-Chinese sentence pairs, train a model that translates them, score it,
+#              translate what you type. Options: bash scripts/quickstart.sh translation --help
 #
 # Safe to call again: it continues where it was stopped and skips what is done.
 set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 root=$(dirname "$scripts")
-jobs="speaker"
+jobs="speaker translation"
 
 case "${1:-}" in
 -h | --help)

@@ -129,6 +129,88 @@ def test_ten_comes_after_nine(tmp_path):
     assert [path.name for path in chosen] == ["checkpoint10.pt", "checkpoint11.pt"]
 
 
+@pytest.mark.parametrize(
+    "metric, order", [("bleu", [30, 9.5, 9.499]), ("loss", [-1, 9.499, 9.5]), ("ppl", [2, 3, 10])]
+)
+def test_best_ones_by_value_and_direction_of_the_metric(tmp_path, metric, order):
+    # As fairseq writes them: three decimals and a random digit.
+    for number, value in enumerate([order[1], order[2], order[0]]):
+        (tmp_path / f"checkpoint.best_{metric}_{value:.3f}{number}.pt").touch()
+    for name in ("checkpoint_best.pt", "checkpoint3.pt", f"checkpoint.best_{metric}_99.0000.tmp"):
+        (tmp_path / name).touch()
+    chosen = average.choose([str(tmp_path)], best=2)
+    assert [path.name.split("_")[2][:-4] for path in chosen] == [f"{v:.3f}" for v in order[:2]]
+
+
+def test_best_ones_of_equal_value_are_both_taken(tmp_path):
+    for digit in "73":
+        (tmp_path / f"checkpoint.best_bleu_20.000{digit}.pt").touch()
+    assert len(average.choose([str(tmp_path)], best=2)) == 2
+
+
+@pytest.mark.parametrize("maximise", [True, False])
+def test_best_ones_by_an_unknown_metric_ask_the_checkpoint(tmp_path, maximise):
+    for number in (1, 2, 3):
+        one = state(number)
+        one["cfg"]["checkpoint"] = {"maximize_best_checkpoint_metric": maximise}
+        torch.save(one, tmp_path / f"checkpoint.best_comet_{number}.0000.pt")
+    out = tmp_path / "average.pt"
+    run(tmp_path, "--best", 2, "--output", out)
+    kept = (2, 3) if maximise else (1, 2)
+    expected = sum(state(number)["model"]["embed"].double() for number in kept) / 2
+    assert torch.equal(load(out)["model"]["embed"], expected.float())
+    torch.save(state(4), tmp_path / "checkpoint.best_comet_0.0000.pt")
+    for number in (1, 2, 3):
+        (tmp_path / f"checkpoint.best_comet_{number}.0000.pt").unlink()
+    with pytest.raises(UserError, match="does not say whether more comet is better"):
+        run(tmp_path, "--best", 1, "--output", out)
+
+
+def test_best_ones_that_are_not_there_or_not_comparable_are_told(tmp_path):
+    out = tmp_path / "out" / "average.pt"
+    with pytest.raises(UserError, match="holds 0 .* 3 are asked for: .*--keep-best-checkpoints 3"):
+        run(tmp_path, "--best", 3, "--output", out)
+    for name in ("bleu_1.0000", "loss_2.0000"):
+        (tmp_path / f"checkpoint.best_{name}.pt").touch()
+    with pytest.raises(UserError, match="by bleu and by loss"):
+        run(tmp_path, "--best", 1, "--output", out)
+    with pytest.raises(UsageError, match="--last or --best, not both"):
+        run(tmp_path, "--best", 1, "--last", 1, "--output", out)
+    with pytest.raises(UsageError, match="--best must be at least 1"):
+        run(tmp_path, "--best", 0, "--output", out)
+    with pytest.raises(UsageError, match="--best goes with one folder"):
+        run(tmp_path / "checkpoint1.pt", "--best", 1, "--output", out)
+
+
+def test_translation_average_is_the_same_command(tmp_path):
+    # The state of a Transformer with --share-all-embeddings: three names, one tensor.
+    names = ["encoder.embed_tokens", "decoder.embed_tokens", "decoder.output_projection"]
+    for number in (1, 2):
+        torch.manual_seed(number)
+        shared = torch.nn.Embedding(9, 4).weight.data
+        weights = {f"{name}.weight": shared for name in names}
+        task_state = {"translation": {"spm": {"en": torch.arange(9, dtype=torch.uint8)}}}
+        cfg = {"model": Namespace(arch="transformer"), "task": {"_name": "translation_spm"}}
+        one = {"cfg": cfg, "model": weights, "task_state": task_state}
+        torch.save(one, tmp_path / f"checkpoint.best_bleu_{number}.0000.pt")
+    out = tmp_path / "average.pt"
+    command = [sys.executable, "-m", "fairseq_ext.translation.average", tmp_path, "--best", "2"]
+    done = subprocess.run([*command, "--output", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = torch.load(out, weights_only=False)
+    assert len({weight.untyped_storage().data_ptr() for weight in result["model"].values()}) == 1
+    given = [load_any(path)["model"][f"{names[0]}.weight"] for path in tmp_path.glob("*best*")]
+    mean = (given[0].double() + given[1].double()) / 2
+    assert torch.equal(result["model"][f"{names[2]}.weight"], mean.float())
+    assert torch.equal(result["task_state"]["translation"]["spm"]["en"], torch.arange(9).byte())
+    usage = subprocess.run([*command[:3], "--help"], capture_output=True, text=True).stdout
+    assert "fairseq_ext.translation.average" in usage and "--best N" in usage
+
+
+def load_any(path):
+    return torch.load(path, weights_only=False)
+
+
 def test_other_architectures_are_refused_in_one_sentence(folder, tmp_path):
     good, bad, out = folder / "checkpoint1.pt", tmp_path / "bad.pt", tmp_path / "average.pt"
 

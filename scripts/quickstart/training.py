@@ -11,8 +11,13 @@ from ext_common.trainlog import parse_log
 class TrainingDisplay:
     """A line for each validation; on a terminal also one that follows the updates."""
 
-    def __init__(self, updates, log, stream=None, clock=time.monotonic):
-        """updates: how many in all; log: open file that gets every line."""
+    def __init__(
+        self, updates, log, stream=None, clock=time.monotonic, metric="accuracy", unit=" %"
+    ):
+        """updates: how many in all; log: open file that gets every line; metric, unit: what of a
+        validation is shown.
+        """
+        self.metric, self.unit = metric, unit
         self.updates, self.log = updates, log
         self.stream, self.clock = stream or sys.stdout, clock
         self.began = self.loss = None
@@ -36,7 +41,7 @@ class TrainingDisplay:
             if point.subset == "train_inner":
                 self.loss = point.stats.get("loss", self.loss)
                 self.follow(point.update)
-            elif point.subset != "train" and "accuracy" in point.stats:
+            elif point.subset != "train" and self.metric in point.stats:
                 self.validated(point)
 
     def validated(self, point):
@@ -45,7 +50,7 @@ class TrainingDisplay:
         left = self.time_left(point.update)
         print(
             f"update {point.update:5}/{self.updates}   {loss}"
-            f"accuracy on {point.subset} {point.stats['accuracy']:5.1f} %{left}",
+            f"{self.metric} on {point.subset} {point.stats[self.metric]:5.1f}{self.unit}{left}",
             file=self.stream,
             flush=True,
         )

@@ -1,10 +1,13 @@
 """scripts/quickstart.sh: its steps, what it refuses, and the whole way on synthetic voices."""
 
+import contextlib
 import csv
 import importlib.util
 import io
 import json
 import os
+import pty
+import random
 import re
 import signal
 import subprocess
@@ -176,6 +179,16 @@ def test_training_display():
     assert second.endswith("training loss  7.390   accuracy on valid  40.6 %   0:20 left")
 
 
+def test_training_display_of_another_metric():
+    log = LOG.replace("accuracy 14.6", "bleu 14.6").replace("accuracy 40.6", "bleu 40.6")
+    screen = io.StringIO()
+    display = training.TrainingDisplay(100, io.StringIO(), screen, metric="bleu", unit="")
+    for line in log.splitlines(keepends=True):
+        display.line(line)
+    first, second = screen.getvalue().splitlines()
+    assert first.endswith("   bleu on valid  14.6") and "bleu on valid  40.6" in second
+
+
 def test_failed_training_is_told_in_its_own_words(tmp_path):
     log = tmp_path / "train.log"
     log.write_text("INFO | begins\nerror: data is not a prepared folder\nlast words\n")
@@ -207,6 +220,21 @@ def test_unknown_quickstart():
 def test_mistakes_are_one_sentence(tmp_path, args, code):
     done = python(SCRIPTS / "quickstart" / "speaker.py", *args, cwd=tmp_path)
     one_sentence(done, code)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "args, code, said",
+    [
+        (["--data", "/nowhere.tsv"], 1, "/nowhere.tsv is not a file"),
+        (["--data", "a", "b", "c"], 2, "one file or two"),
+        (["--target-lang", "de"], 2, "belong to --data"),
+        (["--updates", "0"], 2, "at least 1"),
+    ],
+)
+def test_mistakes_of_translation_are_one_sentence(tmp_path, args, code, said):
+    done = python(SCRIPTS / "quickstart" / "translation.py", *args, cwd=tmp_path)
+    assert said in one_sentence(done, code)
     assert not list(tmp_path.iterdir())
 
 
@@ -333,3 +361,78 @@ def test_own_recordings_in_a_folder_for_each_speaker(tmp_path):
     (first.parent / "new.wav").write_bytes(first.read_bytes()[:-2])
     done = python(SCRIPTS / "quickstart" / "speaker.py", *args, cwd=tmp_path)
     assert done.returncode == 1 and "--fresh" in done.stderr
+
+
+def translation_quickstart(out, *args, **kwargs):
+    script = SCRIPTS / "quickstart" / "translation.py"
+    return python(script, "--out", out, *args, cwd=out.parent, **kwargs)
+
+
+@pytest.mark.slow
+def test_translation_quickstart(tmp_path):
+    pytest.importorskip("babel")
+    out = tmp_path / "out"
+    done = translation_quickstart(out, "--updates", 4, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    test = (out / "corpus" / "test.tsv").read_text(encoding="utf-8").splitlines()
+    output = (out / "test.out").read_text(encoding="utf-8").split("\n")[:-1]
+    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    assert len(output) == scores["lines"] == len(test)
+    assert scores["tokenizer"] == "zh"
+    bleu = scores["metrics"]["bleu"]["value"]
+    assert f"BLEU {bleu:.1f} (95 % interval" in done.stdout
+    assert "This is generated text" in done.stdout and "nothing about real text" in done.stdout
+    names = sum(line.endswith("\tname") for line in test)
+    counts = re.findall(r"(\d+) of (\d+) (sentences|with names)", done.stdout)
+    assert {what: int(total) for _, total, what in counts} == {
+        "sentences": len(test) - names,
+        "with names": names,
+    }
+    assert (out / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (out / "attention.svg").read_text(encoding="utf-8")
+    # Nobody can type here: the command is told, and nothing waits.
+    assert "translation.translate - - --path out/checkpoints/checkpoint_best.pt" in done.stdout
+    programs = [line.split()[0:3] for line in commands(done)]
+    assert ["fairseq-train", "out/data", "--user-dir"] in programs
+
+    before = times(out)
+    again = translation_quickstart(out, "--updates", 4, stdin=subprocess.DEVNULL)
+    assert again.returncode == 0 and commands(again) == []
+    assert times(out) == before
+    assert again.stdout.partition("== result")[2] == done.stdout.partition("== result")[2]
+
+    other = translation_quickstart(out, "--data", out / "corpus" / "train.tsv")
+    assert other.returncode == 1 and "holds a run of translation" in other.stderr
+
+
+@pytest.mark.slow
+def test_translation_quickstart_on_own_files_typed_to(tmp_path):
+    """Two files of other languages, and a terminal to type at."""
+    words = "ein rotes Haus steht neben dem alten Baum und kleine Vögel singen laut".split()
+    english = "a red house stands beside the old tree and little birds sing loudly".split()
+    rng = random.Random(1)
+    chosen = [[rng.randrange(len(words)) for _ in range(rng.randint(4, 9))] for _ in range(900)]
+    for name, vocabulary in (("my.de", words), ("my.en", english)):
+        lines = (" ".join(vocabulary[i] for i in line) + ".\n" for line in chosen)
+        (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+    script = SCRIPTS / "quickstart" / "translation.py"
+    args = ["--data", "my.de", "my.en", "--source-lang", "de", "--target-lang", "en"]
+    reader, typed = pty.openpty()
+    command = [sys.executable, script, *args, "--updates", "2"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdin=typed, stdout=typed, stderr=subprocess.PIPE, text=True
+    )
+    os.close(typed)
+    said, answers = b"", [b"ein rotes Haus\n", b"\x04"]
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(reader, 65536):
+            said += part
+            # At a prompt only: what is typed before it goes through another mode of the terminal.
+            if answers and said.count(b"de> ") == 3 - len(answers):
+                os.write(reader, answers.pop(0))
+    assert process.wait() == 0, process.stderr.read()
+    said = said.decode(errors="replace")
+    assert "== result" in said and "generated text" not in said
+    assert "type a line of de" in said and "en> " in said
+    scores = json.loads((tmp_path / "quickstart-translation-my" / "scores.json").read_text())
+    assert scores["tokenizer"] == "13a"

@@ -1,0 +1,157 @@
+"""What a checkpoint of `--task translation_spm` holds, read without running anything that is in it."""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ext_common.cli import UserError
+from fairseq_ext.translation.spm import EOS, Codec
+from fairseq_ext.translation.text import detokenise, normalise
+
+_STATE = {"source_lang", "target_lang", "normalise", "extra_symbols", "spm"}
+# Bytes that a model spells can be any of the characters at which some program ends a line.
+_BREAKS = dict.fromkeys(map(ord, "\n\r\t\v\f\x1c\x1d\x1e\x1f\x85\u2028\u2029"), " ") | {0: None}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """From a line of text to a model's ids, and back.
+
+    convention: the normalisation of the model's training data (`text.CONVENTIONS`).
+    """
+
+    source: Codec
+    target: Codec
+    source_lang: str
+    target_lang: str
+    convention: str
+
+    def clean(self, line: str) -> str:
+        """The line as the model's training data would have it; "" where nothing can be seen."""
+        return normalise(line, self.source_lang, self.convention).strip()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of cleaned text, ``</s>`` at the end."""
+        return [*self.source.encode(text), EOS]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Detokenised target text of ids, on one line and without a tab."""
+        text = self.target.decode(ids).translate(_BREAKS).strip()
+        return detokenise(text, self.target_lang)
+
+    def join(self, texts: Sequence[str]) -> str:
+        """The text of sentences; no space between them where the target language has none."""
+        return detokenise(" ".join(filter(None, texts)), self.target_lang)
+
+
+def split_paths(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
+    """The checkpoints of an ensemble, given as a list or as one string with colons."""
+    if isinstance(paths, str | os.PathLike):
+        paths = os.fspath(paths)
+        # a single file may have a colon in its name
+        paths = [paths] if os.path.exists(paths) else paths.split(":")
+    found = [os.fspath(path) for path in paths]
+    if not found or not all(found):
+        raise UserError("no checkpoint given: give the path of one, or several as a.pt:b.pt")
+    return found
+
+
+def read_state(path: str | os.PathLike) -> dict[str, Any]:
+    """What `torch.save` wrote, as plain dicts and tensors on the CPU; nothing in it is run.
+
+    UserError where the file is missing, damaged, or of anything but a translation_spm model.
+    """
+    import torch
+
+    from ext_common.compat.files import allow_namespace, why_unreadable
+
+    allow_namespace()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = why_unreadable(os.fspath(path), error)
+        if reason is None:
+            raise
+        raise UserError(reason) from error
+    why = why_no_translation_model(state)
+    if why:
+        raise UserError(f"{path} {why}: give a checkpoint trained with --task translation_spm")
+    # two thirds of a file are moments of the optimizer
+    state.pop("last_optimizer_state", None)
+    return state
+
+
+def why_no_translation_model(state: Any) -> str | None:
+    """The second half of a sentence about a checkpoint's content; None for a translation model."""
+    from fairseq_ext.speaker.inference import name_of
+
+    if not isinstance(state, Mapping) or not isinstance(state.get("model"), Mapping):
+        return "is not a checkpoint of fairseq-train"
+    task_state = state.get("task_state")
+    saved = task_state.get("translation") if isinstance(task_state, Mapping) else None
+    if not isinstance(saved, Mapping) or not set(saved) >= _STATE:
+        kind = name_of(state, "task")
+        if kind == "translation":
+            return "is of fairseq's own --task translation, which keeps no vocabulary in its files"
+        return f"is of another task{f' ({kind})' if kind else ''}, not of translation_spm"
+    missing = {saved["source_lang"], saved["target_lang"]} - set(saved["spm"])
+    if missing:
+        return f"has no SentencePiece model for {' and '.join(sorted(missing))}"
+    cfg = state.get("cfg")
+    if not isinstance(cfg, Mapping) or not {"task", "model"} <= set(cfg):
+        return "does not say how its model was built (it has no cfg)"
+    return None
+
+
+def vocabulary_of(state: Mapping[str, Any], path: str | os.PathLike) -> Vocabulary:
+    """The vocabulary in a checkpoint's state."""
+    saved = state["task_state"]["translation"]
+    source, target = saved["source_lang"], saved["target_lang"]
+    codecs = {
+        lang: Codec(
+            saved["spm"][lang].numpy().tobytes(),
+            saved["extra_symbols"],
+            f"the model of {lang} in {path}",
+        )
+        for lang in (source, target)
+    }
+    return Vocabulary(codecs[source], codecs[target], source, target, saved["normalise"])
+
+
+def check_alike(vocabularies: Mapping[str, Vocabulary]) -> None:
+    """UserError where the models of an ensemble would not understand each other."""
+    (first, ours), *others = vocabularies.items()
+    for path, theirs in others:
+        if (ours.source_lang, ours.target_lang) != (theirs.source_lang, theirs.target_lang):
+            raise UserError(
+                f"{first} translates {ours.source_lang} to {ours.target_lang}, {path}"
+                f" {theirs.source_lang} to {theirs.target_lang}: an ensemble needs one direction"
+            )
+        if (ours.source.sha256, ours.target.sha256) != (theirs.source.sha256, theirs.target.sha256):
+            raise UserError(
+                f"{first} and {path} have different SentencePiece models: an ensemble needs models"
+                " trained on the same prepared data"
+            )
+        if ours.convention != theirs.convention:
+            raise UserError(
+                f"{first} was trained on text normalised as {ours.convention!r}, {path} as"
+                f" {theirs.convention!r}: an ensemble needs one convention"
+            )
+
+
+def build_model(state: Mapping[str, Any], path: str | os.PathLike, user_dir: str | None = None):
+    """The fairseq model of a checkpoint's state with its weights, in evaluation mode."""
+    from ext_common.compat.messages import leave_out_harmless_warnings
+    from fairseq_ext.speaker.inference import build_network, untouched_logging
+
+    leave_out_harmless_warnings()
+    # fairseq's encoders give one mask as bool, one as float
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+    with untouched_logging():
+        import fairseq  # noqa: F401
+
+        from fairseq_ext.translation import task  # noqa: F401
+    return build_network(state, Path(path), user_dir).eval().requires_grad_(False)

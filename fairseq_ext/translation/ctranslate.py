@@ -1,0 +1,271 @@
+"""CTranslate2: a fairseq Transformer converted once, checked, and kept beside its checkpoint.
+
+What is converted is found again by the SHA-256 of the checkpoint's content, and using it needs neither torch
+nor fairseq.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ext_common.cli import UserError
+from ext_common.manifest import sha256_file
+from fairseq_ext.translation.checkpoint import Vocabulary
+from fairseq_ext.translation.spm import SPECIALS, Codec
+from fairseq_ext.translation.translator import Candidate, DecodeOptions
+
+VERSION = 1  # of what a converted folder holds
+DESCRIPTION = "translation.json"
+COMPUTE_TYPES = ("float32", "int8", "float16", "bfloat16", "int8_float16", "int8_bfloat16")
+# Zero would let CTranslate2 stop at the first finished hypothesis, which fairseq never does.
+_NO_PENALTY = 1e-9
+_SPECIAL_TOKENS = ["<s>", "<blank>", "</s>", "<unk>"]
+
+
+class CTranslate2Backend:
+    """Decodes ids with a converted model.
+
+    model: a ctranslate2.Translator whose tokens are :func:`tokens`. positions: of source and target.
+    size: of the target vocabulary.
+    """
+
+    name = "ctranslate2"
+
+    def __init__(self, model: Any, positions: Sequence[int], size: int):
+        self.model, self.size = model, size
+        self.max_source, self.max_target = positions
+        self.max_tokens = 1024 if model.device == "cpu" else 4096
+        self.workers = model.num_translators
+
+    def decode(
+        self, batch: Sequence[Sequence[int]], options: DecodeOptions, limit: int
+    ) -> list[list[Candidate]]:
+        """For each source (ids, ``</s>`` at its end) the ``nbest`` best targets, best first."""
+        if 0 < options.unkpen < float("inf"):
+            raise UserError(
+                "the backend ctranslate2 either allows <unk> (--unkpen 0) or not (inf): "
+                "another --unkpen needs --backend fairseq"
+            )
+        results = self.model.translate_batch(
+            # the model itself adds </s>
+            [list(map(_token, ids[:-1])) for ids in batch],
+            beam_size=min(options.beam, self.size - 1),
+            num_hypotheses=min(options.nbest, self.size - 1),
+            # as in fairseq, scores are divided by the length with </s> to this power
+            length_penalty=options.lenpen or _NO_PENALTY,
+            no_repeat_ngram_size=options.no_repeat_ngram,
+            disable_unk=options.unkpen > 0,
+            max_input_length=0,
+            # one more for </s>, which fairseq does not count
+            max_decoding_length=limit + 1,
+            min_decoding_length=min(options.min_len, limit),
+            return_scores=True,
+        )
+        return [_candidates(result, limit) for result in results]
+
+
+def _candidates(result: Any, limit: int) -> list[Candidate]:
+    # an output that did not end has one piece more, where fairseq has </s>
+    found = ([_id(token) for token in tokens[:limit]] for tokens in result.hypotheses)
+    return [
+        Candidate(ids, score, len(ids) >= limit)
+        for ids, score in zip(found, result.scores, strict=True)
+    ]
+
+
+def tokens(size: int) -> list[str]:
+    """The vocabulary that CTranslate2 sees: ids as text, so that no two pieces can collide."""
+    return [*_SPECIAL_TOKENS, *map(str, range(SPECIALS, size))]
+
+
+def _token(i: int) -> str:
+    return str(i) if i >= SPECIALS else _SPECIAL_TOKENS[i]
+
+
+def _id(token: str) -> int:
+    return int(token) if token[0] != "<" else _SPECIAL_TOKENS.index(token)
+
+
+def open_model(
+    paths: Sequence[str],
+    device: str = "cpu",
+    compute_type: str | None = None,
+    user_dir: str | None = None,
+    threads: int | None = None,
+) -> tuple[CTranslate2Backend, Vocabulary]:
+    """A checkpoint as backend and vocabulary, converted where it was not yet.
+
+    UserError for an ensemble, a device or type that CTranslate2 lacks here, and a model it does not
+    support (all of the reasons in one).
+    """
+    if len(paths) > 1:
+        raise UserError(
+            "the backend ctranslate2 takes one checkpoint: average several with"
+            " python -m fairseq_ext.translation.average, or use --backend fairseq"
+        )
+    ctranslate2 = import_ctranslate2()
+    device, index = usable_device(device, ctranslate2)
+    compute_type = usable_type(compute_type, device, ctranslate2)
+    folder = converted(Path(paths[0]), compute_type, user_dir)
+    model = ctranslate2.Translator(
+        str(folder),
+        device=device,
+        device_index=index,
+        compute_type=compute_type,
+        # a batch for each thread: threads within one wait for each other, on a busy machine mostly
+        inter_threads=(threads or len(os.sched_getaffinity(0))) if device == "cpu" else 1,
+        intra_threads=1,
+    )
+    description = read_description(folder)
+    vocabulary = read_vocabulary(folder, description)
+    backend = CTranslate2Backend(model, description["positions"], vocabulary.target.size)
+    return backend, vocabulary
+
+
+def import_ctranslate2() -> Any:
+    try:
+        import ctranslate2
+    except ImportError as error:
+        raise UserError(
+            f"the backend ctranslate2 cannot be used ({error}): pip install ctranslate2,"
+            " or use --backend fairseq"
+        ) from error
+    return ctranslate2
+
+
+def usable_device(device: str, ctranslate2: Any) -> tuple[str, int]:
+    """("cpu" or "cuda", number of the device)."""
+    kind, _, index = device.partition(":")
+    count = ctranslate2.get_cuda_device_count()
+    if kind == "auto":
+        return ("cuda" if count else "cpu"), 0
+    if kind == "cpu" or (kind == "cuda" and (index or "0").isdigit() and int(index or 0) < count):
+        return kind, int(index or 0) if kind == "cuda" else 0
+    raise UserError(
+        f"device {device!r} cannot be used by CTranslate2 (it sees {count} CUDA devices): try cpu"
+    )
+
+
+def usable_type(compute_type: str | None, device: str, ctranslate2: Any) -> str:
+    """The compute type, float32 where none is given; UserError where the device has not got it."""
+    compute_type = compute_type or "float32"
+    known = ctranslate2.get_supported_compute_types(device)
+    if compute_type not in COMPUTE_TYPES or compute_type not in known:
+        there = ", ".join(name for name in COMPUTE_TYPES if name in known)
+        raise UserError(
+            f"compute type {compute_type!r} cannot be used by CTranslate2 on {device}: give {there}"
+        )
+    return compute_type
+
+
+# --- the folder of a converted model ----------------------------------------------------------------
+
+
+def converted(checkpoint: Path, compute_type: str, user_dir: str | None = None) -> Path:
+    """The folder of the converted model, made now or before; what it costs is said on stderr."""
+    if not checkpoint.is_file():
+        from fairseq_ext.translation.checkpoint import read_state
+
+        read_state(checkpoint)  # says why not
+    digest = sha256_file(checkpoint)
+    name = f"{checkpoint.name}.ctranslate2-{digest[:8]}-{compute_type}"
+    places = [checkpoint.absolute().parent, user_cache()]
+    for place in places:
+        if is_whole(place / name, digest):
+            return place / name
+    print(
+        f"converting {checkpoint} for CTranslate2 ({compute_type}); this happens once",
+        file=sys.stderr,
+    )
+    from fairseq_ext.translation.ctranslate_convert import convert
+
+    with writable(places) as (place, temporary):
+        report = convert(checkpoint, temporary, compute_type, digest, user_dir)
+        print(report, file=sys.stderr)
+        folder = move(temporary, place / name)
+    for old in place.glob(f"{_glob_safe(checkpoint.name)}.ctranslate2-*-{compute_type}"):
+        # of a file of this name that is no more
+        if old.name != name and (old / DESCRIPTION).is_file():
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+@contextlib.contextmanager
+def writable(places: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
+    """(the first place that can be written to, a new folder in it, removed on failure).
+
+    Where none can, a folder that lasts as long as the process.
+    """
+    for place in places:
+        temporary = place / f".ctranslate2-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        try:
+            temporary.mkdir(parents=True)
+            break
+        except OSError:
+            continue
+    else:
+        place = Path(tempfile.mkdtemp(prefix="ctranslate2-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+        temporary = place / "new"
+        temporary.mkdir()
+    try:
+        yield place, temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move(temporary: Path, folder: Path) -> Path:
+    """Give a whole folder its name; one that is there already is damaged or was quicker."""
+    aside = temporary.with_name(temporary.name + "-old")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(folder, aside)
+    os.replace(temporary, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def user_cache() -> Path:
+    """The folder for what a user's programs can make again."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "fairseq_ext"
+
+
+def is_whole(folder: Path, digest: str) -> bool:
+    """Whether a folder holds what was converted from the checkpoint with this SHA-256."""
+    try:
+        description = read_description(folder)
+        sizes = {name: (folder / name).stat().st_size for name in description["files"]}
+        return (
+            description["version"] == VERSION
+            and description["checkpoint_sha256"] == digest
+            and sizes == description["files"]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+
+
+def read_vocabulary(folder: Path, description: dict[str, Any]) -> Vocabulary:
+    saved = description["vocabulary"]
+    source, target = (
+        Codec.from_file(folder / f"spm.{side}.model", saved["extra_symbols"])
+        for side in ("source", "target")
+    )
+    return Vocabulary(
+        source, target, saved["source_lang"], saved["target_lang"], saved["convention"]
+    )
+
+
+def _glob_safe(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

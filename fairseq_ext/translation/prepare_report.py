@@ -1,0 +1,75 @@
+"""What prepare prints at its end."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import fairseq_ext
+from ext_common.cli import UserError
+from fairseq_ext.translation.text import unit
+
+
+def table(report: dict[str, Any]) -> str:
+    """Pairs in and out by reason, the splits, the vocabulary and the ratio of lengths, as text."""
+    counts = report["counts"]
+    lines = [f"pairs in           {counts['in']:>12,}"]
+    for name, number in counts["removed"].items():
+        lines.append(f"  {name:<17}{-number:>12,}  {share(number, counts['in'])}")
+    lines += [f"pairs kept         {counts['out']:>12,}", ""]
+    source, target = report["languages"]
+    lines.append(f"split         pairs   tokens {source:<8}  tokens {target:<8}  unknown")
+    for name, split in report["splits"].items():
+        tokens, unknown = split["tokens"], split["unknown"]
+        rate = sum(unknown.values()) / max(sum(tokens.values()), 1)
+        lines.append(
+            f"{name:<6}{split['pairs']:>13,}{tokens[source]:>17,}{tokens[target]:>17,}"
+            f"{100 * rate:>8.4f} %"
+        )
+    sizes = report["vocabulary"]
+    shown = f"{sizes[source]:,} pieces"
+    shown += " for both languages" if report["joint"] else f" {source}, {sizes[target]:,} {target}"
+    lines += ["", f"vocabulary    {shown}"]
+    quantiles = "  ".join(f"{key}: {value:.2f}" for key, value in report["length_ratio"].items())
+    lines.append(f"{unit(target)} of {target} per {unit(source)[:-1]} of {source}    {quantiles}")
+    lines.append(f"split SHA-256 {report['split_sha256']}")
+    return "\n".join(lines)
+
+
+def next_command(dest: Path, joint: bool) -> str:
+    """The command that trains on ``dest``."""
+    plugin = Path(fairseq_ext.__file__).parent
+    return (
+        f"fairseq-train {shlex.quote(str(dest))} --user-dir {shlex.quote(str(plugin))} \\\n"
+        "    --task translation_spm --arch transformer_iwslt_de_en"
+        f"{' --share-all-embeddings' if joint else ''} \\\n"
+        "    --optimizer adam --adam-betas '(0.9, 0.98)' --lr-scheduler noam --warmup-updates 4000 \\\n"
+        "    --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 4096 \\\n"
+        "    --max-update 20000 --save-dir checkpoints"
+    )
+
+
+def share(number: int, total: int) -> str:
+    return f"{100 * number / max(total, 1):.2f} %"
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def leak_error(count: int, examples: list, held_out: list) -> UserError:
+    """The sentence for pairs of INPUT that occur in valid or test."""
+    shown = "; ".join(f"line {row.number}: {short(row.source)}" for row in examples)
+    places = " or ".join(map(str, held_out))
+    return UserError(
+        f"{count:,} pairs of INPUT occur in {places} ({shown}): remove them from training with "
+        "--on-leak remove"
+    )
+
+
+def short(text: str, longest: int = 60) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -1,0 +1,268 @@
+"""Translate a text file line by line: as many lines out as in, in the same order.
+
+python -m fairseq_ext.translation.translate INPUT OUTPUT --path CKPT/checkpoint_best.pt
+echo "How are you?" | python -m fairseq_ext.translation.translate - - --path CKPT/checkpoint_best.pt
+"""
+
+import contextlib
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Optional
+
+from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, progress, run
+from ext_common.manifest import atomic_json, atomic_write, sha256_file, versions
+from fairseq_ext.translation.checkpoint import split_paths
+from fairseq_ext.translation.text import read_lines
+from fairseq_ext.translation.translator import (
+    BACKENDS,
+    WINDOW,
+    DecodeOptions,
+    Translation,
+    Translator,
+)
+
+EPILOG = """
+INPUT is UTF-8 text (.gz and .zst are unpacked), - the standard input: lines that are typed are translated
+at once, those of a pipe in batches. Only a newline ends a line. An empty line stays empty. A line longer
+than the model can hold is split at the ends of sentences, then at commas, then between words, and its
+parts are joined again; such lines are counted on stderr.
+
+OUTPUT is text, one line for each line of INPUT. With --nbest above 1 or --scores it is a table with
+tabs: number of the line (from 1), score, text; nbest rows for each line, best first, one for an empty
+line. A score is the log-probability (base e) of the output divided by its number of pieces to the
+power of --lenpen. Chinese and Japanese are written without spaces between their characters.
+
+--path takes an ensemble as a.pt:b.pt. With --backend ctranslate2 the model is converted once and kept
+beside the checkpoint (CKPT.ctranslate2-*); greedy output is compared with fairseq's at conversion.
+
+Beside OUTPUT is written OUTPUT.manifest.json (inputs, options, counts, versions). Nothing here is
+random. Exit codes: 0 done, 1 failed, 2 bad usage.
+"""
+
+
+@dataclass
+class TranslateOptions(DecodeOptions):
+    """Options of `translate`."""
+
+    path: Optional[str] = field(
+        default=None,
+        metadata={"help": "checkpoint that fairseq-train wrote, or several: a.pt:b.pt"},
+    )
+    backend: str = field(
+        default="fairseq",
+        metadata={"help": "what decodes; ctranslate2 is faster on CPUs", "choices": BACKENDS},
+    )
+    compute_type: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "float32, float16 or bfloat16, and int8 with ctranslate2; none: float32",
+        },
+    )
+    device: str = field(
+        default="auto", metadata={"help": "cpu, cuda, cuda:1; auto: CUDA where there is one"}
+    )
+    threads: Optional[int] = field(
+        default=None, metadata={"help": "threads on the CPU; none: one for each CPU"}
+    )
+    scores: bool = field(default=False, metadata={"help": "write a table with scores"})
+    user_dir: Optional[str] = field(
+        default=None,
+        metadata={"help": "plugin with the model's parts; none: the one it was trained with"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.path:
+            raise ValueError("--path is missing: give a checkpoint that fairseq-train wrote")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {self.threads}")
+
+
+def main(argv):
+    """The command."""
+    parser = Parser(
+        prog="python -m fairseq_ext.translation.translate", description=__doc__, epilog=EPILOG
+    )
+    parser.add_argument("input", metavar="INPUT", help="text file, - for the standard input")
+    parser.add_argument("output", metavar="OUTPUT", help="file to write, - for the standard output")
+    add_dataclass(parser, TranslateOptions)
+    args = parser.parse_args(argv)
+    return translate(args.input, args.output, from_args(TranslateOptions, args))
+
+
+def translate(source: str, output: str, options: TranslateOptions) -> int:
+    """Translate a file; returns the exit code."""
+    paths = split_paths(options.path)
+    check_files(source, output, paths)
+    translator = Translator.from_checkpoint(
+        paths,
+        options.backend,
+        options.device,
+        options.compute_type,
+        options.user_dir,
+        options.threads,
+    )
+    counts = Counts()
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_output(output))
+        typed = source == "-"
+        windows = available(read_lines("-")) if typed else whole_windows(read_lines(source))
+        silent = typed and sys.stdin.isatty()
+        total = None if typed else count_lines(source)
+        bar = stack.enter_context(progress(range(0), "translate", "lines", total=total))
+        for window in windows:
+            found = translator.translate_window(
+                window, options, (lambda n: None) if silent else bar.update
+            )
+            for line in found:
+                counts.add(line)
+                file.write(as_text(line, counts.lines, options).encode())
+            if typed:
+                file.flush()
+    for sentence in counts.sentences():
+        print(sentence, file=sys.stderr)
+    if output != "-" and os.path.isfile(output):
+        atomic_json(output + ".manifest.json", provenance(source, output, paths, options, counts))
+    return 0
+
+
+@dataclass
+class Counts:
+    """What became of the lines."""
+
+    lines: int = 0
+    empty: int = 0
+    split: int = 0
+    cut: int = 0
+    nothing: int = 0
+
+    def add(self, line: Translation) -> None:
+        self.lines += 1
+        self.empty += line.parts == 0
+        self.split += line.parts > 1
+        self.cut += line.cut
+        self.nothing += line.parts > 0 and not line.text
+
+    def sentences(self) -> Iterator[str]:
+        """One for everything that a reader of the output should know."""
+        if self.split:
+            yield (
+                f"{self.split:,} of {self.lines:,} lines were too long for the model, and translated in"
+                " parts that were joined again"
+            )
+        if self.cut:
+            yield (
+                f"{self.cut:,} of {self.lines:,} outputs reached the longest length and may be cut: raise"
+                " --max-len-b where the model does not just repeat itself"
+            )
+        if self.nothing:
+            yield f"{self.nothing:,} of {self.lines:,} lines have text, but an empty translation"
+
+
+def as_text(line: Translation, number: int, options: TranslateOptions) -> str:
+    """The rows of a line, each with its newline."""
+    if options.nbest == 1 and not options.scores:
+        return line.text + "\n"
+    return "".join(f"{number}\t{h.score:.6f}\t{h.text}\n" for h in line.hypotheses)
+
+
+def check_files(source: str, output: str, paths: list[str]) -> None:
+    """UserError where there is nothing to read; UsageError where writing would destroy an input."""
+    if source != "-" and not os.path.exists(source):
+        raise UserError(f"{source} does not exist: give a text file, or - for the standard input")
+    if os.path.isdir(source):
+        raise UsageError(f"{source} is a folder: give a text file")
+    if output == "-":
+        return
+    if os.path.isdir(output):
+        raise UsageError(f"{output} is a folder: give the file to write")
+    written = {os.path.realpath(output), os.path.realpath(output + ".manifest.json")}
+    for path in [source, *paths]:
+        if path != "-" and os.path.realpath(path) in written:
+            raise UsageError(f"{output} would replace {path}: give another file to write")
+
+
+@contextlib.contextmanager
+def open_output(output: str) -> Iterator[IO[bytes]]:
+    """A binary file; a path appears only when all is written."""
+    if output == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    with atomic_write(output, "wb") as file:
+        yield file
+
+
+def whole_windows(lines: Iterable[str], size: int = WINDOW) -> Iterator[list[str]]:
+    """Lists of `size` lines."""
+    window = []
+    for line in lines:
+        window.append(line)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def available(lines: Iterable[str], size: int = WINDOW) -> Iterator[list[str]]:
+    """Lists of the lines that are there: one that is typed alone, of a pipe up to `size`."""
+    waiting: queue.Queue = queue.Queue(maxsize=size)
+    end = object()
+
+    def read() -> None:
+        try:
+            for line in lines:
+                waiting.put(line)
+            waiting.put(end)
+        except BaseException as error:
+            waiting.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        window = [waiting.get()]
+        with contextlib.suppress(queue.Empty):
+            while len(window) < size and isinstance(window[-1], str):
+                window.append(waiting.get_nowait())
+        last = window[-1]
+        if isinstance(last, str):
+            yield window
+            continue
+        if window[:-1]:
+            yield window[:-1]
+        if isinstance(last, BaseException):
+            raise last
+        return
+
+
+def count_lines(path: str) -> Optional[int]:
+    """Lines of a plain file; None for a packed one or a pipe, which would have to be read twice."""
+    if not os.path.isfile(path) or path.endswith((".gz", ".zst")):
+        return None
+    lines, last = 0, b"\n"
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            lines += block.count(b"\n")
+            last = block[-1:]
+    return lines + (last != b"\n")
+
+
+def provenance(source, output, paths, options, counts: Counts) -> dict:
+    """The content of a manifest: what went in, how, and what came out."""
+    inputs = [path for path in (source, *paths) if path != "-"]
+    return {
+        "inputs": {path: sha256_file(path) for path in inputs if Path(path).is_file()},
+        "counts": {"in": counts.lines, "out": counts.lines, **vars(counts)},
+        "options": options,
+        "seed": None,
+        "versions": versions(),
+    }
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,349 @@
+"""A trained translation model outside of training: lines of text in, as many lines out.
+
+    translate = Translator.from_checkpoint("CKPT/checkpoint_best.pt")
+    translate(["How are you?", "It is raining."])
+
+Needs the checkpoint and nothing else: no data folder, no environment variable, any working folder. What comes
+out for a line does not depend on what is translated with it. torch and fairseq are imported when first used.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple, Optional, Protocol
+
+from ext_common.cli import UserError
+from fairseq_ext.translation.checkpoint import (
+    Vocabulary,
+    build_model,
+    check_alike,
+    read_state,
+    split_paths,
+    vocabulary_of,
+)
+from fairseq_ext.translation.overlong import split_line
+
+BACKENDS = ("fairseq", "ctranslate2")
+# Lines that are held at a time to be sorted by length.
+WINDOW = 10_000
+# Where the longest output depends on the length of the source, it does so in steps of so many pieces.
+_STEP = 8
+
+
+@dataclass
+class DecodeOptions:
+    """How to search for a translation; every meaning is that of fairseq-generate."""
+
+    beam: int = field(
+        default=5, metadata={"help": "hypotheses kept while searching (1: greedy, the fastest)"}
+    )
+    lenpen: float = field(
+        default=1.0,
+        metadata={
+            "help": "scores are divided by length to this power: above 1 favours longer output"
+        },
+    )
+    nbest: int = field(
+        default=1, metadata={"help": "translations of each line, at most --beam (above 1: a table)"}
+    )
+    max_len_a: float = field(
+        default=2.0,
+        metadata={"help": "output ends at the latest after A · pieces of the source + B pieces: A"},
+    )
+    max_len_b: int = field(default=50, metadata={"help": "B of the same, in pieces"})
+    min_len: int = field(default=1, metadata={"help": "pieces that an output has at least"})
+    no_repeat_ngram: int = field(
+        default=0,
+        metadata={"help": "never repeat so many pieces within one output (0: may repeat)"},
+    )
+    unkpen: float = field(
+        default=math.inf,
+        metadata={
+            "help": "taken off the score of <unk>, which is never right here (inf: never used)"
+        },
+    )
+    max_tokens: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "pieces of padded source in a batch: less memory where smaller; none: what is fastest"
+            " (1024 on a CPU, 4096 with CUDA)"
+        },
+    )
+    max_source: Optional[int] = field(
+        default=None,
+        metadata={"help": "split lines above so many pieces; none: above what the model can hold"},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("beam", "nbest", "min_len"):
+            _at_least(1, name, getattr(self, name))
+        if self.max_tokens is not None:
+            _at_least(1, "max_tokens", self.max_tokens)
+        for name in ("no_repeat_ngram", "max_len_a", "max_len_b", "unkpen"):
+            _at_least(0, name, getattr(self, name))
+        if self.max_source is not None:
+            _at_least(2, "max_source", self.max_source)
+        if self.nbest > self.beam:
+            raise ValueError(
+                f"--nbest {self.nbest} needs a --beam at least as large, which is {self.beam}"
+            )
+        if not (math.isfinite(self.lenpen) and math.isfinite(self.max_len_a)):
+            raise ValueError("--lenpen and --max-len-a must be finite numbers")
+
+    def limit(self, length: int, positions: int) -> int:
+        """The largest number of ids of an output, for a source of `length` ids."""
+        length = math.ceil(length / _STEP) * _STEP
+        longest = int(min(self.max_len_a * length + self.max_len_b, positions - 1))
+        return max(longest, min(self.min_len, positions - 1))
+
+
+class Candidate(NamedTuple):
+    """What a backend finds: ids without ``</s>``, score (natural logarithm, divided by
+    length ** lenpen), and whether the output was cut at its limit."""
+
+    ids: list[int]
+    score: float
+    cut: bool
+
+
+class Backend(Protocol):
+    """Decodes ids.
+
+    max_source, max_target: positions, ``</s>`` among them. max_tokens: a good size of batches.
+    workers: batches that may be decoded at the same time, each in a thread.
+    """
+
+    name: str
+    max_source: int
+    max_target: int
+    max_tokens: int
+    workers: int
+
+    def decode(
+        self, batch: Sequence[Sequence[int]], options: DecodeOptions, limit: int
+    ) -> list[list[Candidate]]:
+        """For each source the `nbest` best targets of at most `limit` ids, best first."""
+
+
+class Hypothesis(NamedTuple):
+    """A translation and its score: mean log-probability of its pieces where lenpen is 1."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What became of one line; hypotheses are best first, and one for an empty line.
+
+    parts: in how many the line was translated. cut: an output that was used reached its limit.
+    """
+
+    hypotheses: tuple[Hypothesis, ...]
+    parts: int = 1
+    cut: bool = False
+
+    @property
+    def text(self) -> str:
+        return self.hypotheses[0].text
+
+    @property
+    def score(self) -> float:
+        return self.hypotheses[0].score
+
+
+_NOTHING = Translation((Hypothesis("", 0.0),), parts=0)
+
+
+class Translator:
+    """A vocabulary and a backend that decodes. Made by :meth:`from_checkpoint`."""
+
+    def __init__(self, backend: Backend, vocabulary: Vocabulary, window: int = WINDOW):
+        self.backend, self.vocabulary, self.window = backend, vocabulary, window
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike | Sequence[str | os.PathLike],
+        backend: str = "fairseq",
+        device: str = "cpu",
+        compute_type: str | None = None,
+        user_dir: str | None = None,
+        threads: int | None = None,
+    ) -> "Translator":
+        """The model in a checkpoint of fairseq-train, or the ensemble of several.
+
+        path: "a.pt", "a.pt:b.pt" or a list. backend: "fairseq" or "ctranslate2" (converted once and
+        kept beside the checkpoint). compute_type: float32, float16, bfloat16; int8 too with ctranslate2.
+        user_dir: folder of the plugin with the model, in place of the one it was trained with.
+        UserError, in one sentence, where it fails.
+        """
+        paths = split_paths(path)
+        if backend == "ctranslate2":
+            from fairseq_ext.translation.ctranslate import open_model
+
+            return cls(*open_model(paths, device, compute_type, user_dir, threads))
+        if backend != "fairseq":
+            raise UserError(f"unknown backend {backend!r}: there are {', '.join(BACKENDS)}")
+        from fairseq_ext.speaker.inference import usable_device
+
+        models, vocabularies = [], {}
+        for one in paths:
+            state = read_state(one)
+            vocabularies[one] = vocabulary_of(state, one)
+            check_alike(vocabularies)
+            models.append(build_model(state, one, user_dir))
+        from fairseq_ext.translation.decoder import FairseqBackend
+
+        decoder = FairseqBackend(models, usable_device(device), compute_type, threads)
+        return cls(decoder, vocabularies[paths[0]])
+
+    def __call__(self, lines: Iterable[str], **options) -> list[str]:
+        """The best translation of each line, in order. options: fields of `DecodeOptions`."""
+        options.setdefault("nbest", 1)
+        return [found.text for found in self.translate(lines, DecodeOptions(**options))]
+
+    def translate(
+        self,
+        lines: Iterable[str],
+        options: DecodeOptions | None = None,
+        done: Callable[[int], object] = lambda n: None,
+    ) -> Iterator[Translation]:
+        """A `Translation` for each line, in order; lines are read in windows.
+
+        done: called with the number of lines that were translated since.
+        """
+        if isinstance(lines, str):
+            raise TypeError("lines must be a list of lines, not one str: give [line]")
+        options = options or DecodeOptions()
+        lines = iter(lines)
+        while window := list(itertools.islice(lines, self.window)):
+            yield from self.translate_window(window, options, done)
+
+    def translate_window(self, lines, options=None, done=lambda n: None) -> list[Translation]:
+        """:meth:`translate` for lines that may be held in memory at once."""
+        options = options or DecodeOptions()
+        sources = [self._parts(line, options) for line in lines]
+        # one source is decoded once, however often it comes; most corpora repeat short lines
+        wanted: dict[tuple[int, ...], list[int]] = {}
+        for number, parts in enumerate(sources):
+            for ids in parts:
+                wanted.setdefault(ids, []).append(number)
+        waiting = [len(parts) for parts in sources]
+        done(waiting.count(0))
+        found: dict[tuple[int, ...], list[Candidate]] = {}
+        max_tokens = options.max_tokens or self.backend.max_tokens
+        batches = list(make_batches(list(wanted), options, self.backend.max_target, max_tokens))
+        decoded = self._decode_all(batches, options)
+        for (_, batch), candidates in zip(batches, decoded, strict=True):
+            found.update(zip(batch, candidates, strict=True))
+            finished = 0
+            for ids in batch:
+                for number in wanted[ids]:
+                    waiting[number] -= 1
+                    finished += not waiting[number]
+            done(finished)
+        return [self._join([found[ids] for ids in parts]) for parts in sources]
+
+    def _parts(self, line: str, options: DecodeOptions) -> list[tuple[int, ...]]:
+        """Ids of the parts of a line: one mostly, none where there is nothing to translate."""
+        text = self.vocabulary.clean(line)
+        if not text:
+            return []
+        limit = min(self.backend.max_source, options.max_source or self.backend.max_source)
+        ids = self.vocabulary.encode(text)
+        if len(ids) <= limit:
+            return [tuple(ids)]
+        parts = split_line(text, lambda part: len(self.vocabulary.encode(part)), limit)
+        # only a single character can still be too long, where a model holds next to nothing
+        return [tuple(self.vocabulary.encode(part)[-self.backend.max_source :]) for part in parts]
+
+    def _decode_all(self, batches, options: DecodeOptions) -> Iterator[list[list[Candidate]]]:
+        """Decode batches, in order, as many at a time as the backend has workers."""
+        workers = min(self.backend.workers, len(batches))
+        if workers < 2:
+            for limit, batch in batches:
+                yield self._decode(batch, options, limit)
+            return
+        pool = ThreadPoolExecutor(workers)
+        try:
+            yield from pool.map(lambda one: self._decode(one[1], options, one[0]), batches)
+        finally:
+            # after an error or Ctrl-C nobody wants the rest
+            pool.shutdown(cancel_futures=True)
+
+    def _decode(self, batch, options: DecodeOptions, limit: int) -> list[list[Candidate]]:
+        """Decode a batch, in halves where the device has not the memory for the whole."""
+        try:
+            return self.backend.decode(batch, options, limit)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise UserError(
+                    f"the memory of the device is too small for a line of {len(batch[0])} pieces with a"
+                    f" beam of {options.beam}: give a smaller --beam or --max-source, or --device cpu"
+                ) from error
+        # outside of the handler, which would keep the tensors of the failed attempt alive
+        self._free()
+        middle = len(batch) // 2
+        return [
+            found
+            for half in (batch[:middle], batch[middle:])
+            for found in self._decode(half, options, limit)
+        ]
+
+    def _free(self) -> None:
+        import sys
+
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
+
+    def _join(self, parts: list[list[Candidate]]) -> Translation:
+        """The translation of a line from the candidates of its parts."""
+        if not parts:
+            return _NOTHING
+        hypotheses = []
+        for rank in range(min(map(len, parts))):
+            chosen = [candidates[rank] for candidates in parts]
+            # every part counts as much as it is long
+            weights = [len(c.ids) + 1 for c in chosen]
+            score = sum(c.score * w for c, w in zip(chosen, weights, strict=True)) / sum(weights)
+            text = self.vocabulary.join([self.vocabulary.text(c.ids) for c in chosen])
+            hypotheses.append(Hypothesis(text, score))
+        return Translation(tuple(hypotheses), len(parts), any(c[0].cut for c in parts))
+
+
+def make_batches(
+    sources: Sequence[tuple[int, ...]], options: DecodeOptions, positions: int, max_tokens: int
+) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+    """(limit of the output's length, batch) for each batch; longest sources first.
+
+    A batch has at most ``max_tokens`` ids with padding (but always one source), and sources with the
+    same limit only, so that what a source gets does not depend on its batch.
+    """
+    batch: list[tuple[int, ...]] = []
+    last = -1
+    # the ids settle ties, so that a corpus in another order has the same batches
+    for ids in sorted(sources, key=lambda ids: (-len(ids), ids)):
+        limit = options.limit(len(ids), positions)
+        if batch and (limit != last or (len(batch) + 1) * len(batch[0]) > max_tokens):
+            yield last, batch
+            batch = []
+        batch.append(ids)
+        last = limit
+    if batch:
+        yield last, batch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a RuntimeError of torch or CTranslate2 says that a device's memory is full."""
+    return type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error).lower()
+
+
+def _at_least(least: float, name: str, value: float) -> None:
+    if value < least:
+        raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")

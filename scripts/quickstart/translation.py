@@ -1,0 +1,310 @@
+"""From a bitext to translations with a score: English to Chinese, or your own languages.
+
+bash scripts/quickstart.sh translation                           sentences made from CLDR: no download
+bash scripts/quickstart.sh translation --data pairs.tsv          your own, source<TAB>target
+bash scripts/quickstart.sh translation --data a.de a.en --source-lang de --target-lang en
+
+Shows each command as it runs it, so that you can run it yourself with other options. Called again
+it continues where it was stopped, skips what is done, and trains on where --updates is higher. At the
+end it translates what you type, where somebody can type.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import List, Optional
+
+from steps import ROOT, Steps, relative, run_command, show_command
+from training import TrainingDisplay, explain_failure
+
+from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
+from fairseq_ext.translation.corpus import Corpus
+from fairseq_ext.translation.text import language, read_lines
+
+OUT = "quickstart-translation"
+OWNED = (
+    "corpus data checkpoints train.log learning_curve.png test.out test.out.manifest.json "
+    "scores.json attention.svg"
+).split()
+SAMPLES = 6
+# 4 + 4 layers: the size for 10,000 to 30,000 pairs. Norms before the layers: no other kind learns
+# within a few hundred updates.
+SIZE = """--encoder-layers 4 --decoder-layers 4 --encoder-embed-dim 128 --decoder-embed-dim 128
+    --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 --encoder-attention-heads 4
+    --decoder-attention-heads 4 --encoder-normalize-before --decoder-normalize-before"""
+
+
+@dataclass
+class QuickstartOptions:
+    """What to run it on."""
+
+    data: Optional[List[str]] = field(
+        default=None,
+        metadata={
+            "help": "tab-separated file (source, target), or two files with the same number of lines, the "
+            "source first; none: sentences made from CLDR"
+        },
+    )
+    source_lang: str = field(default="en", metadata={"help": "language of the source of --data"})
+    target_lang: str = field(default="zh", metadata={"help": "language of the target of --data"})
+    out: Optional[str] = field(
+        default=None,
+        metadata={"help": f"folder to write; none: {OUT}, and {OUT}-NAME with --data NAME"},
+    )
+    updates: int = field(default=800, metadata={"help": "updates to train for"})
+    fresh: bool = field(default=False, metadata={"help": "start over"})
+
+    def __post_init__(self):
+        if self.updates < 1:
+            raise ValueError(f"--updates must be at least 1, got {self.updates}")
+        if self.data is not None and len(self.data) > 2:
+            raise ValueError(f"--data takes one file or two, got {len(self.data)}")
+        if self.data is None and (self.source_lang, self.target_lang) != ("en", "zh"):
+            raise ValueError(
+                "--source-lang and --target-lang belong to --data: CLDR gives en and zh here"
+            )
+
+
+def main(argv):
+    """The command."""
+    parser = Parser(prog="bash scripts/quickstart.sh translation", description=__doc__)
+    described = QuickstartOptions.__dataclass_fields__["data"].metadata["help"]
+    parser.add_argument("--data", nargs="+", metavar="FILE", help=described)
+    add_dataclass(parser, QuickstartOptions, skip=["data"])
+    options = from_args(QuickstartOptions, parser.parse_args(argv))
+    try:
+        quickstart(options)
+    except KeyboardInterrupt:
+        print("stopped: the same command continues", file=sys.stderr)
+        return 130
+
+
+def quickstart(options):
+    """All steps. Raises UserError."""
+    for path in options.data or ():
+        if not Path(path).is_file():
+            raise UserError(f"{path} is not a file: give the file(s) with the sentence pairs")
+    files = options.data and [os.path.abspath(path) for path in options.data]
+    out = Path(options.out or default_out(files))
+    job = {
+        "quickstart": "translation",
+        "data": files and " ".join(files),
+        "languages": f"{options.source_lang}-{options.target_lang}",
+    }
+    if files and out.resolve() in [Path(path).resolve() for path in files]:
+        raise UsageError("--out is the file with the sentence pairs: give a folder to write")
+    with Steps(relative(out), job, OWNED, options.fresh) as steps:
+        print("To run the commands below yourself: source .venv/bin/activate")
+        data = prepare(steps, options)
+        checkpoint = train(steps, data, options)
+        translate(steps, data, checkpoint, options)
+        pictures(steps, data, checkpoint, options)
+        closing(steps, data, checkpoint, options)
+    type_and_translate(checkpoint, options)
+
+
+def default_out(files):
+    return f"{OUT}-{Path(files[0]).name.split('.')[0]}" if files else OUT
+
+
+def prepare(steps, options):
+    """The prepared folder."""
+    data = steps.folder / "data"
+    languages = ["--source-lang", options.source_lang, "--target-lang", options.target_lang]
+    command = ["python", "-m", "fairseq_ext.translation.prepare"]
+    if options.data:
+        # Of the user's own files only the command itself knows whether they are still the same.
+        command += [*(relative(path) for path in options.data), data, *languages]
+        try:
+            steps.do("prepare the bitext", command, outputs=[data / "corpus.json"], always=True)
+        except UserError as error:
+            raise UserError(
+                f"{error}; if the files have changed, start over with --fresh"
+            ) from None
+        return data
+    corpus = steps.folder / "corpus"
+    files = {split: corpus / f"{split}.tsv" for split in ("train", "valid", "test")}
+    steps.do(
+        "make sentence pairs from CLDR",
+        ["python", relative(ROOT / "scripts" / "cldr_corpus.py"), corpus],
+        outputs=[corpus / "manifest.json", *files.values()],
+    )
+    command += [
+        files["train"],
+        data,
+        *languages,
+        "--valid",
+        files["valid"],
+        "--test",
+        files["test"],
+    ]
+    # Sentences here are few and short: some of train hold most of one of test, with another value.
+    command += ["--on-leak", "remove", "--spm-size", "1000"]
+    inputs, outputs = list(files.values()), [data / "corpus.json"]
+    steps.do("prepare the bitext", command, inputs=inputs, outputs=outputs)
+    return data
+
+
+def train(steps, data, options):
+    """The best checkpoint."""
+    folder, log = steps.folder / "checkpoints", steps.folder / "train.log"
+    best, updates = folder / "checkpoint_best.pt", options.updates
+    command = (
+        f"fairseq-train {{}} --user-dir {{}} --task translation_spm --arch transformer_iwslt_de_en "
+        f"{SIZE} --share-all-embeddings --dropout {0.3 if options.data else 0.1} --optimizer adam "
+        f"--lr-scheduler noam --warmup-updates 300 --noam-factor 0.5 "
+        f"--criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 2000 "
+        f"--max-update {updates} --save-dir {{}} --no-epoch-checkpoints --save-interval-updates 200 "
+        f"--keep-interval-updates 1 --validate-interval 1000 --save-interval 1000 --num-workers 0 "
+        f"--log-interval 10 --log-format simple"
+    ).split()
+    places = iter([data, relative(ROOT / "fairseq_ext"), folder])
+    at = command.index("--optimizer") + 2
+    command = [*command[:at], "--adam-betas", "(0.9, 0.98)", *command[at:]]
+    command = [next(places) if part == "{}" else part for part in command]
+
+    def show_training(command):
+        print(f"(its output goes to {log})", flush=True)
+        # Appended: the curve of a run that was stopped goes on.
+        with open(log, "a", encoding="utf-8") as file:
+            with TrainingDisplay(updates, file, metric="bleu", unit="") as display:
+                try:
+                    run_command(command, on_line=display.line)
+                except UserError as error:
+                    raise UserError(explain_failure(error, log)) from None
+        display.check(best)
+
+    steps.do(
+        f"train for {updates} updates",
+        command,
+        inputs=[data / "corpus.json"],
+        outputs=[best],
+        run=show_training,
+    )
+    return best
+
+
+def translate(steps, data, checkpoint, options):
+    """test.out and scores.json."""
+    source, reference = (data / "text" / f"test.{lang}" for lang in Corpus.open(data).languages)
+    output, scores = steps.folder / "test.out", steps.folder / "scores.json"
+    command = ["python", "-m", "fairseq_ext.translation.translate", source, output]
+    command += ["--path", checkpoint]
+    steps.do("translate test", command, inputs=[source, checkpoint], outputs=[output])
+    command = ["python", "-m", "fairseq_ext.translation.score", output, "--ref", reference]
+    command += ["--lang", options.target_lang, "--source", source, "--json", scores]
+    steps.do("score the translations", command, inputs=[output, reference], outputs=[scores])
+
+
+def pictures(steps, data, checkpoint, options):
+    """The learning curve, and where the model looks in the first sentence of test."""
+    log, curve = steps.folder / "train.log", steps.folder / "learning_curve.png"
+    command = ["python", "-m", "ext_common.plots", log, curve, "--metric", "bleu"]
+    steps.do("draw the learning curve", command, inputs=[log], outputs=[curve])
+    # An svg: its letters are drawn by the viewer's fonts, which have Chinese where ours may not.
+    picture = steps.folder / "attention.svg"
+    sentence = next(read_lines(data / "text" / f"test.{options.source_lang}"))
+    command = ["python", "-m", "fairseq_ext.translation.attention", picture, "--path", checkpoint]
+    command += ["--source", sentence]
+    steps.do("draw the attention", command, inputs=[checkpoint], outputs=[picture])
+
+
+def closing(steps, data, checkpoint, options):
+    """Samples, the score with what it means, where everything is, and what to do next."""
+    folder = steps.folder
+    test = [
+        data / "text" / f"test.{options.source_lang}",
+        data / "text" / f"test.{options.target_lang}",
+    ]
+    lines = list(zip(*map(list, map(read_lines, [*test, folder / "test.out"])), strict=True))
+    print("\n== some of test")
+    for source, reference, output in lines[:: max(1, len(lines) // SAMPLES)][:SAMPLES]:
+        mark = "right" if output == reference else f"reference: {reference}"
+        print(f"{source}\n    {output}   ({mark})")
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    bleu, chrf = scores["metrics"]["bleu"], scores["metrics"]["chrf"]
+    low, high = bleu["interval"]
+    print(
+        f"\n== result\nBLEU {bleu['value']:.1f} (95 % interval {low:.1f} to {high:.1f}, tokenizer "
+        f"{scores['tokenizer']}), chrF {chrf['value']:.1f}, on {scores['lines']} sentences of test"
+    )
+    print(meaning(folder, data, lines) if options.data is None else OWN_MEANING)
+    files = {
+        "translations": folder / "test.out",
+        "scores": folder / "scores.json",
+        "pictures": f"{folder / 'learning_curve.png'}  {folder / 'attention.svg'}",
+        "model": checkpoint,
+    }
+    print()
+    for name, place in files.items():
+        print(f"{name:15} {place}")
+    print("\n== next")
+    for text, command in next_commands(options, checkpoint):
+        print(f"# {text}\n{show_command(command)}")
+
+
+OWN_MEANING = (
+    "Nothing of test occurs in train on either side. A model this small, trained this shortly, is a "
+    "beginning: see\nthe README for a real recipe."
+)
+
+
+def meaning(folder, data, lines):
+    """What a score on generated text says: exact shares of the kinds of lines."""
+    kinds = [line.split("\t")[2] for line in read_lines(folder / "corpus" / "test.tsv")]
+    # The number of the line in test.tsv of each line of test.
+    kept = [kinds[int(number) - 1] for number in read_lines(data / "text" / "test.ids")]
+    right = {True: [], False: []}
+    for (_, reference, output), kind in zip(lines, kept, strict=True):
+        right[kind == "name"].append(output == reference)
+    names, values = right[True], right[False]
+    return (
+        f"This is generated text, a few sentences with other values: the figure shows that all parts work "
+        f"and says\nnothing about real text. Values and names of test are in no line of train. Word for word "
+        f"right are\n{sum(values)} of {len(values)} sentences with dates, times, numbers and amounts, which "
+        f"can be worked out from their parts, and\n{sum(names)} of {len(names)} with names of countries, "
+        f"languages and currencies, which nobody can know who never saw them."
+    )
+
+
+def next_commands(options, checkpoint):
+    """(what it is for, command) to go on with."""
+    quickstart = ["bash", relative(ROOT / "scripts" / "quickstart.sh"), "translation"]
+    chosen = ["--data", *options.data] if options.data else []
+    if options.data:
+        chosen += ["--source-lang", options.source_lang, "--target-lang", options.target_lang]
+    if options.out:
+        chosen += ["--out", options.out]
+    translate = ["python", "-m", "fairseq_ext.translation.translate"]
+    return [
+        ("train on", [*quickstart, *chosen, "--updates", 3 * options.updates]),
+        ("translate a file of yours", [*translate, "INPUT", "OUTPUT", "--path", checkpoint]),
+        ("translate what you type", [*translate, "-", "-", "--path", checkpoint]),
+        ("your own sentence pairs", [*quickstart, "--data", "PAIRS.tsv"]),
+    ]
+
+
+def type_and_translate(checkpoint, options):
+    """Translate lines from the terminal until its end; nothing where there is none."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # arrow keys and history for input()
+    print(f"\n== type a line of {language(options.source_lang)}, Ctrl-D ends")
+    from fairseq_ext.translation.translator import Translator
+
+    translator = Translator.from_checkpoint([checkpoint])
+    while True:
+        try:
+            line = input(f"{options.source_lang}> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        print(f"{options.target_lang}> {translator([line])[0]}")
+
+
+if __name__ == "__main__":
+    run(main)
