@@ -13,16 +13,21 @@ def report(results: Path) -> str:
     kinds = read(results)
     if not kinds:
         return "no run is recorded yet"
-    tables = [tuning_table(kinds, kind) for kind in ("lstm", "constant") if kind in kinds]
-    if "noam" in kinds:
-        chosen = {"Transformer, Noam": kinds["noam"]["noam"]}
-        for kind, title in (("lstm", "LSTM"), ("constant", "Transformer, constant rate")):
-            if kind in kinds:
-                name = best_of(results, kind)
-                chosen[f"{title} ({name.split('-', 1)[1].replace('-', ', dropout ')})"] = kinds[
-                    kind
-                ][name]
-        tables += [main_table(chosen), significance_table(chosen, results)]
+
+    def chosen(title: str, kind: str) -> dict[str, list[dict]]:
+        if kind not in kinds:
+            return {}
+        name = best_of(results, kind)
+        return {f"{title} {', '.join(name.split('-')[1:])}": kinds[kind][name]}
+
+    systems = chosen("Transformer, Noam", "noam") | chosen("LSTM", "lstm")
+    schedules = chosen("Noam", "shortnoam") | chosen("constant", "constant")
+    longer = chosen("Transformer, Noam", "longernoam") | chosen("LSTM", "longerlstm")
+    tables = []
+    for head, runs in (("same CPU time", systems), ("twice the time", longer)):
+        tables += [main_table(head, runs), significance_table(runs, results)]
+    tables += [main_table("same updates", schedules), significance_table(schedules, results)]
+    tables += [tuning_table(kinds)]
     return "\n\n".join(table for table in tables if table)
 
 
@@ -47,27 +52,29 @@ def best_of(results: Path, kind: str) -> str:
     return max(first, key=lambda run: run["valid"]["bleu"])["run"].rsplit("-", 1)[0]
 
 
-def main_table(chosen: dict[str, list[dict]]) -> str:
+def main_table(head: str, systems: dict[str, list[dict]]) -> str:
     rows = []
-    for name, runs in chosen.items():
+    for name, runs in systems.items():
         updates = runs[0]["recipe"]["optimization"]["max_update"]
         cpu = statistics.mean(run["cpu_seconds"] for run in runs)
         scores = [spread(runs, s, m) for s in ("test", "valid") for m in ("bleu", "chrf")]
         parameters = f"{runs[0]['parameters']:,}"
         rows.append([name, *scores, parameters, str(updates), f"{cpu:.0f}", str(len(runs))])
-    head = ["en→zh", "test BLEU", "test chrF", "valid BLEU", "valid chrF"]
-    return markdown([*head, "parameters", "updates", "CPU s", "seeds"], rows)
+    if not rows:
+        return ""
+    columns = ["test BLEU", "test chrF", "valid BLEU", "valid chrF", "parameters", "updates"]
+    return markdown([head, *columns, "CPU s", "seeds"], rows)
 
 
-def tuning_table(kinds: dict, kind: str) -> str:
+def tuning_table(kinds: dict) -> str:
     rows = []
-    for runs in kinds[kind].values():
-        for run in (run for run in runs if run["run"].endswith("-1")):
-            options = run["recipe"]
-            rate, dropout = options["optimization"]["lr"][0], options["model"].get("dropout", "")
-            score = f"{run['valid']['bleu']:.1f}"
-            rows.append([kind, f"{rate:g}", str(dropout), score, f"{run['cpu_seconds']:.0f}"])
-    return markdown(["tuning", "rate", "dropout", "valid BLEU, seed 1", "CPU s"], rows)
+    for kind in ("noam", "lstm", "constant"):
+        for name, runs in kinds.get(kind, {}).items():
+            for run in (run for run in runs if run["run"].endswith("-1")):
+                options = ", ".join(name.split("-")[1:])
+                score, cpu = f"{run['valid']['bleu']:.1f}", f"{run['cpu_seconds']:.0f}"
+                rows.append([kind, options, score, cpu])
+    return markdown(["tuning", "factor or rate, dropout", "valid BLEU, seed 1", "CPU s"], rows)
 
 
 def significance_table(chosen: dict[str, list[dict]], results: Path) -> str:
@@ -77,6 +84,8 @@ def significance_table(chosen: dict[str, list[dict]], results: Path) -> str:
     if not (results / REFERENCES).exists():
         return ""
     references = json.loads((results / REFERENCES).read_text(encoding="utf-8"))["test"]
+    if len(chosen) < 2:
+        return ""
     (ours_name, ours), *others = chosen.items()
     rows = []
     for name, theirs in others:

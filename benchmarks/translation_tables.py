@@ -5,9 +5,11 @@ process of its own, on one thread, then the average of its last checkpoints, `tr
 `score`; one JSON file under benchmarks/results/translation_tables/, written when it is done, with the
 translations of test in it. A run that has its file is not done again. `--jobs 2` does two at a time.
 
-    tuning  with one seed: 3 factors of Noam and 3 constant rates for the Transformer, 3 rates × 2 dropouts
-            for the LSTM
-    chosen  of each the one that was best on valid, 3 seeds
+    tuning     with one seed: 3 factors of Noam for the Transformer, 3 rates × 2 dropouts for the LSTM
+    chosen     of both the one that was best on valid, 3 seeds
+    schedules  1,000 updates of Noam, 3 seeds, and of 3 constant rates
+    constant   the constant rate that was best on valid, 3 seeds
+    longer     both systems for twice the time, one seed
 """
 
 import argparse
@@ -34,6 +36,12 @@ LSTM_RATES = (1e-3, 2e-3, 4e-3)
 LSTM_DROPOUTS = (0.1, 0.3)
 CONSTANT_RATES = (5e-4, 1e-3, 2e-3)
 AVERAGED = 5
+# A third of the updates, saved as often before the end.
+SHORT = {
+    "optimization.max_update": 1000,
+    "checkpoint.save_interval_updates": 67,
+    "task.no_valid_text": True,
+}
 ONE_AT_A_TIME = threading.Lock()
 
 
@@ -43,20 +51,51 @@ def tuning_runs() -> dict:
     for rate in LSTM_RATES:
         for dropout in LSTM_DROPOUTS:
             runs[f"lstm-{rate:g}-{dropout:g}-1"] = lstm(rate, dropout, 1)
-    for rate in CONSTANT_RATES:
-        runs[f"constant-{rate:g}-1"] = constant(rate, 1)
     return runs
 
 
 def chosen_runs() -> dict:
     """All seeds of what was best on valid; needs the tuning runs."""
-    best = {kind: best_of(RESULTS, kind).split("-")[1:] for kind in ("noam", "lstm", "constant")}
+    noam_name, lstm_name = best_of(RESULTS, "noam"), best_of(RESULTS, "lstm")
     runs = {}
     for seed in SEEDS:
-        for kind, make in (("noam", noam), ("lstm", lstm), ("constant", constant)):
-            options = best[kind]
-            runs["-".join([kind, *options, str(seed)])] = make(*map(float, options), seed)
+        runs[f"{noam_name}-{seed}"] = noam(*options_of(noam_name), seed)
+        runs[f"{lstm_name}-{seed}"] = lstm(*options_of(lstm_name), seed)
     return runs
+
+
+def schedule_runs() -> dict:
+    """Constant rates, seed 1, and the Noam that was chosen, 3 seeds, for SHORT updates."""
+    runs = {f"constant-{rate:g}-1": constant(rate, 1) for rate in CONSTANT_RATES}
+    factor = options_of(best_of(RESULTS, "noam"))[0]
+    for seed in SEEDS:
+        recipe, changes = noam(factor, seed)
+        runs[f"shortnoam-{factor:g}-{seed}"] = (recipe, {**changes, **SHORT})
+    return runs
+
+
+def constant_runs() -> dict:
+    """All seeds of the constant rate that was best on valid; needs the schedule runs."""
+    name = best_of(RESULTS, "constant")
+    return {f"{name}-{seed}": constant(*options_of(name), seed) for seed in SEEDS}
+
+
+def longer_runs() -> dict:
+    """Both systems as chosen for twice the updates, seed 1."""
+    noam_name, lstm_name = best_of(RESULTS, "noam"), best_of(RESULTS, "lstm")
+    runs = {}
+    for name, (recipe, changes) in (
+        (noam_name, noam(*options_of(noam_name), 1)),
+        (lstm_name, lstm(*options_of(lstm_name), 1)),
+    ):
+        updates = 2 * changed_recipe(CONFIGS / f"{recipe}.yaml", {})["optimization"]["max_update"]
+        runs[f"longer{name}-1"] = (recipe, {**changes, "optimization.max_update": updates})
+    return runs
+
+
+def options_of(name: str) -> list[float]:
+    """The numbers in a name: lstm-0.001-0.1 → [0.001, 0.1]."""
+    return [float(part) for part in name.split("-")[1:]]
 
 
 def noam(factor: float, seed: int) -> tuple:
@@ -70,7 +109,8 @@ def lstm(rate: float, dropout: float, seed: int) -> tuple:
 def constant(rate: float, seed: int) -> tuple:
     """The Transformer's recipe with the same linear warm-up, to a rate that then stays."""
     scheduler = {"_name": "fixed", "warmup_updates": 400}
-    return "tiny_short", {"lr_scheduler": scheduler, "optimization.lr": [rate], "common.seed": seed}
+    changes = {"lr_scheduler": scheduler, "optimization.lr": [rate], "common.seed": seed}
+    return "tiny_short", {**changes, **SHORT}
 
 
 def prepare(work: Path) -> Path:
@@ -137,7 +177,8 @@ def parameters(checkpoints: Path) -> int:
     from fairseq_ext.average import read
 
     state = read(checkpoints / "average.pt")["model"]
-    sizes = {t.untyped_storage().data_ptr(): t.numel() for t in state.values() if t.dim()}
+    # tensors of one element are marks of fairseq, no parameters
+    sizes = {t.untyped_storage().data_ptr(): t.numel() for t in state.values() if t.numel() > 1}
     return sum(sizes.values())
 
 
@@ -145,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("groups", nargs="*", help="tuning, chosen (default: both)")
+    parser.add_argument("groups", nargs="*", help="of the above (default: all)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "translation_tables")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--report", action="store_true", help="print the tables of what is done")
@@ -154,7 +195,13 @@ def main() -> None:
         args.work.mkdir(parents=True, exist_ok=True)
         RESULTS.mkdir(parents=True, exist_ok=True)
         data = prepare(args.work)
-        groups = {"tuning": tuning_runs, "chosen": chosen_runs}
+        groups = {
+            "tuning": tuning_runs,
+            "chosen": chosen_runs,
+            "schedules": schedule_runs,
+            "constant": constant_runs,
+            "longer": longer_runs,
+        }
         for group, runs in groups.items():
             if args.groups and group not in args.groups:
                 continue

@@ -32,6 +32,10 @@ _FIELDS = {
 }
 
 
+def with_conversion(convention: str, opencc: str | None) -> str:
+    return f"{convention}+{opencc}" if opencc else convention
+
+
 @dataclass(frozen=True)
 class Corpus:
     """What corpus.json says of the folder ``path``.
@@ -89,6 +93,11 @@ class Corpus:
             "split_sha256": self.split_sha256,
             "opencc": self.opencc,
         }
+
+    @property
+    def convention(self) -> str:
+        """What :func:`text.normalise` is to be told: the convention with OpenCC's conversion."""
+        return with_conversion(self.normalise, self.opencc)
 
     def codec(self, lang: str) -> Codec:
         """Text to ids and back for a language; one object where both languages have one model."""

@@ -19,8 +19,8 @@ from typing import Any
 from ext_common.cli import UserError
 from ext_common.manifest import sha256_file
 from fairseq_ext.translation.checkpoint import Vocabulary
+from fairseq_ext.translation.decoding import Candidate, DecodeOptions
 from fairseq_ext.translation.spm import SPECIALS, Codec
-from fairseq_ext.translation.translator import Candidate, DecodeOptions
 
 VERSION = 1  # of what a converted folder holds
 DESCRIPTION = "translation.json"

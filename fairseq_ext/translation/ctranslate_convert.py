@@ -14,8 +14,8 @@ from ext_common.cli import UserError
 from ext_common.manifest import atomic_json, versions
 from fairseq_ext.translation.checkpoint import Vocabulary, build_model, read_state, vocabulary_of
 from fairseq_ext.translation.ctranslate import DESCRIPTION, VERSION, CTranslate2Backend, tokens
+from fairseq_ext.translation.decoding import Candidate, DecodeOptions
 from fairseq_ext.translation.spm import BYTE_PIECES, EOS, PAD, SPECIALS
-from fairseq_ext.translation.translator import Candidate, DecodeOptions
 
 ACTIVATIONS = {
     "relu": common_spec.Activation.RELU,

@@ -9,8 +9,8 @@ from fairseq.ngram_repeat_block import NGramRepeatBlock
 from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 
 from ext_common.cli import UserError
+from fairseq_ext.translation.decoding import Candidate, DecodeOptions
 from fairseq_ext.translation.spm import EOS, PAD
-from fairseq_ext.translation.translator import Candidate, DecodeOptions
 
 _TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

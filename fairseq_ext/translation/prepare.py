@@ -184,7 +184,7 @@ def prepare(inputs, dest, options: PrepareOptions) -> dict[str, Any]:
     load_plugin(options.user_dir)
     settings = settle(options)
     chain = FilterChain(options.filters, *options.languages)
-    cleaner = Cleaner(options.languages, settings.normalise, settings.opencc)
+    cleaner = Cleaner(options.languages, settings.convention)
     given = {name: [Path(path) for path in getattr(options, name) or ()] for name in GIVEN}
     hashes = {str(path): sha256_file(path) for path in [*inputs, *given["valid"], *given["test"]]}
     plan = make_plan(inputs, given, hashes, options, settings)

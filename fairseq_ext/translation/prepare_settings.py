@@ -5,9 +5,9 @@ from typing import Any
 
 from ext_common.cli import UsageError, UserError
 from ext_common.manifest import sha256_file
-from fairseq_ext.translation.corpus import Corpus
-from fairseq_ext.translation.prepare_steps import CHINESE, converter
-from fairseq_ext.translation.text import CONVENTIONS, language
+from fairseq_ext.translation import text
+from fairseq_ext.translation.corpus import Corpus, with_conversion
+from fairseq_ext.translation.text import CHINESE, CONVENTIONS, language
 
 HELD_OUT = 0.02
 
@@ -25,6 +25,10 @@ class Settings:
     joint: bool
     extra_symbols: tuple[str, ...]
     fractions: dict[str, float]
+
+    @property
+    def convention(self) -> str:
+        return with_conversion(self.normalise, self.opencc)
 
     def fingerprint(self) -> dict[str, Any] | None:
         """What of --vocab-from decides the result."""
@@ -56,7 +60,7 @@ def settle(options) -> Settings:
         joint, symbols = base.joint, base.extra_symbols
     CONVENTIONS.get(normalise)
     if opencc:
-        converter(opencc)
+        text.opencc(opencc)
         if not any(language(lang) in CHINESE for lang in options.languages):
             raise UsageError("--opencc converts Chinese, and neither language is zh or yue")
     return Settings(base, normalise, opencc, joint, symbols, fractions)

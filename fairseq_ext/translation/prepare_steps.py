@@ -11,21 +11,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
-from ext_common.cli import UsageError, UserError, progress
+from ext_common.cli import progress
 from fairseq_ext.translation.filters import FilterChain, sample
 from fairseq_ext.translation.hashes import key_hash
 from fairseq_ext.translation.leaks import LeakGuard
 from fairseq_ext.translation.parallel import in_order
 from fairseq_ext.translation.splits import SPLITS
-from fairseq_ext.translation.text import language, length, normalise, read_pairs
+from fairseq_ext.translation.text import length, normalise, read_pairs
 
 BATCH = 2000
-CHINESE = ("zh", "yue")
 
 
 class Row(NamedTuple):
@@ -67,8 +65,8 @@ class Kept:
 class Cleaner:
     """Raw pairs to :class:`Row`, without memory, so that processes can share the work."""
 
-    def __init__(self, languages: tuple[str, str], convention: str, opencc: str | None = None):
-        self.languages, self.convention, self.opencc = languages, convention, opencc
+    def __init__(self, languages: tuple[str, str], convention: str):
+        self.languages, self.convention = languages, convention
         self.filters: list[tuple[int, str, Callable]] = []
         self.guard: LeakGuard | None = None
 
@@ -106,27 +104,7 @@ class Cleaner:
         return self.side(source, self.languages[0]), self.side(target, self.languages[1])
 
     def side(self, text: str, lang: str) -> str:
-        if self.opencc and language(lang) in CHINESE:
-            text = self._converter.convert(normalise(text, lang, "none"))
         return normalise(text, lang, self.convention)
-
-    @cached_property
-    def _converter(self) -> Any:
-        return converter(self.opencc)
-
-
-def converter(name: str) -> Any:
-    """OpenCC's converter; UserError where the package or the conversion does not exist."""
-    try:
-        import opencc
-    except ImportError as error:
-        raise UserError(
-            "--opencc needs the package opencc: install it with pip install 'fairseq-ext[zh]'"
-        ) from error
-    known = sorted(config.removesuffix(".json") for config in opencc.CONFIGS)
-    if name not in known:
-        raise UsageError(f"OpenCC has no conversion {name!r}: it has {', '.join(known)}")
-    return opencc.OpenCC(name)
 
 
 def survey(inputs: Sequence[Path], columns: Sequence[int], cleaner: Cleaner, seed: int):

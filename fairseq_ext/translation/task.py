@@ -78,7 +78,7 @@ class TranslationSpmTask(TranslationTask):
         return self
 
     def _use_corpus(self, corpus: Corpus) -> None:
-        self._convention = corpus.normalise
+        self._convention = corpus.convention
         source, target = self._direction(tuple(corpus.languages))
         codecs = {lang: corpus.codec(lang) for lang in corpus.languages}
         self._use_codecs(codecs, source, target)

@@ -13,6 +13,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import regex
 
@@ -28,6 +29,7 @@ _ALIASES = {"cmn": "zh", "zho": "zh", "chi": "zh", "jpn": "ja", "kor": "ko", "en
 _ALIASES |= {"tha": "th", "lao": "lo", "khm": "km", "mya": "my", "rus": "ru", "ara": "ar"}
 _UNSPACED = frozenset("zh ja th lo km my yue".split())
 _HAN_PUNCTUATED = frozenset("zh ja yue".split())
+CHINESE = ("zh", "yue")
 _SCRIPTS = {
     "Arabic": "ar fa ps ug ur",
     "Armenian": "hy",
@@ -118,9 +120,29 @@ def language(code: str) -> str:
 def normalise(text: str, lang: str, convention: str = "standard") -> str:
     """``text`` in the stated convention; doing it twice changes nothing.
 
-    Raises UnknownName for a convention that is not registered in CONVENTIONS.
+    convention: a name in CONVENTIONS, or one with a conversion of OpenCC for Chinese: "standard+t2s".
+    Raises UnknownName for a convention that is not registered.
     """
-    return CONVENTIONS.get(convention)(text, lang)
+    name, _, conversion = convention.partition("+")
+    if conversion and language(lang) in CHINESE:
+        text = opencc(conversion).convert(CONVENTIONS.get("none")(text, lang))
+    return CONVENTIONS.get(name)(text, lang)
+
+
+@functools.cache
+def opencc(conversion: str) -> Any:
+    """OpenCC's converter; UserError where the package or the conversion does not exist."""
+    try:
+        import opencc
+    except ImportError as error:
+        raise UserError(
+            f"the conversion {conversion} of Chinese needs the package opencc: install it with "
+            "pip install 'fairseq-ext[opencc]'"
+        ) from error
+    known = sorted(config.removesuffix(".json") for config in opencc.CONFIGS)
+    if conversion not in known:
+        raise UsageError(f"OpenCC has no conversion {conversion!r}: it has {', '.join(known)}")
+    return opencc.OpenCC(conversion)
 
 
 @CONVENTIONS.register("standard")

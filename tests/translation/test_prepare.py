@@ -23,7 +23,7 @@ from fairseq_ext.translation.corpus import Corpus, partial_folder
 from fairseq_ext.translation.hashes import key_hash
 from fairseq_ext.translation.prepare import PrepareOptions, main, prepare
 from fairseq_ext.translation.splits import split_sha256
-from fairseq_ext.translation.text import match_key, normalise, read_pairs
+from fairseq_ext.translation.text import match_key, normalise, opencc, read_pairs
 
 from .conftest import ROOT, fairseq
 
@@ -768,8 +768,9 @@ def test_traditional_becomes_simplified(tmp_path):
 
 
 def test_missing_opencc_is_told(small, tmp_path, monkeypatch):
+    opencc.cache_clear()
     monkeypatch.setitem(sys.modules, "opencc", None)
-    with pytest.raises(UserError, match=r"fairseq-ext\[zh\]"):
+    with pytest.raises(UserError, match=r"fairseq-ext\[opencc\]"):
         run(small[0], tmp_path / "data", opencc="t2s")
     with pytest.raises(UsageError, match="neither language"):
         monkeypatch.undo()

@@ -314,3 +314,13 @@ def test_every_listed_script_is_one():
     for langs in module._SCRIPTS.values():
         for lang in langs.split():
             assert script_share("\u4e00a", lang) in (0.0, 0.5)
+
+
+def test_conversion_of_chinese_is_part_of_a_convention():
+    """So it travels in checkpoints: a model trained on simplified text reads traditional text."""
+    pytest.importorskip("opencc", reason="the extra opencc is not installed")
+    assert normalise("漢語，書", "zh", "standard+t2s") == "汉语，书"
+    assert normalise("漢語，書", "ja", "standard+t2s") == "漢語，書"
+    assert normalise("汉语", "zh", "standard+s2t") == "漢語"
+    with pytest.raises(UserError, match="no conversion 'x2y'"):
+        normalise("漢語", "zh", "standard+x2y")

@@ -11,13 +11,9 @@ from hypothesis import strategies as st
 
 from ext_common.cli import UserError
 from fairseq_ext.translation.checkpoint import Vocabulary, read_state, split_paths
+from fairseq_ext.translation.decoding import Candidate, DecodeOptions, make_batches
 from fairseq_ext.translation.spm import EOS
-from fairseq_ext.translation.translator import (
-    Candidate,
-    DecodeOptions,
-    Translator,
-    make_batches,
-)
+from fairseq_ext.translation.translator import Translator
 
 confident = runpy.run_path(str(Path(__file__).with_name("confident.py")))["confident"]
 NASTY = [
