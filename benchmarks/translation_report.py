@@ -5,11 +5,13 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-REFERENCES = "references.json"
 
+def report(results: Path, references: Path) -> str:
+    """All tables of which at least one run is done: mean ± standard deviation over seeds.
 
-def report(results: Path) -> str:
-    """All tables of which at least one run is done: mean ± standard deviation over seeds."""
+    references: the target side of test, which is not in this repository; without it there are no
+    tests of significance.
+    """
     kinds = read(results)
     if not kinds:
         return "no run is recorded yet"
@@ -25,8 +27,8 @@ def report(results: Path) -> str:
     longer = chosen("Transformer, Noam", "longernoam") | chosen("LSTM", "longerlstm")
     tables = []
     for head, runs in (("same CPU time", systems), ("twice the time", longer)):
-        tables += [main_table(head, runs), significance_table(runs, results)]
-    tables += [main_table("same updates", schedules), significance_table(schedules, results)]
+        tables += [main_table(head, runs), significance_table(runs, references)]
+    tables += [main_table("same updates", schedules), significance_table(schedules, references)]
     tables += [tuning_table(kinds)]
     return "\n\n".join(table for table in tables if table)
 
@@ -77,16 +79,18 @@ def tuning_table(kinds: dict) -> str:
     return markdown(["tuning", "factor or rate, dropout", "valid BLEU, seed 1", "CPU s"], rows)
 
 
-def significance_table(chosen: dict[str, list[dict]], results: Path) -> str:
+def significance_table(chosen: dict[str, list[dict]], references: Path) -> str:
     """The first system against each other one on test, seed by seed; the largest p of the seeds."""
+    from ext_common.manifest import sha256_file
     from fairseq_ext.translation.scoring import ScoringOptions, score
+    from fairseq_ext.translation.text import read_lines
 
-    if not (results / REFERENCES).exists():
-        return ""
-    references = json.loads((results / REFERENCES).read_text(encoding="utf-8"))["test"]
-    if len(chosen) < 2:
+    if len(chosen) < 2 or not references.exists():
         return ""
     (ours_name, ours), *others = chosen.items()
+    if sha256_file(references) != ours[0]["test"]["reference_sha256"]:
+        return f"({references} is of another split: prepare it again)"
+    lines = list(read_lines(references))
     rows = []
     for name, theirs in others:
         pairs = [
@@ -100,7 +104,7 @@ def significance_table(chosen: dict[str, list[dict]], results: Path) -> str:
         compared = [
             score(
                 a["test"]["translations"],
-                [references],
+                [lines],
                 "zh",
                 b["test"]["translations"],
                 options=ScoringOptions(metrics=["bleu", "chrf"]),

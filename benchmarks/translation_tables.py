@@ -22,7 +22,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.recorded import ROOT, changed_recipe, digest_of, is_recorded, run, train
-from benchmarks.translation_report import REFERENCES, best_of, report
+from benchmarks.translation_report import best_of, report
 from ext_common.manifest import atomic_json, sha256_file, versions
 from fairseq_ext.translation.scoring import score
 from fairseq_ext.translation.text import read_lines
@@ -122,8 +122,6 @@ def prepare(work: Path) -> Path:
     if not (data / "corpus.json").exists():
         command = [python("prepare"), corpus, data, "--source-lang", "en", "--target-lang", "zh"]
         run([*command[0], *command[1:]], work / "prepare.log")
-    references = list(read_lines(data / "text" / "test.zh"))
-    atomic_json(RESULTS / REFERENCES, {"test": references})
     return data
 
 
@@ -209,7 +207,7 @@ def main() -> None:
                 jobs = [pool.submit(one, n, *r, data, args.work) for n, r in runs().items()]
             for job in jobs:
                 job.result()
-    print(report(RESULTS))
+    print(report(RESULTS, args.work / "data" / "text" / "test.zh"))
 
 
 if __name__ == "__main__":
