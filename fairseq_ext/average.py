@@ -16,8 +16,8 @@ from typing import Any, Optional
 import torch
 
 from ext_common.cli import Parser, UsageError, UserError, run
-from ext_common.compat.files import allow_namespace, why_unreadable
 from ext_common.manifest import atomic_write
+from fairseq_ext.checkpoints import read_state
 
 _PARTS = ("model", "criterion")
 _DROPPED = ("last_optimizer_state",)
@@ -31,7 +31,6 @@ _BEST = re.compile(r"checkpoint\.best_(.+)_(-?\d+\.\d{3})\d*\.pt")
 
 def main(argv: list[str], program: str = "fairseq_ext.average") -> None:
     args = build_parser(program).parse_args(argv)
-    allow_namespace()
     if os.path.isdir(args.output):
         raise UsageError(f"--output {args.output} is a folder: give the file to write")
     paths = choose(args.checkpoints, args.last, args.best)
@@ -136,13 +135,7 @@ def _higher_is_better(metric: str, path: Path) -> bool:
 
 def read(path: Path) -> dict[str, Any]:
     """The state in a checkpoint file, as it was saved; UserError where it has none."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = why_unreadable(str(path), error)
-        if reason is None:
-            raise
-        raise UserError(reason) from error
+    state = read_state(path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path} is no fairseq checkpoint: it has no model")
     return state

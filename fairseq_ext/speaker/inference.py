@@ -8,25 +8,22 @@ Prediction changes nothing in the model, and what comes out for an utterance doe
 is predicted with it. torch and fairseq are imported when first used.
 """
 
-import contextlib
-import logging
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ext_common.cli import UserError
+from fairseq_ext.checkpoints import build_network, name_of, read_state, usable_device
 from fairseq_ext.speaker.features import FeatureSpec, audio_features
 
 # Padded frames in one batch, as the task's max_valid_frames.
 MAX_FRAMES = 4000
 # Features that are held at a time to be batched by length, in batches.
 WINDOW = 10
-OUR_PLUGIN = "fairseq_ext"
+PARTS = tuple(f"fairseq_ext.speaker.{name}" for name in ("criterion", "model", "task"))
 
 
 class Match(NamedTuple):
@@ -72,7 +69,7 @@ class SpeakerModel:
         user_dir: folder of the plugin with its parts, in place of the one it was trained with.
         """
         state = read_checkpoint(path)
-        network = build_network(state, path, user_dir)
+        network = build_network(state, path, PARTS, user_dir)
         task_state = state["task_state"]
         try:
             spec = FeatureSpec.from_dict(task_state["spec"])
@@ -175,18 +172,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     Nothing the file holds is run (weights_only). UserError where it is missing, damaged, or of
     anything but a speaker model.
     """
-    import torch
-
-    from ext_common.compat.files import allow_namespace, why_unreadable
-
-    allow_namespace()
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = why_unreadable(os.fspath(path), error)
-        if reason is None:
-            raise
-        raise UserError(reason) from error
+    state = read_state(path)
     why = why_no_speaker_model(state)
     if why:
         raise UserError(f"{path} {why}: give a checkpoint trained with --task speaker_id")
@@ -205,122 +191,6 @@ def why_no_speaker_model(state: Any) -> str | None:
     if not isinstance(cfg, Mapping) or not {"task", "model"} <= set(cfg):
         return "does not say how its model was built (it has no cfg)"
     return None
-
-
-def name_of(state: Mapping, part: str) -> str | None:
-    """The name of the task or model that a checkpoint was trained with, where it says so."""
-    for source in (state.get("cfg"), state.get("args")):
-        entry = source.get(part) if isinstance(source, Mapping) else getattr(source, part, None)
-        for key in ("_name", part):
-            name = entry.get(key) if isinstance(entry, Mapping) else getattr(entry, key, None)
-            if isinstance(name, str):
-                return name
-        if isinstance(entry, str):
-            return entry
-    return None
-
-
-def build_network(state: Mapping, path: str | os.PathLike, user_dir: str | None = None):
-    """The fairseq model of a checkpoint's state, with its weights."""
-    from ext_common.compat.messages import leave_out_harmless_warnings
-
-    leave_out_harmless_warnings()
-    with untouched_logging():
-        # Without fairseq loaded first, importing fairseq_ext registers nothing.
-        import fairseq  # noqa: F401
-        from fairseq import checkpoint_utils
-        from omegaconf import OmegaConf
-
-        from ext_common import compat
-
-        compat.apply()
-        from fairseq_ext.speaker import criterion, model, task  # noqa: F401
-
-    missing = import_plugin(state, user_dir)
-    hint = f" (it was trained with --user-dir {missing}, which is not here)" if missing else ""
-    check_registered(state, path, hint)
-    state = dict(state)
-    state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
-    try:
-        models, _, _ = checkpoint_utils.load_model_ensemble_and_task([os.fspath(path)], state=state)
-    except UserError as error:
-        text = str(error)
-        place = "" if text.startswith(os.fspath(path)) else f"{path}: "
-        raise UserError(f"{place}{text}{hint}") from error
-    return models[0]
-
-
-def check_registered(state: Mapping, path: str | os.PathLike, hint: str) -> None:
-    """UserError where fairseq does not know the task or model; it would fail with a KeyError."""
-    from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
-    from fairseq.tasks import TASK_REGISTRY
-
-    for part, known in (
-        ("task", TASK_REGISTRY),
-        ("model", {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY}),
-    ):
-        name = name_of(state, part)
-        if name not in known:
-            raise UserError(
-                f"{path} was trained with the {part} {name!r}, which is not known here{hint}:"
-                " give --user-dir, the folder of the plugin that has it"
-            )
-
-
-@contextlib.contextmanager
-def untouched_logging() -> Iterator[None]:
-    """Leave the root logger as it is: importing fairseq sets it to print every DEBUG line."""
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        root.handlers[:] = handlers
-
-
-def import_plugin(state: Mapping, user_dir: str | None) -> str | None:
-    """Import `user_dir`, or the plugin a checkpoint was trained with where that is not this one.
-
-    Returns the latter's name where it was not found; the checkpoint may do without.
-    """
-    from fairseq.utils import import_user_module
-
-    recorded = state["cfg"].get("common") or {}
-    recorded = recorded.get("user_dir") if isinstance(recorded, Mapping) else None
-    folder = user_dir or recorded
-    if not folder or Path(folder).name == OUR_PLUGIN:
-        return None
-    if not os.path.isdir(folder):
-        if user_dir:
-            raise UserError(f"--user-dir {user_dir} is not a folder: give the folder of the plugin")
-        return folder
-    name = Path(folder).resolve().name
-    there = getattr(sys.modules.get(name), "__path__", None)
-    if name in sys.modules and str(Path(folder).resolve()) not in map(
-        os.path.realpath, there or []
-    ):
-        raise UserError(
-            f"--user-dir {folder}: another module is called {name!r}: give the folder another name"
-        )
-    from argparse import Namespace
-
-    import_user_module(Namespace(user_dir=str(Path(folder).resolve())))
-    return None
-
-
-def usable_device(device: str) -> str:
-    """`device`, with "auto" as CUDA where there is one; UserError for one that is not there."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {device!r} cannot be used ({reason}): try cpu") from error
-    return device
 
 
 def rank(scores: np.ndarray, k: int) -> np.ndarray:

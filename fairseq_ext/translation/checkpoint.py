@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ext_common.cli import UserError
+from fairseq_ext import checkpoints
 from fairseq_ext.translation.spm import EOS, Codec
-from fairseq_ext.translation.text import detokenise, normalise
+from fairseq_ext.translation.text import detokenise, normalise, written
 
 _STATE = {"source_lang", "target_lang", "normalise", "extra_symbols", "spm"}
-# Bytes that a model spells can be any of the characters at which some program ends a line.
-_BREAKS = dict.fromkeys(map(ord, "\n\r\t\v\f\x1c\x1d\x1e\x1f\x85\u2028\u2029"), " ") | {0: None}
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,7 @@ class Vocabulary:
 
     def text(self, ids: Sequence[int]) -> str:
         """Detokenised target text of ids, on one line and without a tab."""
-        text = self.target.decode(ids).translate(_BREAKS).strip()
-        return detokenise(text, self.target_lang)
+        return written(self.target.decode(ids), self.target_lang)
 
     def join(self, texts: Sequence[str]) -> str:
         """The text of sentences; no space between them where the target language has none."""
@@ -64,18 +62,7 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
 
     UserError where the file is missing, damaged, or of anything but a translation_spm model.
     """
-    import torch
-
-    from ext_common.compat.files import allow_namespace, why_unreadable
-
-    allow_namespace()
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = why_unreadable(os.fspath(path), error)
-        if reason is None:
-            raise
-        raise UserError(reason) from error
+    state = checkpoints.read_state(path)
     why = why_no_translation_model(state)
     if why:
         raise UserError(f"{path} {why}: give a checkpoint trained with --task translation_spm")
@@ -86,14 +73,12 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
 
 def why_no_translation_model(state: Any) -> str | None:
     """The second half of a sentence about a checkpoint's content; None for a translation model."""
-    from fairseq_ext.speaker.inference import name_of
-
     if not isinstance(state, Mapping) or not isinstance(state.get("model"), Mapping):
         return "is not a checkpoint of fairseq-train"
     task_state = state.get("task_state")
     saved = task_state.get("translation") if isinstance(task_state, Mapping) else None
     if not isinstance(saved, Mapping) or not set(saved) >= _STATE:
-        kind = name_of(state, "task")
+        kind = checkpoints.name_of(state, "task")
         if kind == "translation":
             return "is of fairseq's own --task translation, which keeps no vocabulary in its files"
         return f"is of another task{f' ({kind})' if kind else ''}, not of translation_spm"
@@ -144,14 +129,8 @@ def check_alike(vocabularies: Mapping[str, Vocabulary]) -> None:
 
 def build_model(state: Mapping[str, Any], path: str | os.PathLike, user_dir: str | None = None):
     """The fairseq model of a checkpoint's state with its weights, in evaluation mode."""
-    from ext_common.compat.messages import leave_out_harmless_warnings
-    from fairseq_ext.speaker.inference import build_network, untouched_logging
-
-    leave_out_harmless_warnings()
     # fairseq's encoders give one mask as bool, one as float
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
-    with untouched_logging():
-        import fairseq  # noqa: F401
-
-        from fairseq_ext.translation import task  # noqa: F401
-    return build_network(state, Path(path), user_dir).eval().requires_grad_(False)
+    parts = ["fairseq_ext.translation.task"]
+    network = checkpoints.build_network(state, Path(path), parts, user_dir)
+    return network.eval().requires_grad_(False)

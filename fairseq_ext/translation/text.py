@@ -30,6 +30,8 @@ _ALIASES |= {"tha": "th", "lao": "lo", "khm": "km", "mya": "my", "rus": "ru", "a
 _UNSPACED = frozenset("zh ja th lo km my yue".split())
 _HAN_PUNCTUATED = frozenset("zh ja yue".split())
 CHINESE = ("zh", "yue")
+# Bytes that a model writes can spell whatever some program ends a line or a column at.
+_BREAKS = dict.fromkeys(map(ord, "\n\r\t\v\f\x1c\x1d\x1e\x1f\x85\u2028\u2029"), " ") | {0: None}
 _SCRIPTS = {
     "Arabic": "ar fa ps ug ur",
     "Armenian": "hy",
@@ -216,6 +218,11 @@ def script_share(text: str, lang: str) -> float:
     letters = sum(map(str.isalpha, text)) if own else 0
     # regex knows letters of a later Unicode than str
     return min(1.0, len(own.findall(text)) / letters) if letters else 1.0
+
+
+def written(text: str, lang: str) -> str:
+    """What a model wrote, for a file of lines: on one line, without a tab, detokenised."""
+    return detokenise(text.translate(_BREAKS).strip(), lang)
 
 
 def detokenise(text: str, lang: str) -> str:

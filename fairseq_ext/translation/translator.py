@@ -91,7 +91,7 @@ class Translator:
             return cls(*open_model(paths, device, compute_type, user_dir, threads))
         if backend != "fairseq":
             raise UserError(f"unknown backend {backend!r}: there are {', '.join(BACKENDS)}")
-        from fairseq_ext.speaker.inference import usable_device
+        from fairseq_ext.checkpoints import usable_device
 
         models, vocabularies = [], {}
         for one in paths:

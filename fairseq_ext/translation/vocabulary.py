@@ -14,10 +14,7 @@ from fairseq.data import Dictionary
 
 from ext_common.cli import UserError
 from fairseq_ext.translation.spm import SPECIALS, Codec
-from fairseq_ext.translation.text import detokenise, normalise
-
-# Bytes that a model writes can spell whatever some program ends a line or a column at.
-_BREAKS = dict.fromkeys(map(ord, "\n\r\t\v\f\x1c\x1d\x1e\x1f\x85\u2028\u2029"), " ") | {0: None}
+from fairseq_ext.translation.text import normalise, written
 
 
 class Text(str):
@@ -77,7 +74,7 @@ class SpmDictionary(Dictionary):
 
     def text(self, ids: Iterable[int]) -> str:
         """Text of ids that a model wrote: on one line, byte pieces joined to characters, detokenised."""
-        return detokenise(self.codec.decode(ids).translate(_BREAKS).strip(), self.lang)
+        return written(self.codec.decode(ids), self.lang)
 
     def encode_line(
         self,
