@@ -95,15 +95,18 @@ def vocabulary_of(state: Mapping[str, Any], path: str | os.PathLike) -> Vocabula
     """The vocabulary in a checkpoint's state."""
     saved = state["task_state"]["translation"]
     source, target = saved["source_lang"], saved["target_lang"]
-    codecs = {
-        lang: Codec(
-            saved["spm"][lang].numpy().tobytes(),
-            saved["extra_symbols"],
-            f"the model of {lang} in {path}",
-        )
-        for lang in (source, target)
-    }
+    codecs = codecs_of(saved, os.fspath(path))
     return Vocabulary(codecs[source], codecs[target], source, target, saved["normalise"])
+
+
+def codecs_of(state: Mapping[str, Any], name: str = "the checkpoint") -> dict[str, Codec]:
+    """Language → Codec of what `vocabulary.to_state` saved."""
+    return {
+        lang: Codec(
+            model.numpy().tobytes(), state["extra_symbols"], f"the model of {lang} in {name}"
+        )
+        for lang, model in state["spm"].items()
+    }
 
 
 def check_alike(vocabularies: Mapping[str, Vocabulary]) -> None:

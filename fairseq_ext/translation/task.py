@@ -13,6 +13,7 @@ from fairseq.tasks.translation import TranslationTask
 from ext_common.cli import UserError
 from fairseq_ext.translation import metrics
 from fairseq_ext.translation.batching import batches, fitting, too_long
+from fairseq_ext.translation.checkpoint import codecs_of
 from fairseq_ext.translation.config import TranslationSpmConfig, check_options
 from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.hooks import check_before_resuming, score_by_language
@@ -22,7 +23,6 @@ from fairseq_ext.translation.validation import TextValidation, log_scores
 from fairseq_ext.translation.vocabulary import (
     SpmBpe,
     SpmDictionary,
-    codecs_of,
     direction,
     refuse_other_direction,
     to_state,

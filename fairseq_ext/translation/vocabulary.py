@@ -143,16 +143,6 @@ def to_state(codecs: dict[str, Codec], **more: Any) -> dict[str, Any]:
     }
 
 
-def codecs_of(state: dict[str, Any], name: str = "the checkpoint") -> dict[str, Codec]:
-    """The inverse of :func:`to_state`: language → Codec."""
-    return {
-        lang: Codec(
-            model.numpy().tobytes(), state["extra_symbols"], f"the model of {lang} in {name}"
-        )
-        for lang, model in state["spm"].items()
-    }
-
-
 def direction(
     source: str | None, target: str | None, languages: tuple[str, str]
 ) -> tuple[str, str]:

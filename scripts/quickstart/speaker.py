@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from steps import ROOT, Steps, relative, run_command, show_command
-from training import TrainingDisplay, explain_failure
+from steps import ROOT, Steps, relative, show_command
+from training import train_shown
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
 from fairseq_ext.speaker.corpus import Corpus
@@ -163,23 +163,7 @@ def train(steps, data, updates):
     places = iter([data, relative(ROOT / "fairseq_ext"), folder])
     command = [next(places) if part == "{}" else part for part in command]
 
-    def show_training(command):
-        print(f"(its output goes to {log})", flush=True)
-        # Appended: the curve of a run that was stopped goes on.
-        with open(log, "a", encoding="utf-8") as file, TrainingDisplay(updates, file) as display:
-            try:
-                run_command(command, on_line=display.line)
-            except UserError as error:
-                raise UserError(explain_failure(error, log)) from None
-        display.check(best)
-
-    steps.do(
-        f"train for {updates} updates",
-        command,
-        inputs=[data / "corpus.json"],
-        outputs=[best],
-        run=show_training,
-    )
+    train_shown(steps, data, command, updates, best)
     curve = steps.folder / "learning_curve.png"
     command = ["python", "-m", "ext_common.plots", log, curve]
     steps.do("draw the learning curve", command, inputs=[log], outputs=[curve])

@@ -4,6 +4,8 @@ import contextlib
 import sys
 import time
 
+from steps import run_command
+
 from ext_common.cli import UserError
 from ext_common.trainlog import parse_log
 
@@ -78,6 +80,33 @@ class TrainingDisplay:
         """UserError where training ended without a checkpoint."""
         if not best.exists():
             raise UserError(f"training wrote no {best}: see {self.log.name}")
+
+
+def train_shown(steps, data, command, updates, best, **shown):
+    """The step that trains: `command` with its output appended to train.log and a few lines shown.
+
+    best: the checkpoint it leaves; shown: what of a validation, as TrainingDisplay takes it.
+    """
+    log = steps.folder / "train.log"
+
+    def show_training(command):
+        print(f"(its output goes to {log})", flush=True)
+        # Appended: the curve of a run that was stopped goes on.
+        with open(log, "a", encoding="utf-8") as file:
+            with TrainingDisplay(updates, file, **shown) as display:
+                try:
+                    run_command(command, on_line=display.line)
+                except UserError as error:
+                    raise UserError(explain_failure(error, log)) from None
+        display.check(best)
+
+    steps.do(
+        f"train for {updates} updates",
+        command,
+        inputs=[data / "corpus.json"],
+        outputs=[best],
+        run=show_training,
+    )
 
 
 def explain_failure(error, log):

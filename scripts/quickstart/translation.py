@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional
 
-from steps import ROOT, Steps, relative, run_command, show_command
-from training import TrainingDisplay, explain_failure
+from steps import ROOT, Steps, relative, show_command
+from training import train_shown
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
 from fairseq_ext.translation.corpus import Corpus
@@ -150,7 +150,7 @@ def prepare(steps, options):
 
 def train(steps, data, options):
     """The best checkpoint."""
-    folder, log = steps.folder / "checkpoints", steps.folder / "train.log"
+    folder = steps.folder / "checkpoints"
     best, updates = folder / "checkpoint_best.pt", options.updates
     command = (
         f"fairseq-train {{}} --user-dir {{}} --task translation_spm --arch transformer_iwslt_de_en "
@@ -166,24 +166,7 @@ def train(steps, data, options):
     command = [*command[:at], "--adam-betas", "(0.9, 0.98)", *command[at:]]
     command = [next(places) if part == "{}" else part for part in command]
 
-    def show_training(command):
-        print(f"(its output goes to {log})", flush=True)
-        # Appended: the curve of a run that was stopped goes on.
-        with open(log, "a", encoding="utf-8") as file:
-            with TrainingDisplay(updates, file, metric="bleu", unit="") as display:
-                try:
-                    run_command(command, on_line=display.line)
-                except UserError as error:
-                    raise UserError(explain_failure(error, log)) from None
-        display.check(best)
-
-    steps.do(
-        f"train for {updates} updates",
-        command,
-        inputs=[data / "corpus.json"],
-        outputs=[best],
-        run=show_training,
-    )
+    train_shown(steps, data, command, updates, best, metric="bleu", unit="")
     return best
 
 

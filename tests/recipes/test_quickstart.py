@@ -27,7 +27,10 @@ def load(name):
     path = SCRIPTS / "quickstart" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"quickstart_{name}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        # they import each other by name, as scripts of one folder
+        patch.syspath_prepend(path.parent)
+        spec.loader.exec_module(module)
     return module
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fairseq_ext.translation.checkpoint import codecs_of
 from fairseq_ext.translation.spm import Codec
 from fairseq_ext.translation.text import normalise
 from fairseq_ext.translation.vocabulary import (
@@ -15,7 +16,6 @@ from fairseq_ext.translation.vocabulary import (
     SpmBpe,
     SpmDictionary,
     Text,
-    codecs_of,
     to_state,
 )
 
