@@ -7,7 +7,7 @@ two processes take turns, and finds its parts by TextIOWrapper.tell(), which may
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +24,16 @@ PART_BYTES = 4 << 20
 
 
 class SpmBinarizer(Binarizer):
-    """A line to the int32 ids that its SentencePiece model gives it, ``</s>`` behind them."""
+    """A line to the int32 ids that its SentencePiece model gives it, ``</s>`` behind them.
 
-    def __init__(self, codec: Codec):
-        self.codec = codec
+    encode: what turns a line into ids of the model instead of ``codec.encode``; picklable.
+    """
+
+    def __init__(self, codec: Codec, encode: Callable[[str], list[int]] | None = None):
+        self.codec, self.encode = codec, encode
 
     def binarize_line(self, line: str, summary: BinarizeSummary) -> torch.IntTensor:
-        ids = self.codec.encode(line.removesuffix("\n"))
+        ids = (self.encode or self.codec.encode)(line.removesuffix("\n"))
         if summary.replaced is None:
             summary.replaced = Counter()
         unknown = ids.count(UNK)
@@ -43,14 +46,20 @@ class SpmBinarizer(Binarizer):
 
 
 def binarise(
-    text: Path, codec: Codec, stem: Path, workers: int = 1, part_bytes: int = PART_BYTES
+    text: Path,
+    codec: Codec,
+    stem: Path,
+    workers: int = 1,
+    part_bytes: int = PART_BYTES,
+    encode: Callable[[str], list[int]] | None = None,
 ) -> BinarizeSummary:
     """Write ``stem``.bin and .idx (uint16 or uint32 ids of each line); the same for any ``workers``.
 
+    encode: as for :class:`SpmBinarizer`.
     Returns fairseq's summary: sentences, tokens with ``</s>``, how often ``<unk>`` was written.
     Raises UserError where fewer or more sentences were written than there are lines.
     """
-    binarizer = SpmBinarizer(codec)
+    binarizer = SpmBinarizer(codec, encode)
     kind = indexed_dataset.best_fitting_int_dtype(codec.size)
     builder = indexed_dataset.MMapIndexedDatasetBuilder(data_file(stem), dtype=kind)
     total = BinarizeSummary()
@@ -63,9 +72,7 @@ def binarise(
         for job, summary in zip(
             jobs, in_order(_binarise_part, jobs, min(workers, len(jobs))), strict=True
         ):
-            builder.merge_file_(job[-1])
-            # merge_file_ appends numpy's int32, in which the index's byte offsets would overflow
-            builder._sizes[-summary.num_seq :] = map(int, builder._sizes[-summary.num_seq :])
+            _append(builder, job[-1])
             total.merge(summary)
             for file in (data_file(job[-1]), index_file(job[-1])):
                 os.remove(file)
@@ -73,6 +80,18 @@ def binarise(
     builder.finalize(index_file(stem))
     check_counts(text, stem)
     return total
+
+
+def concatenate(stems: Sequence[Path], size: int, stem: Path) -> None:
+    """Write ``stem``.bin and .idx with the sentences of ``stems`` in a row; one may come repeatedly.
+
+    size: of the vocabulary that all of them are ids of.
+    """
+    kind = indexed_dataset.best_fitting_int_dtype(size)
+    builder = indexed_dataset.MMapIndexedDatasetBuilder(data_file(stem), dtype=kind)
+    for one in stems:
+        _append(builder, one)
+    builder.finalize(index_file(stem))
 
 
 def check_counts(text: Path, stem: Path) -> None:
@@ -157,6 +176,13 @@ def sentence_lengths(stem: Path | str) -> np.ndarray:
     index = indexed_dataset.MMapIndexedDataset.Index(index_file(stem))
     # a copy, made while the index that owns the memory map lives
     return index.sizes.copy()
+
+
+def _append(builder: indexed_dataset.MMapIndexedDatasetBuilder, stem: Path | str) -> None:
+    before = len(builder._sizes)
+    builder.merge_file_(str(stem))
+    # merge_file_ appends numpy's int32, in which the index's byte offsets would overflow
+    builder._sizes[before:] = map(int, builder._sizes[before:])
 
 
 def _binarise_part(job: tuple[Binarizer, Path, int, int, str]) -> BinarizeSummary:

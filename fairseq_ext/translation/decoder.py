@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from fairseq.models.transformer import TransformerDecoder, TransformerDecoderBase
 from fairseq.ngram_repeat_block import NGramRepeatBlock
+from fairseq.search import Search
 from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 
 from ext_common.cli import UserError
-from fairseq_ext.translation.decoding import Candidate, DecodeOptions
+from fairseq_ext.translation.decoding import Candidate, DecodeOptions, SampleOptions
+from fairseq_ext.translation.draws import draw, uniforms
 from fairseq_ext.translation.spm import EOS, PAD
 
 _TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -56,42 +58,79 @@ class FairseqBackend:
 
         limit: the largest number of ids in a target, ``</s>`` not counted.
         """
+        generator = self._generator(options, limit)
+        found = self._generate(generator, batch)
+        return [[_candidate(hypo, limit) for hypo in hypos[: options.nbest]] for hypos in found]
+
+    def sample(
+        self,
+        batch: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        options: SampleOptions,
+        limit: int,
+    ) -> list[Candidate]:
+        """For each source (ids, ``</s>`` at its end) a target, drawn with its own seed."""
+        generator = self._generator(options, limit)
+        # one more for </s>
+        generator.search.u = torch.from_numpy(uniforms(seeds, limit + 1)).to(self.device)
+        return [_candidate(hypos[0], limit) for hypos in self._generate(generator, batch)]
+
+    def _generate(self, generator: SequenceGenerator, batch) -> list[list[dict[str, Any]]]:
         lengths = torch.tensor([len(ids) for ids in batch])
         tokens = torch.full((len(batch), int(lengths.max())), PAD)
         # padded left, as in training
         for row, ids in enumerate(batch):
             tokens[row, tokens.size(1) - len(ids) :] = torch.tensor(ids)
         net_input = {"src_tokens": tokens.to(self.device), "src_lengths": lengths.to(self.device)}
-        generator = self._generator(options, limit)
         for model in self.models:
             set_beam(model, generator.beam_size)
         with torch.inference_mode():
-            found = generator.generate(self.models, {"net_input": net_input})
-        return [[_candidate(hypo, limit) for hypo in hypos[: options.nbest]] for hypos in found]
+            return generator.generate(self.models, {"net_input": net_input})
 
     def _generator(self, options: DecodeOptions, limit: int) -> SequenceGenerator:
-        key = (
-            options.beam,
-            options.lenpen,
-            options.min_len,
-            options.unkpen,
-            options.no_repeat_ngram,
+        drawn = (
+            (options.topk, options.topp, options.temperature)
+            if isinstance(options, SampleOptions)
+            else None
         )
+        beam, lenpen = (1, 1.0) if drawn else (options.beam, options.lenpen)
+        key = (beam, lenpen, options.min_len, options.unkpen, options.no_repeat_ngram, drawn)
         if key not in self._generators:
+            dictionary = self.models[0].decoder.dictionary
             self._generators[key] = SequenceGenerator(
                 LeanEnsemble(self.models),
-                self.models[0].decoder.dictionary,
-                beam_size=options.beam,
+                dictionary,
+                beam_size=beam,
                 max_len_a=0,
                 min_len=options.min_len,
-                len_penalty=options.lenpen,
+                len_penalty=lenpen,
                 unk_penalty=options.unkpen,
+                search_strategy=Drawn(dictionary, *drawn) if drawn else None,
             )
             if options.no_repeat_ngram:
                 self._generators[key].repeat_ngram_blocker = NoRepeat(options.no_repeat_ngram)
         generator = self._generators[key]
         generator.max_len_b = limit
         return generator
+
+
+class Drawn(Search):
+    """In place of fairseq's Sampling, which draws for all rows of a batch from one generator.
+
+    ``u`` (B, steps): numbers in [0, 1) for each source of the batch, set before it is decoded.
+    """
+
+    def __init__(self, dictionary, topk: int, topp: float, temperature: float):
+        super().__init__(dictionary)
+        self.how = (topk, topp, temperature)
+        self.u = torch.zeros(0, 0)
+
+    @torch.jit.unused
+    def step(self, step: int, lprobs, scores, prev_output_tokens=None, original_batch_idxs=None):
+        """lprobs (B, 1, V) of the sources ``original_batch_idxs``, those that have not ended."""
+        ids, found = draw(lprobs[:, 0], self.u[original_batch_idxs, step], *self.how)
+        total = found if step == 0 else found + scores[:, 0, step - 1]
+        return total.unsqueeze(1), ids.unsqueeze(1), torch.zeros_like(ids).unsqueeze(1)
 
 
 class NoRepeat(NGramRepeatBlock):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Optional, Protocol
+from typing import ClassVar, NamedTuple, Optional, Protocol
 
 # Where the longest output depends on the length of the source, it does so in steps of so many pieces.
 _STEP = 8
@@ -12,6 +12,8 @@ _STEP = 8
 @dataclass
 class DecodeOptions:
     """How to search for a translation; every meaning is that of fairseq-generate."""
+
+    sampled: ClassVar[bool] = False
 
     beam: int = field(
         default=5, metadata={"help": "hypotheses kept while searching (1: greedy, the fastest)"}
@@ -76,6 +78,38 @@ class DecodeOptions:
         return max(longest, min(self.min_len, positions - 1))
 
 
+@dataclass
+class SampleOptions(DecodeOptions):
+    """How to draw a translation piece by piece; of the search, only lengths and batches count."""
+
+    sampled: ClassVar[bool] = True
+
+    topk: int = field(default=0, metadata={"help": "only the k most probable pieces (0: all)"})
+    topp: float = field(
+        default=1.0, metadata={"help": "only the fewest pieces whose probabilities sum to this"}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "divides the logits: below 1 is nearer to greedy search"}
+    )
+
+    def __post_init__(self) -> None:
+        # a sample is one hypothesis, of which there may be several independent ones
+        self.beam = max(self.beam, self.nbest)
+        super().__post_init__()
+        _at_least(0, "topk", self.topk)
+        if not 0 < self.topp <= 1:
+            raise ValueError(f"--topp must lie in (0, 1], got {self.topp}")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"--temperature must be above 0, got {self.temperature}")
+
+
+class Source(NamedTuple):
+    """What is decoded once: ids with ``</s>``, and the seed of its sample where one is drawn."""
+
+    ids: tuple[int, ...]
+    seed: int | None = None
+
+
 class Candidate(NamedTuple):
     """What a backend finds: ids without ``</s>``, score (natural logarithm, divided by
     length ** lenpen), and whether the output was cut at its limit."""
@@ -103,24 +137,36 @@ class Backend(Protocol):
     ) -> list[list[Candidate]]:
         """For each source the `nbest` best targets of at most `limit` ids, best first."""
 
+    def sample(
+        self,
+        batch: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        options: SampleOptions,
+        limit: int,
+    ) -> list[Candidate]:
+        """For each source a target of at most `limit` ids, drawn with its seed.
+
+        score: mean log-probability of its pieces, ``</s>`` among them.
+        """
+
 
 def make_batches(
-    sources: Sequence[tuple[int, ...]], options: DecodeOptions, positions: int, max_tokens: int
-) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+    sources: Sequence[Source], options: DecodeOptions, positions: int, max_tokens: int
+) -> Iterator[tuple[int, list[Source]]]:
     """(limit of the output's length, batch) for each batch; longest sources first.
 
     A batch has at most ``max_tokens`` ids with padding (but always one source), and sources with the
     same limit only, so that what a source gets does not depend on its batch.
     """
-    batch: list[tuple[int, ...]] = []
+    batch: list[Source] = []
     last = -1
     # the ids settle ties, so that a corpus in another order has the same batches
-    for ids in sorted(sources, key=lambda ids: (-len(ids), ids)):
-        limit = options.limit(len(ids), positions)
-        if batch and (limit != last or (len(batch) + 1) * len(batch[0]) > max_tokens):
+    for source in sorted(sources, key=lambda source: (-len(source.ids), source)):
+        limit = options.limit(len(source.ids), positions)
+        if batch and (limit != last or (len(batch) + 1) * len(batch[0].ids) > max_tokens):
             yield last, batch
             batch = []
-        batch.append(ids)
+        batch.append(source)
         last = limit
     if batch:
         yield last, batch

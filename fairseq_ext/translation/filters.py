@@ -60,17 +60,24 @@ class FilterChain:
         for one in self.filters.values():
             if hasattr(one, "fit"):
                 one.fit(pairs)
-            if not getattr(one, "stateful", False):
+            # pairs of a corpus have no scores
+            if not (getattr(one, "stateful", False) or getattr(one, "wants_score", False)):
                 pairs = [pair for pair in pairs if one(*pair) is None]
 
-    def __call__(self, source: str, target: str) -> str | None:
-        found = self.judge(source, target)
+    def __call__(self, source: str, target: str, score: float | None = None) -> str | None:
+        found = self.judge(source, target, score)
         return found and f"{found[0]}: {found[1]}"
 
-    def judge(self, source: str, target: str) -> tuple[str, str] | None:
-        """(name of the filter, reason) for a pair to remove, None for one to keep; counted."""
+    def judge(
+        self, source: str, target: str, score: float | None = None
+    ) -> tuple[str, str] | None:
+        """(name of the filter, reason) for a pair to remove, None for one to keep; counted.
+
+        score: of the model that wrote one side, for filters with ``wants_score = True``.
+        """
         for name, one in self.filters.items():
-            reason = one(source, target)
+            more = (score,) if getattr(one, "wants_score", False) else ()
+            reason = one(source, target, *more)
             if reason is not None:
                 self.counts[name] += 1
                 return name, reason

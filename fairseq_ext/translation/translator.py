@@ -23,7 +23,13 @@ from fairseq_ext.translation.checkpoint import (
     split_paths,
     vocabulary_of,
 )
-from fairseq_ext.translation.decoding import Backend, Candidate, DecodeOptions, make_batches
+from fairseq_ext.translation.decoding import (
+    Backend,
+    Candidate,
+    DecodeOptions,
+    Source,
+    make_batches,
+)
 from fairseq_ext.translation.overlong import split_line
 
 BACKENDS = ("fairseq", "ctranslate2")
@@ -129,29 +135,35 @@ class Translator:
     def translate_window(self, lines, options=None, done=lambda n: None) -> list[Translation]:
         """:meth:`translate` for lines that may be held in memory at once."""
         options = options or DecodeOptions()
-        sources = [self._parts(line, options) for line in lines]
+        sources = [[Source(ids) for ids in self.parts(line, options)] for line in lines]
+        return [self.join(parts) for parts in self.decode_window(sources, options, done)]
+
+    def decode_window(
+        self, sources: Sequence[Sequence[Source]], options: DecodeOptions, done=lambda n: None
+    ) -> list[list[list[Candidate]]]:
+        """For each line, and each of its sources, the candidates, best first (one where drawn)."""
         # one source is decoded once, however often it comes; most corpora repeat short lines
-        wanted: dict[tuple[int, ...], list[int]] = {}
+        wanted: dict[Source, list[int]] = {}
         for number, parts in enumerate(sources):
-            for ids in parts:
-                wanted.setdefault(ids, []).append(number)
+            for source in parts:
+                wanted.setdefault(source, []).append(number)
         waiting = [len(parts) for parts in sources]
         done(waiting.count(0))
-        found: dict[tuple[int, ...], list[Candidate]] = {}
+        found: dict[Source, list[Candidate]] = {}
         max_tokens = options.max_tokens or self.backend.max_tokens
         batches = list(make_batches(list(wanted), options, self.backend.max_target, max_tokens))
         decoded = self._decode_all(batches, options)
         for (_, batch), candidates in zip(batches, decoded, strict=True):
             found.update(zip(batch, candidates, strict=True))
             finished = 0
-            for ids in batch:
-                for number in wanted[ids]:
+            for source in batch:
+                for number in wanted[source]:
                     waiting[number] -= 1
                     finished += not waiting[number]
             done(finished)
-        return [self._join([found[ids] for ids in parts]) for parts in sources]
+        return [[found[source] for source in parts] for parts in sources]
 
-    def _parts(self, line: str, options: DecodeOptions) -> list[tuple[int, ...]]:
+    def parts(self, line: str, options: DecodeOptions) -> list[tuple[int, ...]]:
         """Ids of the parts of a line: one mostly, none where there is nothing to translate."""
         text = self.vocabulary.clean(line)
         if not text:
@@ -178,16 +190,22 @@ class Translator:
             # after an error or Ctrl-C nobody wants the rest
             pool.shutdown(cancel_futures=True)
 
-    def _decode(self, batch, options: DecodeOptions, limit: int) -> list[list[Candidate]]:
+    def _decode(
+        self, batch: Sequence[Source], options: DecodeOptions, limit: int
+    ) -> list[list[Candidate]]:
         """Decode a batch, in halves where the device has not the memory for the whole."""
+        ids = [source.ids for source in batch]
         try:
-            return self.backend.decode(batch, options, limit)
+            if options.sampled:
+                seeds = [source.seed for source in batch]
+                return [[one] for one in self.backend.sample(ids, seeds, options, limit)]
+            return self.backend.decode(ids, options, limit)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
                 raise UserError(
-                    f"the memory of the device is too small for a line of {len(batch[0])} pieces with a"
+                    f"the memory of the device is too small for a line of {len(ids[0])} pieces with a"
                     f" beam of {options.beam}: give a smaller --beam or --max-source, or --device cpu"
                 ) from error
         # outside of the handler, which would keep the tensors of the failed attempt alive
@@ -205,7 +223,7 @@ class Translator:
         if "torch" in sys.modules:
             sys.modules["torch"].cuda.empty_cache()
 
-    def _join(self, parts: list[list[Candidate]]) -> Translation:
+    def join(self, parts: list[list[Candidate]]) -> Translation:
         """The translation of a line from the candidates of its parts."""
         if not parts:
             return _NOTHING

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from ext_common.cli import UserError
 from fairseq_ext.translation.checkpoint import Vocabulary, read_state, split_paths
-from fairseq_ext.translation.decoding import Candidate, DecodeOptions, make_batches
+from fairseq_ext.translation.decoding import (
+    Candidate,
+    DecodeOptions,
+    SampleOptions,
+    Source,
+    make_batches,
+)
 from fairseq_ext.translation.spm import EOS
 from fairseq_ext.translation.translator import Translator
 
@@ -201,15 +207,15 @@ def test_shorter_parts_on_request():
     st.sampled_from([0.0, 0.5, 2.0]),
 )
 def test_batches(lengths, max_tokens, a):
-    sources = [(n,) * length for n, length in enumerate(lengths)]
+    sources = [Source((n,) * length) for n, length in enumerate(lengths)]
     options = DecodeOptions(max_len_a=a, max_len_b=7)
     batches = list(make_batches(sources, options, 100, max_tokens))
-    assert sorted(ids for _, batch in batches for ids in batch) == sorted(sources)
-    sizes = [len(ids) for _, batch in batches for ids in batch]
+    assert sorted(one for _, batch in batches for one in batch) == sorted(sources)
+    sizes = [len(one.ids) for _, batch in batches for one in batch]
     assert sizes == sorted(sizes, reverse=True)
     for limit, batch in batches:
-        assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= max_tokens
-        assert {options.limit(len(ids), 100) for ids in batch} == {limit}
+        assert len(batch) == 1 or len(batch) * max(len(s.ids) for s in batch) <= max_tokens
+        assert {options.limit(len(s.ids), 100) for s in batch} == {limit}
 
 
 def test_the_longest_output_depends_on_the_line_alone():
@@ -506,3 +512,61 @@ def test_paths_of_an_ensemble(tmp_path):
 def test_what_cannot_be_had(checkpoint, options, text):
     with pytest.raises(UserError, match=text):
         Translator.from_checkpoint(checkpoint, **options)
+
+
+# --- sampling: a line's draws are its own --------------------------------------------------------------
+
+
+def sample(translator, lines, seeds, max_tokens=1024, **options):
+    options = SampleOptions(max_tokens=max_tokens, **options)
+    vocabulary = translator.vocabulary
+    ids = [tuple(vocabulary.encode(vocabulary.clean(line))) for line in lines]
+    sources = [[Source(one, seed)] for one, seed in zip(ids, seeds, strict=True)]
+    return [parts[0][0] for parts in translator.decode_window(sources, options)]
+
+
+@pytest.mark.parametrize("how", [{}, {"topk": 5}, {"topp": 0.9, "temperature": 1.5}], ids=str)
+def test_a_sample_does_not_depend_on_its_batch(translator, toy_lines, how):
+    lines, seeds = toy_lines[:40], list(range(40))
+    together = sample(translator, lines, seeds, **how)
+    backwards = sample(translator, lines[::-1], seeds[::-1], **how)[::-1]
+    small = sample(translator, lines, seeds, max_tokens=30, **how)
+    alone = [sample(translator, [a], [b], **how)[0] for a, b in zip(lines, seeds, strict=True)]
+    for other in (backwards, small, alone):
+        assert [c.ids for c in other] == [c.ids for c in together]
+        assert [c.score for c in other] == pytest.approx([c.score for c in together], abs=1e-4)
+
+
+def test_equal_lines_with_other_seeds_are_drawn_apart(translator, toy_lines):
+    found = sample(translator, [toy_lines[0]] * 30, range(30), temperature=3.0)
+    assert len({tuple(c.ids) for c in found}) > 15
+    again = sample(translator, [toy_lines[0]] * 30, range(30), temperature=3.0)
+    assert [c.ids for c in again] == [c.ids for c in found]
+
+
+def test_the_most_probable_piece_alone_is_greedy_search(translator, toy_lines):
+    greedy = translator(toy_lines[:30], beam=1)
+    drawn = sample(translator, toy_lines[:30], range(30), topk=1)
+    assert [translator.vocabulary.text(c.ids) for c in drawn] == greedy
+
+
+def test_first_pieces_come_as_often_as_the_model_says(translator, toy_lines):
+    """One source many times: frequencies of the first piece beside the model's softmax."""
+    import torch
+    from scipy.stats import chisquare
+
+    n = 3000
+    found = sample(translator, [toy_lines[0]] * n, range(n), temperature=4.0)
+    ids = translator.vocabulary.encode(toy_lines[0])
+    model = translator.backend.models[0]
+    with torch.inference_mode():
+        logits, _ = model(torch.tensor([ids]), torch.tensor([len(ids)]), torch.tensor([[EOS]]))
+    logits = logits[0, 0] / 4.0
+    # never the specials, and not the end of a sentence at its beginning
+    logits[:4] = -torch.inf
+    wanted = torch.softmax(logits.double(), 0) * n
+    counts = torch.bincount(torch.tensor([c.ids[0] for c in found]), minlength=len(wanted))
+    often = wanted >= 5
+    observed = [*counts[often].tolist(), int(counts[~often].sum())]
+    expected = [*wanted[often].tolist(), float(wanted[~often].sum())]
+    assert often.sum() > 3 and chisquare(observed, expected).pvalue > 1e-3
