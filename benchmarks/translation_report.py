@@ -26,9 +26,9 @@ def report(results: Path, references: Path) -> str:
     schedules = chosen("Noam", "shortnoam") | chosen("constant", "constant")
     longer = chosen("Transformer, Noam", "longernoam") | chosen("LSTM", "longerlstm")
     tables = []
-    for head, runs in (("same CPU time", systems), ("twice the time", longer)):
-        tables += [main_table(head, runs), significance_table(runs, references)]
-    tables += [main_table("same updates", schedules), significance_table(schedules, references)]
+    heads = {"same CPU time": systems, "24 minutes": longer, "same updates": schedules}
+    for head, runs in heads.items():
+        tables += [main_table(head, runs), significance_table(first_against(runs), references)]
     tables += [tuning_table(kinds)]
     return "\n\n".join(table for table in tables if table)
 
@@ -79,47 +79,58 @@ def tuning_table(kinds: dict) -> str:
     return markdown(["tuning", "factor or rate, dropout", "valid BLEU, seed 1", "CPU s"], rows)
 
 
-def significance_table(chosen: dict[str, list[dict]], references: Path) -> str:
-    """The first system against each other one on test, seed by seed; the largest p of the seeds."""
+def first_against(systems: dict[str, list[dict]]) -> dict[str, tuple[list[dict], list[dict]]]:
+    """Pairs to compare: the first system beside each other one."""
+    if not systems:
+        return {}
+    (name, ours), *others = systems.items()
+    return {f"{name} − {other}": (ours, theirs) for other, theirs in others}
+
+
+def significance_table(
+    pairs: dict[str, tuple[list[dict], list[dict]]], references: Path, lang: str = "zh"
+) -> str:
+    """Title → two systems, compared on test seed by seed; the largest p of the seeds."""
     from ext_common.manifest import sha256_file
     from fairseq_ext.translation.scoring import ScoringOptions, score
     from fairseq_ext.translation.text import read_lines
 
-    if len(chosen) < 2 or not references.exists():
+    if not pairs or not references.exists():
         return ""
-    (ours_name, ours), *others = chosen.items()
-    if sha256_file(references) != ours[0]["test"]["reference_sha256"]:
+    digest = sha256_file(references)
+    if any(run["test"]["reference_sha256"] != digest for runs, _ in pairs.values() for run in runs):
         return f"({references} is of another split: prepare it again)"
     lines = list(read_lines(references))
     rows = []
-    for name, theirs in others:
-        pairs = [
-            (a, b)
-            for a in ours
-            for b in theirs
-            if a["run"].rsplit("-", 1)[1] == b["run"].rsplit("-", 1)[1]
-        ]
-        if not pairs:
+    for title, (ours, theirs) in pairs.items():
+        same_seed = [(a, b) for a in ours for b in theirs if seed_of(a) == seed_of(b)]
+        if not same_seed:
             continue
         compared = [
             score(
                 a["test"]["translations"],
                 [lines],
-                "zh",
+                lang,
                 b["test"]["translations"],
                 options=ScoringOptions(metrics=["bleu", "chrf"]),
             ).comparisons
-            for a, b in pairs
+            for a, b in same_seed
         ]
-        row = [f"{ours_name} − {name}"]
+        row = [title]
         for metric in ("bleu", "chrf"):
             differences = [found[metric].difference for found in compared]
             p = [(found[metric].bootstrap_p, found[metric].randomisation_p) for found in compared]
             row.append(f"{statistics.mean(differences):+.1f}")
             row.append(f"{max(one[0] for one in p):.4f} / {max(one[1] for one in p):.4f}")
-        rows.append([*row, str(len(pairs))])
+        rows.append([*row, str(len(same_seed))])
+    if not rows:
+        return ""
     head = ["difference on test, same seeds", "BLEU", "p", "chrF", "p"]
     return markdown([*head, "seeds"], rows)
+
+
+def seed_of(run: dict) -> str:
+    return run["run"].rsplit("-", 1)[1]
 
 
 def spread(runs: list[dict], subset: str, metric: str) -> str:

@@ -13,29 +13,19 @@ translations of test in it. A run that has its file is not done again. `--jobs 2
 """
 
 import argparse
-import json
-import os
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 
-from benchmarks.recorded import ROOT, changed_recipe, digest_of, is_recorded, run, train
+from benchmarks.recorded import ROOT, run
 from benchmarks.translation_report import best_of, report
-from ext_common.manifest import atomic_json, sha256_file, versions
-from fairseq_ext.translation.scoring import score
-from fairseq_ext.translation.text import read_lines
+from benchmarks.translation_runs import SHARED, Runs, python
 
 RESULTS = ROOT / "benchmarks" / "results" / "translation_tables"
 CONFIGS = ROOT / "configs" / "translation"
-SHARED = Path(os.environ.get("FAIRSEQ_EXT_DATA") or ROOT.parent / "shared" / "data")
 SEEDS = (1, 2, 3)
 NOAM_FACTORS = (0.45, 0.9, 1.5)
 LSTM_RATES = (1e-3, 2e-3, 4e-3)
 LSTM_DROPOUTS = (0.1, 0.3)
 CONSTANT_RATES = (5e-4, 1e-3, 2e-3)
-AVERAGED = 5
 # What 24 minutes on one core are, from the seconds of the shorter runs.
 LONGER = {"tiny_short": 9900, "lstm": 11400}
 # A third of the updates, saved as often before the end.
@@ -44,7 +34,6 @@ SHORT = {
     "checkpoint.save_interval_updates": 67,
     "task.no_valid_text": True,
 }
-ONE_AT_A_TIME = threading.Lock()
 
 
 def tuning_runs() -> dict:
@@ -122,64 +111,9 @@ def prepare(work: Path) -> Path:
     if not corpus.exists():
         raise SystemExit(f"error: {corpus} is not there: set FAIRSEQ_EXT_DATA to the data's folder")
     if not (data / "corpus.json").exists():
-        command = [python("prepare"), corpus, data, "--source-lang", "en", "--target-lang", "zh"]
-        run([*command[0], *command[1:]], work / "prepare.log")
+        command = [*python("translation.prepare"), corpus, data]
+        run([*command, "--source-lang", "en", "--target-lang", "zh"], work / "prepare.log")
     return data
-
-
-def python(noun: str) -> list:
-    return [sys.executable, "-m", f"fairseq_ext.translation.{noun}"]
-
-
-def evaluate(folder: Path, data: Path, subset: str) -> dict:
-    """BLEU and chrF of the averaged model's translations with beam 5, and these translations."""
-    with ONE_AT_A_TIME:
-        output = folder / f"{subset}.zh"
-        path = folder / "checkpoints" / "average.pt"
-        command = [*python("translate"), data / "text" / f"{subset}.en", output, "--path", path]
-        run([*command, "--beam", "5"], folder / f"translate-{subset}.log")
-        lines = list(read_lines(output))
-        references = list(read_lines(data / "text" / f"{subset}.zh"))
-        scores = score(lines, references, "zh")
-    signatures = [scores.metrics[name].signature for name in ("bleu", "chrf")]
-    found = {"bleu": scores.bleu, "chrf": scores.chrf, "signatures": signatures}
-    return {**found, "translations": lines}
-
-
-def one(name: str, recipe: str, changes: dict, data: Path, work: Path) -> None:
-    """Train, average, translate and score one run, unless that is recorded."""
-    config = changed_recipe(CONFIGS / f"{recipe}.yaml", changes)
-    corpus = json.loads((data / "corpus.json").read_text())
-    model = (CONFIGS / "model" / f"{config['defaults'][0]['model']}.yaml").read_text()
-    digest = digest_of(config, model, corpus["split_sha256"])
-    path = RESULTS / f"{name}.json"
-    if is_recorded(path, digest):
-        print(f"{name}: done before", flush=True)
-        return
-    folder = work / name
-    trained = train(config, data, digest, folder, CONFIGS / "model")
-    checkpoints = folder / "checkpoints"
-    average = [*python("average"), checkpoints, "--last", str(AVERAGED)]
-    run([*average, "--output", checkpoints / "average.pt"], folder / "average.log")
-    result = {"run": name, "date": date.today().isoformat(), "recipe_sha256": digest}
-    result.update(trained, threads=1, recipe=config, parameters=parameters(checkpoints))
-    result["split_sha256"] = corpus["split_sha256"]
-    for subset in ("valid", "test"):
-        result[subset] = evaluate(folder, data, subset)
-        result[subset]["reference_sha256"] = sha256_file(data / "text" / f"{subset}.zh")
-    atomic_json(path, {**result, "versions": versions()})
-    scores = f"BLEU {result['test']['bleu']:.1f}, chrF {result['test']['chrf']:.1f}"
-    print(f"{name}: {scores}, {result['cpu_seconds']:.0f} CPU s", flush=True)
-
-
-def parameters(checkpoints: Path) -> int:
-    """Number of parameters, tied ones once."""
-    from fairseq_ext.average import read
-
-    state = read(checkpoints / "average.pt")["model"]
-    # tensors of one element are marks of fairseq, no parameters
-    sizes = {t.untyped_storage().data_ptr(): t.numel() for t in state.values() if t.numel() > 1}
-    return sum(sizes.values())
 
 
 def main() -> None:
@@ -205,10 +139,8 @@ def main() -> None:
         for group, runs in groups.items():
             if args.groups and group not in args.groups:
                 continue
-            with ThreadPoolExecutor(args.jobs) as pool:
-                jobs = [pool.submit(one, n, *r, data, args.work) for n, r in runs().items()]
-            for job in jobs:
-                job.result()
+            wanted = {name: (*recipe, data) for name, recipe in runs().items()}
+            Runs(RESULTS, CONFIGS, args.work).do(wanted, args.jobs)
     print(report(RESULTS, args.work / "data" / "text" / "test.zh"))
 
 

@@ -1,0 +1,66 @@
+"""The tables of `benchmarks.backtranslation_tables` as Markdown, from the JSON files of its runs."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.translation_report import main_table, significance_table
+
+BITEXT = "bitext"
+TITLES = {BITEXT: "bitext only", "reverse": "(reverse model, zh → en)"}
+
+
+def report(results: Path, references: Path) -> str:
+    """Scores of every mixture, and each beside the bitext alone.
+
+    references: the target side of test, which is not in this repository; without it there are no
+    tests of significance.
+    """
+    systems = read(results)
+    if not systems:
+        return "no run is recorded yet"
+    reverse = systems.pop("reverse", None)
+    named = {title_of(name): runs for name, runs in systems.items()}
+    tables = [main_table("same updates", named)]
+    bitext = systems.get(BITEXT)
+    if bitext:
+        pairs = {
+            f"{title_of(name)} − {title_of(BITEXT)}": (runs, bitext)
+            for name, runs in systems.items()
+            if name != BITEXT
+        }
+        pairs |= {
+            f"{title_of(name)} − {title_of(base)}": (runs, systems[base])
+            for name, runs in systems.items()
+            if (base := name.partition("_")[0]) != name and base in systems
+        }
+        tables.append(significance_table(pairs, references))
+    if reverse:
+        tables.append(main_table("reverse model", {"zh → en": reverse}))
+    return "\n\n".join(table for table in tables if table)
+
+
+def read(results: Path) -> dict[str, list[dict]]:
+    """Runs by name without the seed; the bitext first."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted(results.glob("*-*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        found.setdefault(run["run"].rsplit("-", 1)[0], []).append(run)
+    return dict(sorted(found.items(), key=lambda item: (item[0] != BITEXT, item[0])))
+
+
+def best_mode(results: Path, modes: Sequence[str]) -> str:
+    """The mode whose mean BLEU on valid is best."""
+    systems = read(results)
+    done = {mode: systems[mode] for mode in modes if mode in systems}
+    if not done:
+        raise SystemExit("error: no run of a mode is recorded: run the group modes first")
+    return max(done, key=lambda m: statistics.mean(run["valid"]["bleu"] for run in done[m]))
+
+
+def title_of(name: str) -> str:
+    mode, _, toggle = name.partition("_")
+    if name in TITLES:
+        return TITLES[name]
+    return f"+ {mode}{', ' + toggle if toggle else ''}"

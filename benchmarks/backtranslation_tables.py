@@ -1,0 +1,139 @@
+"""The back-translation tables of the README: `python -m benchmarks.backtranslation_tables [GROUP …]`.
+
+A low-resource trial on ../shared/data/cmn-eng/cmn.txt: 8,000 pairs are the bitext, the Chinese side of the
+others (what is not in the bitext too) is monolingual text. A reverse model, Chinese to English, is trained on
+the bitext; it writes an English side for the monolingual text in each mode; a forward model, English to
+Chinese, is trained on the bitext and on each mixture, for the same number of updates. valid and test are
+those of the whole corpus, whose parts share no sentence.
+
+Each run is one `fairseq-hydra-train` in a process of its own, on one thread, then the average of its last
+checkpoints, `translate` with beam 5 and `score`; one JSON file under benchmarks/results/,
+written when it is done. What is done is not done again. `--jobs 2` does two runs at a time.
+
+    modes    bitext only, + beam, + topk, + sampling, + noised-beam, 3 seeds
+    toggles  the mode that is best on valid, without tag, and without filters, 3 seeds
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+from benchmarks.backtranslation_report import best_mode, report
+from benchmarks.recorded import ROOT, run
+from benchmarks.translation_runs import SHARED, Runs, python
+from ext_common.manifest import atomic_write
+from fairseq_ext.translation.text import match_key, read_lines
+
+RESULTS = ROOT / "benchmarks" / "results" / "backtranslation_tables"
+CONFIGS = ROOT / "configs" / "backtranslation"
+SEEDS = (1, 2, 3)
+MODES = ("beam", "topk", "sampling", "noised-beam")
+BITEXT = 8000
+UPSAMPLE = 2
+
+
+def prepare(work: Path) -> Path:
+    """DATA of the bitext, and mono.zh beside it."""
+    corpus = SHARED / "cmn-eng" / "cmn.txt"
+    if not corpus.exists():
+        raise SystemExit(f"error: {corpus} is not there: set FAIRSEQ_EXT_DATA to the data's folder")
+    languages = ["--source-lang", "en", "--target-lang", "zh"]
+    whole, data = work / "whole", work / "data"
+    run([*python("translation.prepare"), corpus, whole, *languages], work / "prepare-whole.log")
+    if not (work / "mono.zh").exists():
+        divide(whole, work)
+    held_out = ["--valid", work / "valid.tsv", "--test", work / "test.tsv", "--on-leak", "remove"]
+    command = [*python("translation.prepare"), work / "bitext.tsv", data, *languages, *held_out]
+    run(command, work / "prepare.log")
+    return data
+
+
+def divide(whole: Path, work: Path) -> None:
+    """bitext.tsv, valid.tsv, test.tsv and mono.zh from the prepared whole."""
+
+    def pairs(split: str) -> list[tuple[str, str]]:
+        sides = (read_lines(whole / "text" / f"{split}.{lang}") for lang in ("en", "zh"))
+        return list(zip(*sides, strict=True))
+
+    train = pairs("train")
+    random.Random(1).shuffle(train)
+    tables = {"bitext": train[:BITEXT], "valid": pairs("valid"), "test": pairs("test")}
+    for name, rows in tables.items():
+        with atomic_write(work / f"{name}.tsv") as file:
+            file.writelines(f"{source}\t{target}\n" for source, target in rows)
+    known = {match_key(target) for _, target in tables["bitext"]}
+    others = {match_key(target): target for _, target in train[BITEXT:]}
+    with atomic_write(work / "mono.zh") as file:
+        file.writelines(line + "\n" for key, line in others.items() if key not in known)
+
+
+def synthetic(work: Path, data: Path, mode: str, checkpoint: Path) -> Path:
+    """SYNTH of a mode; the command itself knows what is done."""
+    folder = work / f"synthetic-{mode}"
+    command = [*python("backtranslation.generate"), work / "mono.zh", folder, "--mode", mode]
+    run([*command, "--model", checkpoint, "--guard", data], work / f"generate-{mode}.log")
+    return folder
+
+
+def mixture(work: Path, data: Path, synth: Path, name: str, *flags: str) -> Path:
+    """DATA_BT of a bitext and a SYNTH."""
+    folder = work / f"data-{name}"
+    command = [*python("backtranslation.assemble"), data, synth, folder]
+    command += ["--upsample", UPSAMPLE, *flags]
+    run(command, work / f"assemble-{name}.log")
+    return folder
+
+
+def forward(names: dict[str, Path]) -> dict[str, tuple]:
+    """Name → (recipe, changes, DATA) of all seeds."""
+    return {
+        f"{name}-{seed}": ("forward", {"common.seed": seed}, data)
+        for seed in SEEDS
+        for name, data in names.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("groups", nargs="*", help="of the above (default: all)")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "backtranslation_tables")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--report", action="store_true", help="print the tables of what is done")
+    args = parser.parse_args()
+    work = args.work
+    if not args.report:
+        do(work, args.groups or ["modes", "toggles"], args.jobs)
+    print(report(RESULTS, work / "data" / "text" / "test.zh"))
+
+
+def do(work: Path, groups: list[str], jobs: int) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    data = prepare(work)
+    runs = Runs(RESULTS, CONFIGS, work)
+    runs.do({"reverse-1": ("reverse", {}, data)}, 1)
+    checkpoint = work / "reverse-1" / "checkpoints" / "average.pt"
+    if not checkpoint.exists():
+        raise SystemExit(
+            f"error: {checkpoint} is gone, but its result is recorded: remove "
+            f"{RESULTS / 'reverse-1.json'} to train the reverse model again"
+        )
+    names = {"bitext": data}
+    for mode in MODES:
+        names[mode] = mixture(work, data, synthetic(work, data, mode, checkpoint), mode)
+    if "modes" in groups:
+        runs.do(forward(names), jobs)
+    if "toggles" in groups:
+        mode = best_mode(RESULTS, MODES)
+        synth = work / f"synthetic-{mode}"
+        toggles = {
+            f"{mode}_untagged": mixture(work, data, synth, f"{mode}-untagged", "--tag", "none"),
+            f"{mode}_unfiltered": mixture(work, data, synth, f"{mode}-all", "--filters", "none"),
+        }
+        runs.do(forward(toggles), jobs)
+
+
+if __name__ == "__main__":
+    main()
