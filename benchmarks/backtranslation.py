@@ -5,45 +5,52 @@ python -m benchmarks.backtranslation --memory                      peak memory o
 python -m benchmarks.backtranslation --quality --path CKPT --data DATA
 
 Speed: models of Marian's size (d 512, 6+6 layers, 32,000 pieces) with random weights; lines joined of
-sentences of Tatoeba to 20 pieces on the average; a beam of 4; every output is forced to 25 pieces. On one side
-Hugging Face's `generate`, a call a line, as course notes do, and in batches in file order, with the best of
-three sizes; and fairseq-generate, with the best of its --max-tokens. On the other ours, on each back end with
-its default batches. Sides run in alternation with the same number of threads; ratios are those of medians.
+sentences of Tatoeba to 20 pieces on the average; a beam of 4; every output is forced to 25 pieces. On one
+side Hugging Face's `generate`, a call a line, as course notes do, and in batches in file order, with the best
+of three sizes; and fairseq-generate, with the best of two --max-tokens. On the other ours, on each back
+end with its default batches. Sides run in alternation with the same number of threads; ratios are those of
+medians.
 
 What is timed: from lines of text to lines of text, after the model is loaded; for fairseq-generate what it
 reports itself, which is its search alone, in a process of its own. Hugging Face makes 25 steps for 25 pieces,
-fairseq and ours one more, for </s>. A call a line is so slow that it gets few lines, and CTranslate2, of whose
-batches each thread decodes its own, gets more, as it would in any corpus; rates are per line. Peak memory is
-that of a whole fresh process, loading included. Conversion for CTranslate2 happens before.
+fairseq and ours one more, for </s>. A call a line is so slow that it gets few lines, and CTranslate2, where
+each thread decodes batches of its own, gets more, so that all have some, as in any corpus; rates are per
+line. Peak memory is that of a whole fresh process, loading included. Conversion happens before.
+
+Memory: `backtranslation.generate` on files of more and more lines, with a model that does nothing.
 """
 
 import json
 import os
-import random
 import shutil
-import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import List, Optional
 
 from benchmarks import backtranslation_sides as sides
-from benchmarks.backtranslation_cases import Size, write_case
-from benchmarks.backtranslation_report import table
-from benchmarks.common import compare, in_fresh_process, machine, summary
-from benchmarks.translation import CORPUS, PEER, default_corpus, generate, quiet_imports, say
-from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
+from benchmarks.backtranslation_checks import (
+    GENERATE,
+    measure_memory,
+    measure_quality,
+    run_generate,
+)
+from benchmarks.backtranslation_figures import table
+from benchmarks.common import alternate, compare, in_fresh_process, machine, status, summary
+from benchmarks.translation import CORPUS, PEER, quiet_imports, read, say
+from ext_common.cli import Parser, add_dataclass, from_args, run
 from ext_common.manifest import atomic_json, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "backtranslation_speed.json"
 BATCHES = (16, 32, 64)
-MAX_TOKENS = (500, 1000, 4000)
+# of 64 lines of 20 pieces, two batches and one
+MAX_TOKENS = (700, 4000)
+# ours over each of these
 GOALS = {sides.ONE: 30.0, sides.BATCHED: 2.0}
-# lines of a side as a share of --sentences
-SHARES = {sides.ONE: 1 / 8, "ours, ctranslate2 float32": 3, "ours, ctranslate2 int8": 3}
 
 
 @dataclass
@@ -55,7 +62,9 @@ class Options:
     )
     sentences: int = field(
         default=64,
-        metadata={"help": "lines of the speed part; a call a line gets 1/8, CTranslate2 3 times"},
+        metadata={
+            "help": "lines of most sides; a call a line gets a tenth, CTranslate2 three times these"
+        },
     )
     threads: Optional[int] = field(
         default=None, metadata={"help": "threads; none: one for each CPU"}
@@ -64,12 +73,12 @@ class Options:
         default=None,
         metadata={"help": f"tab-separated bitext; none: {CORPUS} in FAIRSEQ_EXT_DATA"},
     )
-    memory: bool = field(default=False, metadata={"help": "memory of `generate` with a stub"})
+    memory: bool = field(default=False, metadata={"help": "measure memory, not speed"})
     lines: List[int] = field(
         default_factory=lambda: [10_000, 100_000, 1_000_000],
         metadata={"help": "lines of each run of --memory"},
     )
-    quality: bool = field(default=False, metadata={"help": "BLEU of --path on each back end"})
+    quality: bool = field(default=False, metadata={"help": "measure quality, not speed"})
     path: Optional[str] = field(default=None, metadata={"help": "trained checkpoint, for quality"})
     data: Optional[str] = field(
         default=None, metadata={"help": "prepared folder whose test split measures quality"}
@@ -77,7 +86,7 @@ class Options:
     beam: int = field(default=5, metadata={"help": "hypotheses kept, for quality"})
     record: bool = field(default=False, metadata={"help": "write the figures to --output"})
     output: str = field(
-        default=str(RESULT), metadata={"help": "JSON file; a run replaces its own part of it"}
+        default=str(RESULT), metadata={"help": "JSON file, of which a run replaces its own part"}
     )
     folder: Optional[str] = field(
         default=None, metadata={"help": "where 1 GB is written; none: the temporary folder"}
@@ -86,7 +95,7 @@ class Options:
     side: Optional[str] = field(
         default=None, metadata={"help": "used inside: run one side on --folder, print JSON"}
     )
-    batch: Optional[int] = field(default=None, metadata={"help": "used inside: lines a call"})
+    batch: int = field(default=1, metadata={"help": "used inside: lines a call"})
 
     def __post_init__(self):
         for name in ("rounds", "sentences", "threads", "beam"):
@@ -95,10 +104,10 @@ class Options:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if not self.lines or min(self.lines) < 1:
             raise ValueError("--lines needs numbers of at least 1")
-        if self.quality != bool(self.path and self.data):
-            raise ValueError("--quality, --path and --data belong together")
+        if not self.quality == bool(self.path) == bool(self.data):
+            raise ValueError("--quality, --path and --data belong together: give all or none")
         if self.quality and self.memory:
-            raise ValueError("--quality and --memory are runs of their own")
+            raise ValueError("--quality and --memory are runs of their own: give one of them")
         self.threads = self.threads or len(os.sched_getaffinity(0))
 
 
@@ -108,20 +117,20 @@ def main(argv):
     add_dataclass(parser, Options)
     options = from_args(Options, parser.parse_args(argv))
     if options.side:
-        print(json.dumps(run_alone(options)))
+        print(json.dumps(run_side(options)))
         return
+    part = "memory" if options.memory else "quality" if options.quality else "speed"
+    measure = {"memory": measure_memory, "quality": measure_quality, "speed": measure_speed}[part]
     began = time.monotonic()
     figures = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "command": " ".join(["python -m benchmarks.backtranslation", *argv]),
-        "versions": {**versions(), **{name: metadata.version(name) for name in NAMED}},
+        "versions": versions() | {n: metadata.version(n) for n in ("transformers", "ctranslate2")},
         "tiny": options.tiny,
         "threads": options.threads,
     }
     folder = Path(tempfile.mkdtemp(prefix="backtranslation_benchmark_", dir=options.folder))
-    part = "memory" if options.memory else "quality" if options.quality else "speed"
-    measure = {"memory": measure_memory, "quality": measure_quality, "speed": measure_speed}[part]
     try:
         figures |= measure(folder.resolve(), options)
     finally:
@@ -134,65 +143,53 @@ def main(argv):
         print(f"written to {options.output}")
 
 
-NAMED = ("transformers", "ctranslate2")
-
-
 def record(path: Path, part: str, figures: dict) -> None:
     """Replace one part of the file, and keep the others."""
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     atomic_json(path, {**before, part: figures})
 
 
-def read_corpus_of(options):
-    from benchmarks.translation_cases import read_corpus
-
-    path = options.corpus or default_corpus()
-    if options.corpus and not os.path.exists(path):
-        raise UserError(f"{path} does not exist: give a tab-separated bitext with --corpus")
-    if options.tiny or not os.path.exists(path):
-        return "invented, 2 to 14 words a sentence, uniformly", read_corpus(None)
-    return path, read_corpus(path)
-
-
 # --- speed -----------------------------------------------------------------------------------------
 
 
 def measure_speed(folder: Path, options: Options) -> dict:
-    """Sentences per second, ratios and peak memory of every side."""
+    """Lines per second, ratios and peak memory of every side."""
+    from benchmarks.backtranslation_cases import Size, corpus_of, write_case
+
     quiet_imports()
-    size = Size.tiny() if options.tiny else Size()
-    counts = counts_of(options.sentences)
-    corpus, pairs = read_corpus_of(options)
+    corpus, pairs = corpus_of(options)
     say("making models with random weights")
+    size = Size.tiny() if options.tiny else Size()
+    counts = {name: lines_of(name, options.sentences) for name in sides.SIDES}
     case = write_case(folder, pairs, size, max(counts.values()), counts[PEER])
-    lines = (folder / "lines").read_text(encoding="utf-8").split("\n")[:-1]
-    opened = {}
-    for name in (sides.ONE, *sides.OURS):
-        say(f"opening {name}")
-        opened[name] = sides.open_side(name, folder, size.length, options.threads, None)
-        opened[name](lines[:2])  # warm
+    lines = read(folder / "lines")
+    peer = sides.HuggingFace(folder, options.threads)
     say(f"looking for the batch size that suits {sides.BATCHED}")
-    tried = {}
-    for batch in BATCHES:
-        opened[batch] = sides.open_side(
-            sides.BATCHED, folder, size.length, options.threads, batch
-        )
-        opened[batch](lines[:2])
-        tried[batch] = rate_of(opened[batch], lines[: counts[sides.BATCHED]])
-    opened[sides.BATCHED] = opened[max(tried, key=tried.get)]
-    search = PeerSearch(folder / "data", size.length, options)
-    runs = {
-        name: (lambda name=name: rate_of(opened[name], lines[: counts[name]])) for name in counts
+    peer(lines[:2], batch=2)
+    some = lines[: counts[sides.BATCHED]]
+    tried = {batch: rate_of(lambda n=batch: peer(some, batch=n), some) for batch in BATCHES}
+    batch = max(tried, key=tried.get)
+    say(f"looking for the batch size that suits {PEER}")
+    search = sides.FairseqGenerate(folder, options, MAX_TOKENS)
+    calls = {
+        sides.ONE: lambda some: peer(some, batch=1),
+        sides.BATCHED: lambda some: peer(some, batch=batch),
     }
-    runs[PEER] = search.rate
-    rates = alternated(runs, options.rounds)
-    peaks = {PEER: search.peak_mb}
-    for name in counts.keys() - {PEER}:
+    for name in sides.OURS:
+        say(f"opening {name}")
+        calls[name] = sides.ours(name, folder, options.threads)
+        calls[name](lines[:2])
+    runs = {name: side_run(call, lines[: counts[name]]) for name, call in calls.items()}
+    rates = alternate(
+        {**runs, PEER: search.units}, options.rounds, warmup=0, before=lambda name: say(name)
+    )
+    peaks = {}
+    for name in sides.SIDES:
         say(f"memory of {name}")
+        # in a smaller process than this one, see fairseq_generate
         flags = ["-m", "benchmarks.backtranslation", "--side", name, "--folder", str(folder)]
-        flags += ["--sentences", str(memory_lines(name, options.sentences))]
-        flags += ["--threads", str(options.threads), *(["--tiny"] if options.tiny else [])]
-        flags += ["--batch", str(max(tried, key=tried.get))]
+        flags += ["--sentences", str(options.sentences), "--threads", str(options.threads)]
+        flags += ["--batch", str(search.best if name == PEER else batch)]
         peaks[name] = in_fresh_process(flags, ROOT)["peak_mb"]
     return {
         "corpus": corpus,
@@ -202,16 +199,62 @@ def measure_speed(folder: Path, options: Options) -> dict:
         "goals": GOALS,
         "rates_of_batches": tried,
         "rates_of_max_tokens": search.tried,
-        "sides": {
-            name: {
-                "sentences": counts[name],
-                **summary(rates[name]),
-                "over": {
-                    peer: compare(rates[name], rates[peer])
-                    for peer in (sides.ONE, sides.BATCHED, PEER)
-                },
-                "peak_mb": peaks[name],
-            }
-            for name in counts
-        },
+        "sides": {name: side_of(name, rates, counts, peaks) for name in sides.SIDES},
     }
+
+
+def lines_of(name: str, sentences: int) -> int:
+    """How many lines a side gets."""
+    if name == sides.ONE:
+        return max(1, sentences // 10)
+    return 3 * sentences if "ctranslate2" in name else sentences
+
+
+def side_run(call: sides.Side, lines: Sequence[str]) -> Callable[[], int]:
+    """Translate ``lines`` once; how many they are."""
+
+    def once() -> int:
+        found = call(lines)
+        if len(found) != len(lines):
+            raise RuntimeError(f"{len(found)} lines came of {len(lines)}")
+        return len(found)
+
+    return once
+
+
+def rate_of(work: Callable[[], object], lines: Sequence[str]) -> float:
+    """Lines per second."""
+    began = time.perf_counter()
+    work()
+    return len(lines) / (time.perf_counter() - began)
+
+
+def side_of(name: str, rates: dict, counts: dict, peaks: dict) -> dict:
+    """Rates, memory and ratios to the peers of one side."""
+    peers = (sides.ONE, sides.BATCHED, PEER)
+    return {
+        "lines": counts[name],
+        **summary(rates[name]),
+        "over": {peer: compare(rates[name], rates[peer]) for peer in peers},
+        "peak_mb": peaks[name],
+    }
+
+
+def run_side(options: Options) -> dict:
+    """The peak memory of this process after one side has run; of a call a line, two do."""
+    folder, name = Path(options.folder), options.side
+    if name == GENERATE:
+        run_generate(folder)
+    elif name == PEER:
+        return sides.fairseq_generate(folder, options.batch, options)
+    else:
+        if name == "ours, fairseq float32":
+            quiet_imports()
+        count = 2 if name == sides.ONE else lines_of(name, options.sentences)
+        call = sides.open_side(name, folder, options.threads, options.batch)
+        side_run(call, read(folder / "lines")[:count])()
+    return {"peak_mb": status()["VmHWM"] / 1024}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,12 +1,14 @@
 """What is timed: models of Marian's size with random weights, and lines of about 20 pieces.
 
-    FOLDER/data      prepared bitext of which `test` are the lines, for fairseq-generate, and model.pt
-    FOLDER/marian    the same sizes and the same vocabulary as a Hugging Face folder
-    FOLDER/lines     the lines
+FOLDER/data      prepared bitext of which `test` are the lines, for fairseq-generate, and model.pt
+FOLDER/marian    the same sizes and the same vocabulary as a Hugging Face folder
+FOLDER/lines     the lines
+FOLDER/case.json what :func:`write_case` returns
 """
 
 import hashlib
 import json
+import os
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +16,10 @@ from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 
-from benchmarks.translation_cases import LANGUAGES, SPLIT, write_model
+from benchmarks.translation import default_corpus
+from benchmarks.translation_cases import LANGUAGES, SPLIT, read_corpus, write_model
+from ext_common.cli import UserError
+from ext_common.manifest import atomic_json
 
 BYTES_OF_SCORE = b"\x15\x00\x00\x00\x00"  # 0.0
 UNUSED = b"\x18\x05"
@@ -72,7 +77,7 @@ def write_case(folder: Path, corpus, size: Size, count: int, generated: int) -> 
         "marian": write_marian(folder / "marian", model, codec, size),
     }
     lengths = [pieces_of(line) for line in lines]
-    return {
+    case = {
         "lines": len(lines),
         "source_pieces": statistics.mean(lengths),
         "source_pieces_deviation": statistics.pstdev(lengths),
@@ -83,6 +88,8 @@ def write_case(folder: Path, corpus, size: Size, count: int, generated: int) -> 
         "parameters": parameters,
         "size": asdict(size),
     }
+    atomic_json(folder / "case.json", case)
+    return case
 
 
 def joined(
@@ -159,19 +166,23 @@ def write_data(folder: Path, model: bytes, codec, lines: Sequence[str]) -> None:
 def write_marian(folder: Path, model: bytes, codec, size: Size) -> int:
     """A Marian model with random weights and its tokenizer; returns its size."""
     import torch
+    import transformers
     from transformers import GenerationConfig, MarianConfig, MarianMTModel, MarianTokenizer
+
+    from fairseq_ext.backtranslation.huggingface import quiet
 
     folder.mkdir()
     for side in ("source", "target"):
         (folder / f"{side}.spm").write_bytes(model)
     names = ["</s>", "<unk>", "<s>", *codec.pieces(range(4, codec.size)), "<pad>"]
     (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
-    tokenizer = MarianTokenizer(
-        *(str(folder / name) for name in ("source.spm", "target.spm", "vocab.json")),
-        source_lang=LANGUAGES[0],
-        target_lang=LANGUAGES[1],
-        model_max_length=512,
-    )
+    with quiet(transformers):
+        tokenizer = MarianTokenizer(
+            *(str(folder / name) for name in ("source.spm", "target.spm", "vocab.json")),
+            source_lang=LANGUAGES[0],
+            target_lang=LANGUAGES[1],
+            model_max_length=512,
+        )
     pad = len(names) - 1
     parts = {}
     for part in ("encoder", "decoder"):
@@ -203,9 +214,20 @@ def write_marian(folder: Path, model: bytes, codec, size: Size) -> int:
     network.generation_config = GenerationConfig(
         max_length=512, eos_token_id=0, pad_token_id=pad, decoder_start_token_id=pad
     )
-    network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet(transformers):
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return sum(p.numel() for p in network.parameters())
+
+
+def corpus_of(options) -> tuple[str, list]:
+    """(what it is, its pairs)."""
+    path = options.corpus or default_corpus()
+    if options.corpus and not os.path.exists(path):
+        raise UserError(f"{path} does not exist: give a tab-separated bitext with --corpus")
+    if options.tiny or not os.path.exists(path):
+        return "invented, sentences of 2 to 14 words, all lengths alike", read_corpus(None)
+    return path, read_corpus(path)
 
 
 def endless(corpus) -> Iterator[str]:

@@ -9,6 +9,9 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+# Ids looked at first where they shall sum to a probability.
+_FEW = 256
+
 
 def line_seed(seed: int, line: int, round: int, rank: int = 0) -> int:
     """64 bits for a line of a corpus: BLAKE2b of (seed, line, round, rank).
@@ -49,27 +52,35 @@ def draw(
 
     logits = logits.double()
     whole = torch.log_softmax(logits, dim=-1)
-    scaled = torch.log_softmax(logits / temperature, dim=-1)
+    scaled = whole if temperature == 1 else torch.log_softmax(logits / temperature, dim=-1)
+    probabilities, ids = scaled.exp(), None
     size = logits.shape[-1]
-    ids = None
-    if 0 < topk < size or topp < 1:
-        scaled, ids = torch.sort(scaled, dim=-1, descending=True, stable=True)
-        if 0 < topk < size:
-            scaled, ids = scaled[:, :topk], ids[:, :topk]
-            scaled = torch.log_softmax(scaled, dim=-1)
-    probabilities = scaled.exp()
-    sums = probabilities.cumsum(dim=-1)
+    if 0 < topk < size:
+        probabilities, ids = most_probable(probabilities, topk)
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     if topp < 1:
+        if ids is None:
+            # nearly always a few ids sum to p, and sorting all of them takes most of the time
+            probabilities, ids = most_probable(probabilities, min(size, _FEW))
+            if ids.shape[-1] < size and (probabilities.sum(dim=-1) < topp).any():
+                probabilities, ids = most_probable(scaled.exp(), size)
         # an id counts where those before it do not yet sum to p; the first always does
-        before = sums - probabilities
-        kept = before < topp
+        kept = probabilities.cumsum(dim=-1) - probabilities < topp
         kept[:, 0] = True
         probabilities = probabilities * kept
-        sums = probabilities.cumsum(dim=-1)
-    target = u.to(sums.device, torch.float64).unsqueeze(1) * sums[:, -1:]
+    sums = probabilities.cumsum(dim=-1)
+    total = sums[:, -1:]
+    target = u.to(sums.device, torch.float64).unsqueeze(1) * total
+    # u · total can round up to the total, which no sum exceeds
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     place = torch.searchsorted(sums, target, right=True)
-    # u · total can round up to the total, and impossible ids at the end have sums equal to it
-    last = (probabilities > 0).long().mul(torch.arange(1, sums.shape[1] + 1, device=sums.device))
-    place = torch.minimum(place, last.max(dim=1, keepdim=True).values - 1)
     found = (place if ids is None else ids.gather(1, place)).squeeze(1)
     return found, whole.gather(1, found.unsqueeze(1)).squeeze(1).float()
+
+
+def most_probable(probabilities: "torch.Tensor", k: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """The k largest of each row and their places, the largest first, equal ones by place."""
+    values, places = probabilities.topk(k, dim=-1)
+    places, order = places.sort(dim=-1)
+    values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    return values, places.gather(1, order)

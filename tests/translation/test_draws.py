@@ -56,6 +56,14 @@ def test_log_probabilities_are_those_of_the_whole_distribution(how):
     assert torch.equal(scores, torch.log_softmax(LOGITS[0].double(), 0)[ids].float())
 
 
+def test_many_ids_may_be_needed_to_sum_to_p():
+    """A flat distribution of 1,000 ids, 900 of which are the fewest that sum to 0.9."""
+    logits = -torch.arange(1000).double() * 1e-6
+    u = torch.from_numpy(uniforms([3], 20_000)[0])
+    ids, _ = draw(logits.expand(len(u), -1), u, topp=0.9)
+    assert int(ids.max()) in (898, 899, 900) and len(ids.unique()) > 890
+
+
 @given(st.integers(0, 10**6), st.floats(0, 1, exclude_max=True))
 def test_impossible_ids_are_never_drawn(seed, u):
     rng = np.random.default_rng(seed)
