@@ -167,14 +167,6 @@ class ReverseModel:
             found.append([self._line(c, mode, s) for c, s in zip(flat, seeds, strict=True)])
         return found
 
-    def __call__(self, lines: Sequence[str], **options: Any) -> list[str]:
-        """The best translation of each line by greedy search; "" where there is none."""
-        from fairseq_ext.backtranslation.modes import make_mode
-
-        mode = make_mode("beam", {"beam": 1})
-        found = self.translate(self.encode(lines), range(1, len(lines) + 1), mode, **options)
-        return [best[0].text for best in found]
-
     def _why_not(self, ids: tuple[int, ...]) -> str:
         if not ids:
             return "the line is empty"
@@ -252,6 +244,97 @@ class Fairseq:
             options.threads,
         )
         return ReverseModel(translator, Fairseq.describe(path, options), options)
+
+
+@BACKENDS.register("huggingface")
+class HuggingFace:
+    """A sequence-to-sequence model of transformers, Marian first: a folder, or a name on the hub."""
+
+    @staticmethod
+    def describe(path: str, options: ModelOptions) -> dict[str, Any]:
+        from fairseq_ext.backtranslation import huggingface_folder
+
+        found = huggingface_folder.describe(path, *_saying(options))
+        return {**found, "compute_type": options.compute_type or "float32"}
+
+    @staticmethod
+    def open(path: str, options: ModelOptions) -> ReverseModel:
+        from fairseq_ext.backtranslation import huggingface
+
+        pair = huggingface.open_model(
+            path,
+            options.device,
+            options.compute_type,
+            *_saying(options),
+            threads=options.threads,
+        )
+        return ReverseModel(Translator(*pair), HuggingFace.describe(path, options), options)
+
+
+@BACKENDS.register("ctranslate2")
+class CTranslate2:
+    """A CTranslate2 folder, or one of the others' models, converted once and kept beside it.
+
+    Its draws are of the batch, not of the line: with the modes that draw, other --max-tokens or
+    --chunk-lines give other lines. A run that is killed and goes on ends with the same bytes all the same.
+    """
+
+    @staticmethod
+    def describe(path: str, options: ModelOptions) -> dict[str, Any]:
+        from fairseq_ext.translation.ctranslate import import_ctranslate2, usable_device
+
+        if _is_checkpoint(path):
+            found = Fairseq.describe(path, options)
+        else:
+            from fairseq_ext.backtranslation import huggingface_ctranslate
+
+            found = huggingface_ctranslate.describe(path, *_saying(options), options.tokenizer)
+        device, _ = usable_device(options.device, import_ctranslate2())
+        found |= {"backend": "ctranslate2", "compute_type": _quantised(options, device)}
+        return {**found, "max_tokens": options.max_tokens or (1024 if device == "cpu" else 4096)}
+
+    @staticmethod
+    def open(path: str, options: ModelOptions) -> ReverseModel:
+        from fairseq_ext.translation import ctranslate
+
+        device, _ = ctranslate.usable_device(options.device, ctranslate.import_ctranslate2())
+        kind = _quantised(options, device)
+        if _is_checkpoint(path):
+            pair = ctranslate.open_model(
+                split_paths(path), options.device, kind, options.user_dir, options.threads
+            )
+        else:
+            from fairseq_ext.backtranslation import huggingface_ctranslate
+
+            pair = huggingface_ctranslate.open_model(
+                path,
+                options.device,
+                kind,
+                *_saying(options),
+                tokenizer=options.tokenizer,
+                threads=options.threads,
+            )
+        return ReverseModel(Translator(*pair), CTranslate2.describe(path, options), options)
+
+
+def greedy(model: Any, lines: Sequence[str]) -> list[str]:
+    """What greedy search makes of lines, "" where nothing can be used."""
+    from fairseq_ext.backtranslation.modes import make_mode
+
+    found = model.translate(model.encode(lines), [0] * len(lines), make_mode("beam", {"beam": 1}))
+    return [best.text for best, *_ in found]
+
+
+def _saying(options: ModelOptions) -> tuple[str | None, str | None, str | None]:
+    return options.model_source, options.model_target, options.prefix
+
+
+def _quantised(options: ModelOptions, device: str) -> str:
+    return options.compute_type or ("int8" if device == "cpu" else "float16")
+
+
+def _is_checkpoint(path: str) -> bool:
+    return not os.path.isdir(path) and kind_of(path) == "fairseq"
 
 
 def sha256_of(paths: Sequence[str]) -> str:

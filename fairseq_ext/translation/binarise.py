@@ -51,6 +51,7 @@ def binarise(
     stem: Path,
     workers: int = 1,
     part_bytes: int = PART_BYTES,
+    *,
     encode: Callable[[str], list[int]] | None = None,
 ) -> BinarizeSummary:
     """Write ``stem``.bin and .idx (uint16 or uint32 ids of each line); the same for any ``workers``.

@@ -6,20 +6,23 @@ nor fairseq.
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from ext_common.cli import UserError
 from ext_common.manifest import sha256_file
 from fairseq_ext.translation.checkpoint import Vocabulary
-from fairseq_ext.translation.decoding import Candidate, DecodeOptions
+from fairseq_ext.translation.decoding import Candidate, DecodeOptions, SampleOptions
 from fairseq_ext.translation.spm import SPECIALS, Codec
 
 VERSION = 1  # of what a converted folder holds
@@ -28,19 +31,26 @@ COMPUTE_TYPES = ("float32", "int8", "float16", "bfloat16", "int8_float16", "int8
 # Zero would let CTranslate2 stop at the first finished hypothesis, which fairseq never does.
 _NO_PENALTY = 1e-9
 _SPECIAL_TOKENS = ["<s>", "<blank>", "</s>", "<unk>"]
+_SEEDING = threading.Lock()
 
 
 class CTranslate2Backend:
     """Decodes ids with a converted model.
 
     model: a ctranslate2.Translator whose tokens are :func:`tokens`. positions: of source and target.
-    size: of the target vocabulary.
+    size: of the target vocabulary. reopen: makes another such Translator with one worker, for `sample`.
     """
 
     name = "ctranslate2"
 
-    def __init__(self, model: Any, positions: Sequence[int], size: int):
-        self.model, self.size = model, size
+    def __init__(
+        self,
+        model: Any,
+        positions: Sequence[int],
+        size: int,
+        reopen: Callable[[], Any] | None = None,
+    ):
+        self.model, self.size, self.reopen = model, size, reopen
         self.max_source, self.max_target = positions
         self.max_tokens = 1024 if model.device == "cpu" else 4096
         self.workers = model.num_translators
@@ -49,18 +59,49 @@ class CTranslate2Backend:
         self, batch: Sequence[Sequence[int]], options: DecodeOptions, limit: int
     ) -> list[list[Candidate]]:
         """For each source (ids, ``</s>`` at its end) the ``nbest`` best targets, best first."""
+        search = {
+            "beam_size": min(options.beam, self.size - 1),
+            "num_hypotheses": min(options.nbest, self.size - 1),
+            # as in fairseq, scores are divided by the length with </s> to this power
+            "length_penalty": options.lenpen or _NO_PENALTY,
+        }
+        return self._translate(self.model, batch, options, limit, **search)
+
+    def sample(
+        self,
+        batch: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        options: SampleOptions,
+        limit: int,
+    ) -> list[Candidate]:
+        """For each source a target, drawn by CTranslate2's one generator for all rows of a batch.
+
+        So on a CPU the whole answer depends on (batch, seeds, options, limit) alone, and a batch that is
+        drawn again is the same to the byte; but what a line gets depends on its neighbours in the batch too.
+        """
+        digest = blake2b(" ".join(map(str, seeds)).encode(), digest_size=4).digest()
+        # a thread has a generator, seeded when it first draws: a new model has a new thread
+        with _SEEDING:
+            set_seed(int.from_bytes(digest, "little"))
+            model = self.reopen()
+            # an empty source would draw nothing
+            self._translate(model, [max(batch, key=len)[-2:]], SampleOptions(), 1, sampling_topk=0)
+        drawn = {
+            "sampling_topk": min(options.topk, self.size - 1),
+            "sampling_topp": options.topp,
+            "sampling_temperature": options.temperature,
+        }
+        found = self._translate(model, batch, options, limit, beam_size=1, **drawn)
+        return [one for (one,) in found]
+
+    def _translate(self, model, batch, options: DecodeOptions, limit: int, **how: Any):
         if 0 < options.unkpen < float("inf"):
             raise UserError(
                 "the backend ctranslate2 either allows <unk> (--unkpen 0) or not (inf): "
                 "another --unkpen needs --backend fairseq"
             )
-        results = self.model.translate_batch(
-            # the model itself adds </s>
-            [list(map(_token, ids[:-1])) for ids in batch],
-            beam_size=min(options.beam, self.size - 1),
-            num_hypotheses=min(options.nbest, self.size - 1),
-            # as in fairseq, scores are divided by the length with </s> to this power
-            length_penalty=options.lenpen or _NO_PENALTY,
+        results = model.translate_batch(
+            self._sources(batch),
             no_repeat_ngram_size=options.no_repeat_ngram,
             disable_unk=options.unkpen > 0,
             max_input_length=0,
@@ -68,17 +109,29 @@ class CTranslate2Backend:
             max_decoding_length=limit + 1,
             min_decoding_length=min(options.min_len, limit),
             return_scores=True,
+            **how,
         )
-        return [_candidates(result, limit) for result in results]
+        return [self._candidates(result, limit) for result in results]
+
+    def _sources(self, batch: Sequence[Sequence[int]]) -> list[list[str]]:
+        # the model itself adds </s>
+        return [list(map(_token, ids[:-1])) for ids in batch]
+
+    def _candidates(self, result: Any, limit: int) -> list[Candidate]:
+        # an output that did not end has one piece more, where fairseq has </s>
+        found = (list(map(self._id, tokens[:limit])) for tokens in result.hypotheses)
+        return [
+            Candidate(ids, score, len(ids) >= limit)
+            for ids, score in zip(found, result.scores, strict=True)
+        ]
+
+    def _id(self, token: str) -> int:
+        return int(token) if token[0] != "<" else _SPECIAL_TOKENS.index(token)
 
 
-def _candidates(result: Any, limit: int) -> list[Candidate]:
-    # an output that did not end has one piece more, where fairseq has </s>
-    found = ([_id(token) for token in tokens[:limit]] for tokens in result.hypotheses)
-    return [
-        Candidate(ids, score, len(ids) >= limit)
-        for ids, score in zip(found, result.scores, strict=True)
-    ]
+def set_seed(seed: int) -> None:
+    """The seed of generators of threads that have not drawn yet."""
+    import_ctranslate2().set_random_seed(seed)
 
 
 def tokens(size: int) -> list[str]:
@@ -88,10 +141,6 @@ def tokens(size: int) -> list[str]:
 
 def _token(i: int) -> str:
     return str(i) if i >= SPECIALS else _SPECIAL_TOKENS[i]
-
-
-def _id(token: str) -> int:
-    return int(token) if token[0] != "<" else _SPECIAL_TOKENS.index(token)
 
 
 def open_model(
@@ -115,19 +164,30 @@ def open_model(
     device, index = usable_device(device, ctranslate2)
     compute_type = usable_type(compute_type, device, ctranslate2)
     folder = converted(Path(paths[0]), compute_type, user_dir)
-    model = ctranslate2.Translator(
+    description = read_description(folder)
+    vocabulary = read_vocabulary(folder, description)
+    models = opener(folder, device, index, compute_type, threads)
+    backend = CTranslate2Backend(
+        models(), description["positions"], vocabulary.target.size, lambda: models(1)
+    )
+    return backend, vocabulary
+
+
+def opener(
+    folder: Path, device: str, index: int, compute_type: str, threads: int | None = None
+) -> Callable[..., Any]:
+    """What makes a ctranslate2.Translator of a folder, with so many workers (none: as many as sensible)."""
+    # a batch for each thread: threads within one wait for each other, on a busy machine mostly
+    usual = (threads or len(os.sched_getaffinity(0))) if device == "cpu" else 1
+    make = functools.partial(
+        import_ctranslate2().Translator,
         str(folder),
         device=device,
         device_index=index,
         compute_type=compute_type,
-        # a batch for each thread: threads within one wait for each other, on a busy machine mostly
-        inter_threads=(threads or len(os.sched_getaffinity(0))) if device == "cpu" else 1,
         intra_threads=1,
     )
-    description = read_description(folder)
-    vocabulary = read_vocabulary(folder, description)
-    backend = CTranslate2Backend(model, description["positions"], vocabulary.target.size)
-    return backend, vocabulary
+    return lambda workers=usual: make(inter_threads=workers)
 
 
 def import_ctranslate2() -> Any:

@@ -68,9 +68,7 @@ class FilterChain:
         found = self.judge(source, target, score)
         return found and f"{found[0]}: {found[1]}"
 
-    def judge(
-        self, source: str, target: str, score: float | None = None
-    ) -> tuple[str, str] | None:
+    def judge(self, source: str, target: str, score: float | None = None) -> tuple[str, str] | None:
         """(name of the filter, reason) for a pair to remove, None for one to keep; counted.
 
         score: of the model that wrote one side, for filters with ``wants_score = True``.
