@@ -72,6 +72,7 @@ def fill(
         path=folder,
         languages=direction,
         splits={TRAIN: pairs, **{name: corpus.splits[name] for name in held_out_splits(corpus)}},
+        one_way=True,
     )
     copy_held_out(corpus, new)
     write_text(corpus, new, found, work, options)

@@ -281,9 +281,9 @@ def changed_weights(model: Any, folder: Path) -> list[str]:
                 expected, found = saved.get_tensor(key).float(), state[key].float()
                 # computed positions differ by rounding
                 largest = float(expected.abs().max()) if expected.numel() else 0.0
-                if expected.shape != found.shape or (
-                    expected.numel() and float((expected - found).abs().max()) > 1e-2 * largest
-                ):
+                if expected.shape != found.shape or found.is_meta:
+                    changed.append(key)
+                elif expected.numel() and float((expected - found).abs().max()) > 1e-2 * largest:
                     changed.append(key)
     return changed
 

@@ -161,5 +161,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    """What an error of another library says, in one line that can be read."""
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return line if len(line) <= 300 else line[:300] + "…"

@@ -40,8 +40,9 @@ def with_conversion(convention: str, opencc: str | None) -> str:
 class Corpus:
     """What corpus.json says of the folder ``path``.
 
-    languages: (source, target) of the preparation; either direction can be trained. spm: language →
-    {"file", "sha256"}; splits: name → number of pairs; opencc: conversion of the Chinese side or None.
+    languages: (source, target) of the preparation; either direction can be trained, unless ``one_way``: the
+    sources are marked as synthetic. spm: language → {"file", "sha256"}; splits: name → number of pairs;
+    opencc: conversion of the Chinese side or None.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Corpus:
     splits: dict[str, int]
     split_sha256: str
     opencc: str | None = None
+    one_way: bool = False
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Corpus":
@@ -71,6 +73,7 @@ class Corpus:
             splits=meta["splits"],
             split_sha256=meta["split_sha256"],
             opencc=meta.get("opencc"),
+            one_way=bool(meta.get("one_way")),
         )
         corpus._check_files()
         return corpus
@@ -92,6 +95,7 @@ class Corpus:
             "splits": self.splits,
             "split_sha256": self.split_sha256,
             "opencc": self.opencc,
+            "one_way": self.one_way,
         }
 
     @property

@@ -171,6 +171,8 @@ class TranslationSpmTask(TranslationTask):
             raise UserError(
                 f"{self.cfg.data} has no split {split!r}: it has {', '.join(corpora[0].splits)}"
             ) from error
+        if split == self.cfg.train_subset:
+            refuse_synthetic_targets(corpora, self.cfg.source_lang)
         # fairseq-generate and -validate hand over the checkpoint's options: they want the text as it is
         training = split == self.cfg.train_subset and "task_cfg" not in kwargs
         if training and self.cfg.subword_sampling:
@@ -326,6 +328,16 @@ def open_corpora(data: Optional[str]) -> List[Corpus]:
             "give the folder that fairseq_ext.translation.prepare wrote as the first argument"
         )
     return [Corpus.open(path) for path in utils.split_paths(data)]
+
+
+def refuse_synthetic_targets(corpora: List[Corpus], source: str) -> None:
+    """UserError where a mixture of back-translation would be trained towards its synthetic side."""
+    for corpus in corpora:
+        if corpus.one_way and source != corpus.languages[0]:
+            raise UserError(
+                f"{corpus.path} has synthetic {corpus.languages[0]}, which is to be translated from, not"
+                f" to: give -s {corpus.languages[0]} -t {corpus.languages[1]}"
+            )
 
 
 score_by_language()

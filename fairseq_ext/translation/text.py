@@ -4,21 +4,18 @@ Everything that asks "is this the same sentence" uses :func:`match_key`, everyth
 it" uses :func:`length`, so that filters, splits and leak guards cannot disagree.
 """
 
-import contextlib
 import functools
-import gzip
 import os
-import sys
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import regex
 
 from ext_common.cli import UsageError, UserError
 from ext_common.registry import Registry
+from fairseq_ext.translation.files import raw_lines
 
 CONVENTIONS = Registry("normalisation")
 """name → function(text, lang) → text. Both ends of a system use the one its data were made with."""
@@ -291,11 +288,10 @@ def read_lines(path: str | os.PathLike) -> Iterator[str]:
     """
     number = 0
     try:
-        with _open(path) as file:
-            for number, raw in enumerate(file, 1):
-                if number == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                yield raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+        for number, raw in enumerate(raw_lines(path), 1):
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            yield raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
     except UnicodeDecodeError as error:
         what = (
             "is UTF-16" if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "is not UTF-8"
@@ -307,38 +303,3 @@ def read_lines(path: str | os.PathLike) -> Iterator[str]:
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path} cannot be read after line {number}: {reason}") from error
-
-
-def _open(path: str | os.PathLike) -> AbstractContextManager[Iterable[bytes]]:
-    name = os.fspath(path)
-    if name == "-":
-        return contextlib.nullcontext(sys.stdin.buffer)
-    if name.endswith(".gz"):
-        return gzip.open(name, "rb")
-    if name.endswith(".zst"):
-        return contextlib.closing(_unpack_zst(name))
-    return open(name, "rb")
-
-
-def _unpack_zst(path: str) -> Iterator[bytes]:
-    # zstandard's own reader takes a truncated file for a whole one
-    try:
-        import zstandard
-    except ImportError as error:
-        raise UserError(f"{path}: install zstandard (pip) to read .zst files") from error
-    frame, last = None, b""
-    with open(path, "rb") as file:
-        while data := file.read(1 << 17):
-            while data:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                try:
-                    *lines, last = (last + frame.decompress(data)).split(b"\n")
-                except zstandard.ZstdError as error:
-                    raise OSError(f"it is no whole Zstandard file ({error})") from error
-                yield from lines
-                data = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("it is truncated")
-    if last:
-        yield last

@@ -129,8 +129,10 @@ def test_searches_agree(fairseq, other, toy_mono, options):
         if a[0].ids != b[0].ids
     ]
     assert not differing
+    # CTranslate2 shares what <unk> and <pad> would have got among the others, at each piece
+    most = 0.05 if other.backend.name == "ctranslate2" else 2e-4
     for (a, *_), (b, *_) in zip(expected, got, strict=True):
-        assert a.cut == b.cut and (a.cut or b.score == pytest.approx(a.score, abs=2e-4))
+        assert a.cut == b.cut and (a.cut or a.score - 2e-4 <= b.score <= a.score + most)
 
 
 @pytest.mark.parametrize("how", [{}, {"topk": 3}, {"topp": 0.8}, {"temperature": 2.0}], ids=str)

@@ -235,6 +235,18 @@ def test_the_other_direction(task, toy_data, tmp_path):
         task_on(toy_data, target_lang="fr").source_dictionary  # noqa: B018
 
 
+def test_a_mixture_of_back_translation_trains_one_way(toy_data, tmp_path):
+    data = tmp_path / "mixture"
+    shutil.copytree(toy_data, data)
+    described = json.loads((data / "corpus.json").read_text())
+    (data / "corpus.json").write_text(json.dumps({**described, "one_way": True}))
+    task_on(data).load_dataset("train")
+    reverse = task_on(data, source_lang="zh")
+    reverse.load_dataset("test")
+    with pytest.raises(UserError, match="has synthetic en, .*: give -s en -t zh"):
+        reverse.load_dataset("train")
+
+
 def test_two_vocabularies(tmp_path):
     data = tmp_path / "data"
     write_data(data, toy_pairs(700), size=420, joint=False)
