@@ -6,6 +6,17 @@ from collections import defaultdict
 from pathlib import Path
 
 
+# Kind → name without the seed, and what it is, of the runs that vary vocabulary and shape.
+SHAPES = {
+    "noam": ("noam-0.45", "Transformer 4 + 4, d 128, 3,929 pieces"),
+    "shallownoam": ("shallownoam-0.45", "Transformer 2 + 2, d 192, 3,929 pieces"),
+    "bignoam": ("bignoam-0.45", "Transformer 4 + 4, d 128, 8,000 pieces"),
+    "bigshallownoam": ("bigshallownoam-0.45", "Transformer 2 + 2, d 192, 8,000 pieces"),
+    "lstm": ("lstm-0.004-0.1", "LSTM, 3,929 pieces"),
+    "biglstm": ("biglstm-0.004-0.1", "LSTM, 8,000 pieces"),
+}
+
+
 def report(results: Path, references: Path) -> str:
     """All tables of which at least one run is done: mean ± standard deviation over seeds.
 
@@ -29,7 +40,13 @@ def report(results: Path, references: Path) -> str:
     heads = {"same CPU time": systems, "24 minutes": longer, "same updates": schedules}
     for head, runs in heads.items():
         tables += [main_table(head, runs), significance_table(first_against(runs), references)]
-    tables += [tuning_table(kinds)]
+    shapes = {
+        title: kinds[kind][name]
+        for kind, (name, title) in SHAPES.items()
+        if name in kinds.get(kind, {})
+    }
+    first = {title: [run for run in runs if seed_of(run) == "1"] for title, runs in shapes.items()}
+    tables += [main_table("vocabulary and shape, seed 1", first), tuning_table(kinds)]
     return "\n\n".join(table for table in tables if table)
 
 

@@ -9,6 +9,7 @@ translations of test in it. A run that has its file is not done again. `--jobs 2
     chosen     of both the one that was best on valid, 3 seeds
     schedules  1,000 updates of Noam, 3 seeds, and of 3 constant rates
     constant   the constant rate that was best on valid, 3 seeds
+    vocabulary what a larger vocabulary and fewer, wider layers change, one seed
     longer     both systems for 24 minutes on one core, what the issue allows, one seed
 """
 
@@ -26,6 +27,8 @@ NOAM_FACTORS = (0.45, 0.9, 1.5)
 LSTM_RATES = (1e-3, 2e-3, 4e-3)
 LSTM_DROPOUTS = (0.1, 0.3)
 CONSTANT_RATES = (5e-4, 1e-3, 2e-3)
+# Pieces, where the default for this corpus is 3,929.
+SPM_SIZE = 8000
 # What 24 minutes on one core are, from the seconds of the shorter runs.
 LONGER = {"tiny_short": 9900, "lstm": 11400}
 # A third of the updates, saved as often before the end.
@@ -84,6 +87,18 @@ def longer_runs() -> dict:
     return runs
 
 
+def vocabulary_runs() -> dict:
+    """The chosen systems on twice the vocabulary, and a Transformer of 2 + 2 layers on either, seed 1."""
+    recipe, changes = noam(0.45, 1)
+    wide = {**changes, "defaults": [{"model": "shallow"}, "_self_"]}
+    return {
+        "shallownoam-0.45-1": (recipe, wide),
+        "bigshallownoam-0.45-1": (recipe, wide, SPM_SIZE),
+        "bignoam-0.45-1": (recipe, changes, SPM_SIZE),
+        "biglstm-0.004-0.1-1": (*lstm(0.004, 0.1, 1), SPM_SIZE),
+    }
+
+
 def options_of(name: str) -> list[float]:
     """The numbers in a name: lstm-0.001-0.1 → [0.001, 0.1]."""
     return [float(part) for part in name.split("-")[1:]]
@@ -104,15 +119,16 @@ def constant(rate: float, seed: int) -> tuple:
     return "tiny_short", {**changes, **SHORT}
 
 
-def prepare(work: Path) -> Path:
+def prepare(work: Path, spm_size: int | None = None) -> Path:
     """DATA, made by the real command."""
-    data = work / "data"
+    data = work / (f"data-{spm_size}" if spm_size else "data")
     corpus = SHARED / "cmn-eng" / "cmn.txt"
     if not corpus.exists():
         raise SystemExit(f"error: {corpus} is not there: set FAIRSEQ_EXT_DATA to the data's folder")
     if not (data / "corpus.json").exists():
         command = [*python("translation.prepare"), corpus, data]
-        run([*command, "--source-lang", "en", "--target-lang", "zh"], work / "prepare.log")
+        command += ["--source-lang", "en", "--target-lang", "zh"]
+        run([*command, "--spm-size", spm_size or "none"], work / f"prepare-{data.name}.log")
     return data
 
 
@@ -128,18 +144,21 @@ def main() -> None:
     if not args.report:
         args.work.mkdir(parents=True, exist_ok=True)
         RESULTS.mkdir(parents=True, exist_ok=True)
-        data = prepare(args.work)
         groups = {
             "tuning": tuning_runs,
             "chosen": chosen_runs,
             "schedules": schedule_runs,
             "constant": constant_runs,
+            "vocabulary": vocabulary_runs,
             "longer": longer_runs,
         }
         for group, runs in groups.items():
             if args.groups and group not in args.groups:
                 continue
-            wanted = {name: (*recipe, data) for name, recipe in runs().items()}
+            wanted = {
+                name: (recipe, changes, prepare(args.work, *size))
+                for name, (recipe, changes, *size) in runs().items()
+            }
             Runs(RESULTS, CONFIGS, args.work).do(wanted, args.jobs)
     print(report(RESULTS, args.work / "data" / "text" / "test.zh"))
 
