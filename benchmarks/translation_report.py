@@ -5,14 +5,13 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-
 # Kind → name without the seed, and what it is, of the runs that vary vocabulary and shape.
 SHAPES = {
-    "noam": ("noam-0.45", "Transformer 4 + 4, d 128, 3,929 pieces"),
-    "shallownoam": ("shallownoam-0.45", "Transformer 2 + 2, d 192, 3,929 pieces"),
+    "noam": ("noam-0.45", "Transformer 4 + 4, d 128, 3,800 pieces"),
+    "shallownoam": ("shallownoam-0.45", "Transformer 2 + 2, d 192, 3,800 pieces"),
     "bignoam": ("bignoam-0.45", "Transformer 4 + 4, d 128, 8,000 pieces"),
     "bigshallownoam": ("bigshallownoam-0.45", "Transformer 2 + 2, d 192, 8,000 pieces"),
-    "lstm": ("lstm-0.004-0.1", "LSTM, 3,929 pieces"),
+    "lstm": ("lstm-0.004-0.1", "LSTM, 3,800 pieces"),
     "biglstm": ("biglstm-0.004-0.1", "LSTM, 8,000 pieces"),
 }
 

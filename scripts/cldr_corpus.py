@@ -4,12 +4,13 @@ python scripts/cldr_corpus.py DEST
 
 Writes DEST/train.tsv, valid.tsv and test.tsv (English, Chinese, kind), which
 `python -m fairseq_ext.translation.prepare DEST/train.tsv DATA --valid DEST/valid.tsv --test DEST/test.tsv
---source-lang en --target-lang zh` reads. Dates, times, numbers with units and amounts of money stand in a
-few sentences written by hand (kinds date, time, number, money), and so do names of countries, languages
-and currencies (kind name). The split is by value and by name: a date, a number or a name of test is in no
-line of train, and neither is any of valid. Values can be worked out from their parts; a name that was
-never seen cannot be known, so that lines of the kind name have a low score by nature. This is generated
-text: figures on it say nothing about the translation of real text. The same command writes the same bytes.
+--source-lang en --target-lang zh` reads, and mono.zh: lines of Chinese alone, for back-translation. Dates,
+times, numbers with units and amounts of money stand in a few sentences written by hand (kinds date, time,
+number, money), and so do names of countries, languages and currencies (kind name). The split is by value and
+by name: a date, a number or a name of test is in no line of train or of mono.zh, and the same holds for every
+two of the four. Values can be worked out from their parts; a name that was never seen cannot be known, so
+that lines of the kind name have a low score by nature. This is generated text: figures on it say nothing
+about the translation of real text. The same command writes the same bytes.
 """
 
 import datetime
@@ -24,10 +25,14 @@ from ext_common.cli import Parser, UserError, add_dataclass, from_args, run
 from ext_common.manifest import atomic_write, write_manifest
 from fairseq_ext.translation.text import match_key
 
-SPLITS = ("train", "valid", "test")
-# Shares of values and of names in valid and in test, and of the kinds among the lines.
-HELD_OUT = {"name": 0.06}
-HELD_OUT_ELSE = 0.03
+SPLITS = ("train", "valid", "test", "mono")
+# The small ones first, mono last: what is alike but for punctuation is left out of the later one.
+MADE_IN_ORDER = ("test", "valid", "train", "mono")
+# Shares of names and of other values in test, in valid and in mono.zh, and of the kinds among the lines.
+HELD_OUT = {
+    "name": {"test": 0.06, "valid": 0.06, "mono": 0.06},
+    "else": {"test": 0.03, "valid": 0.03, "mono": 0.2},
+}
 KINDS = {"date": 25, "time": 15, "number": 25, "money": 15, "name": 20}
 
 TEMPLATES = {
@@ -90,6 +95,7 @@ class CorpusOptions:
     pairs: int = field(default=12_000, metadata={"help": "pairs of train"})
     valid: int = field(default=300, metadata={"help": "pairs of valid"})
     test: int = field(default=500, metadata={"help": "pairs of test"})
+    mono: int = field(default=4_000, metadata={"help": "lines of mono.zh; 0: do not write it"})
     seed: int = field(
         default=1, metadata={"help": "seed of values, names, sentences and the split"}
     )
@@ -97,6 +103,8 @@ class CorpusOptions:
     def __post_init__(self):
         if min(self.pairs, self.valid, self.test) < 1:
             raise ValueError("--pairs, --valid and --test must be at least 1")
+        if self.mono < 0:
+            raise ValueError(f"--mono must not be negative, got {self.mono}")
 
 
 class Pair(NamedTuple):
@@ -128,29 +136,35 @@ def main(argv):
         raise UserError(f"{args.dest} is a file: give a folder to write")
     corpus = make_corpus(options)
     for split, pairs in corpus.items():
+        if split == "mono":
+            continue
         with atomic_write(Path(args.dest) / f"{split}.tsv") as file:
             for pair in pairs:
                 file.write(f"{pair.source}\t{pair.target}\t{pair.kind}\n")
+    if corpus["mono"]:
+        with atomic_write(Path(args.dest) / "mono.zh") as file:
+            file.writelines(f"{pair.target}\n" for pair in corpus["mono"])
     counts = {split: len(pairs) for split, pairs in corpus.items()}
     # Last: where it lies, all of the folder does.
     write_manifest(args.dest, inputs={}, counts=counts, options=options, seed=options.seed)
     print(
         f"{args.dest}: {counts['train']:,} pairs of generated text to train on, {counts['valid']:,} to "
-        f"validate and {counts['test']:,} to test; no value or name of test is in train"
+        f"validate and {counts['test']:,} to test, {counts['mono']:,} lines of Chinese alone; no value or "
+        "name of one of them is in another"
     )
 
 
 def make_corpus(options: CorpusOptions) -> dict[str, list[Pair]]:
-    """{"train", "valid", "test"} → pairs, no two of them alike on either side.
+    """{"train", "valid", "test", "mono"} → pairs, no two of them alike on either side.
 
     Raises UserError where the sentences and values do not give as many.
     """
     values = Values(options.seed)
-    wanted = {"train": options.pairs, "valid": options.valid, "test": options.test}
+    wanted = {"train": options.pairs, "valid": options.valid}
+    wanted |= {"test": options.test, "mono": options.mono}
     seen: set[str] = set()
     corpus: dict[str, list[Pair]] = {}
-    # The small ones first: what is alike but for punctuation is left out of train then.
-    for split in reversed(SPLITS):
+    for split in MADE_IN_ORDER:
         rng = random.Random(f"{options.seed} {split}")
         pairs, misses = [], 0
         while len(pairs) < wanted[split]:
@@ -226,8 +240,11 @@ class Values:
         """The split that a value belongs to: a function of the value and the seed alone."""
         digest = hashlib.sha256(f"{self.seed} {group} {key}".encode()).digest()
         place = int.from_bytes(digest[:8]) / 2**64
-        share = HELD_OUT["name"] if group in self.names else HELD_OUT_ELSE
-        return "test" if place < share else "valid" if place < 2 * share else "train"
+        for split, share in HELD_OUT["name" if group in self.names else "else"].items():
+            place -= share
+            if place < 0:
+                return split
+        return "train"
 
     def date(self, rng: random.Random) -> Value:
         from babel.dates import format_date

@@ -1,4 +1,4 @@
-"""What every quickstart is made of: commands that are shown, run, and skipped once done."""
+"""What quickstarts and recipes are made of: commands that are shown, run, and skipped once done."""
 
 import contextlib
 import ctypes
@@ -14,31 +14,35 @@ import sys
 from pathlib import Path
 
 from ext_common.cli import UserError
-from ext_common.manifest import atomic_json
+from ext_common.manifest import atomic_json, sha256_file
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORD = "quickstart.json"
 
 
 class Steps:
-    """The steps of one quickstart in its folder, and the record of those that are done.
+    """The steps of one run in its folder, and the record of those that are done.
 
     A step is skipped when its command and the files it reads are what they were when it ended, and
     what it wrote is still there. Context manager: one process at a time works in a folder.
     """
 
-    def __init__(self, folder, job, owned, fresh=False):
-        """job: what is run, JSON; another one in the same folder is refused. owned: names in the
-        folder that --fresh may remove.
+    def __init__(self, folder, job, owned, fresh=False, flag="--out"):
+        """job: what is run, JSON; its first key is the kind of run, and another job in the same folder
+        is refused. owned: names in the folder that --fresh may remove. flag: how the folder was given.
         """
         self.folder, self.job, self.owned, self.fresh = Path(folder), job, owned, fresh
+        self.kind, self.flag = next(iter(job)), flag
+
+    @property
+    def record_path(self):
+        return self.folder / f"{self.kind}.json"
 
     def __enter__(self):
-        here = self.folder / RECORD
+        here = self.record_path
         if self.folder.is_dir() and any(self.folder.iterdir()) and not here.exists():
-            raise UserError(f"{self.folder} holds other files: give a new folder with --out")
+            raise UserError(f"{self.folder} holds other files: give a new folder as {self.flag}")
         if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is a file: give a folder with --out")
+            raise UserError(f"{self.folder} is a file: give a folder as {self.flag}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = os.open(self.folder, os.O_RDONLY)
         try:
@@ -46,8 +50,8 @@ class Steps:
         except OSError:
             os.close(self.lock)
             raise UserError(
-                f"another quickstart is at work in {self.folder}: wait for it, or give another "
-                "--out"
+                f"another {self.kind} is at work in {self.folder}: wait for it, or give another "
+                f"{self.flag}"
             ) from None
         try:
             self.open_record(here)
@@ -70,7 +74,7 @@ class Steps:
             if before != self.job:
                 raise UserError(
                     f"{self.folder} holds a run of {show_job(before)}, not of "
-                    f"{show_job(self.job)}: give another --out, or start over with --fresh"
+                    f"{show_job(self.job)}: give another {self.flag}, or start over with --fresh"
                 )
         if self.fresh:
             for name in self.owned:
@@ -82,7 +86,7 @@ class Steps:
         self.save()
 
     def save(self):
-        atomic_json(self.folder / RECORD, self.record)
+        atomic_json(self.record_path, self.record)
 
     def is_done(self, name, key, outputs):
         """Whether step ``name`` ended with this ``key`` and its ``outputs`` are there."""
@@ -110,7 +114,7 @@ def step_key(command, inputs):
     """What decides whether a step has to be run again."""
     content = hashlib.sha256()
     for path in inputs:
-        content.update(hashlib.sha256(Path(path).read_bytes()).digest() if path.exists() else b"-")
+        content.update(bytes.fromhex(sha256_file(path)) if path.exists() else b"-")
     # Paths in full: the same step from another working folder is typed differently.
     full = [os.path.abspath(p) if isinstance(p, os.PathLike) else str(p) for p in command]
     return {"command": full, "inputs": content.hexdigest()}

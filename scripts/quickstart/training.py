@@ -82,12 +82,15 @@ class TrainingDisplay:
             raise UserError(f"training wrote no {best}: see {self.log.name}")
 
 
-def train_shown(steps, data, command, updates, best, **shown):
-    """The step that trains: `command` with its output appended to train.log and a few lines shown.
+def train_shown(
+    steps, data, command, updates, best, name=None, log="train.log", inputs=(), **shown
+):
+    """The step that trains: `command` with its output appended to a log and a few lines shown.
 
-    best: the checkpoint it leaves; shown: what of a validation, as TrainingDisplay takes it.
+    best: the checkpoint it leaves; name: of the step; log: file in the folder of the steps; inputs: files
+    that it reads beside DATA; shown: what of a validation, as TrainingDisplay takes it.
     """
-    log = steps.folder / "train.log"
+    log = steps.folder / log
 
     def show_training(command):
         print(f"(its output goes to {log})", flush=True)
@@ -101,9 +104,9 @@ def train_shown(steps, data, command, updates, best, **shown):
         display.check(best)
 
     steps.do(
-        f"train for {updates} updates",
+        name or f"train for {updates} updates",
         command,
-        inputs=[data / "corpus.json"],
+        inputs=[data / "corpus.json", *inputs],
         outputs=[best],
         run=show_training,
     )

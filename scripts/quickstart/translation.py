@@ -2,7 +2,11 @@
 
 bash scripts/quickstart.sh translation                           sentences made from CLDR: no download
 bash scripts/quickstart.sh translation --data pairs.tsv          your own, source<TAB>target
-bash scripts/quickstart.sh translation --data a.de a.en --source-lang de --target-lang en
+bash scripts/quickstart.sh translation --data a.de a.en --source-lang de --target-lang en --mono more.en
+
+Then back-translation: a second model learns from the bitext and from text of the target language alone, for
+which a model of the other direction writes the source; both are scored. CLDR gives such text, for your own
+pairs it is --mono.
 
 Shows each command as it runs it, so that you can run it yourself with other options. Called again
 it continues where it was stopped, skips what is done, and trains on where --updates is higher. At the
@@ -17,24 +21,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional
 
+from backtranslation import back_translate, compare
 from steps import ROOT, Steps, relative, show_command
-from training import train_shown
+from translation_steps import train, translate
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
-from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.text import language, read_lines
 
 OUT = "quickstart-translation"
 OWNED = (
     "corpus data checkpoints train.log learning_curve.png test.out test.out.manifest.json "
-    "scores.json attention.svg"
+    "scores.json attention.svg backtranslation"
 ).split()
 SAMPLES = 6
-# 4 + 4 layers: the size for 10,000 to 30,000 pairs. Norms before the layers: no other kind learns
-# within a few hundred updates.
-SIZE = """--encoder-layers 4 --decoder-layers 4 --encoder-embed-dim 128 --decoder-embed-dim 128
-    --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 --encoder-attention-heads 4
-    --decoder-attention-heads 4 --encoder-normalize-before --decoder-normalize-before"""
 
 
 @dataclass
@@ -55,6 +54,18 @@ class QuickstartOptions:
         metadata={"help": f"folder to write; none: {OUT}, and {OUT}-NAME with --data NAME"},
     )
     updates: int = field(default=800, metadata={"help": "updates to train for"})
+    mono: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "text of the target language, a sentence a line, for back-translation beside --data"
+        },
+    )
+    back_translation: bool = field(
+        default=True,
+        metadata={
+            "help": "back-translate and train a second model; beside --data only with --mono"
+        },
+    )
     fresh: bool = field(default=False, metadata={"help": "start over"})
 
     def __post_init__(self):
@@ -66,6 +77,14 @@ class QuickstartOptions:
             raise ValueError(
                 "--source-lang and --target-lang belong to --data: CLDR gives en and zh here"
             )
+        if self.mono and self.data is None:
+            raise ValueError("--mono belongs to --data: CLDR gives its own text")
+        if self.mono and not self.back_translation:
+            raise ValueError("--mono is for back-translation: leave out --no-back-translation")
+
+    @property
+    def languages(self):
+        return self.source_lang, self.target_lang
 
 
 def main(argv):
@@ -87,6 +106,8 @@ def quickstart(options):
     for path in options.data or ():
         if not Path(path).is_file():
             raise UserError(f"{path} is not a file: give the file(s) with the sentence pairs")
+    if options.mono and not Path(options.mono).is_file():
+        raise UserError(f"{options.mono} is not a file: give text of {options.target_lang}")
     files = options.data and [os.path.abspath(path) for path in options.data]
     out = Path(options.out or default_out(files))
     job = {
@@ -102,12 +123,24 @@ def quickstart(options):
         checkpoint = train(steps, data, options)
         translate(steps, data, checkpoint, options)
         pictures(steps, data, checkpoint, options)
-        closing(steps, data, checkpoint, options)
+        mono, second = monolingual(steps, options), None
+        if mono:
+            second = back_translate(steps, data, mono, options)
+        closing(steps, data, checkpoint, second, options)
     type_and_translate(checkpoint, options)
 
 
 def default_out(files):
     return f"{OUT}-{Path(files[0]).name.split('.')[0]}" if files else OUT
+
+
+def monolingual(steps, options):
+    """The text to back-translate, None for no back-translation."""
+    if not options.back_translation:
+        return None
+    if options.data is None:
+        return steps.folder / "corpus" / "mono.zh"
+    return relative(options.mono) if options.mono else None
 
 
 def prepare(steps, options):
@@ -130,7 +163,7 @@ def prepare(steps, options):
     steps.do(
         "make sentence pairs from CLDR",
         ["python", relative(ROOT / "scripts" / "cldr_corpus.py"), corpus],
-        outputs=[corpus / "manifest.json", *files.values()],
+        outputs=[corpus / "manifest.json", corpus / "mono.zh", *files.values()],
     )
     command += [
         files["train"],
@@ -148,40 +181,6 @@ def prepare(steps, options):
     return data
 
 
-def train(steps, data, options):
-    """The best checkpoint."""
-    folder = steps.folder / "checkpoints"
-    best, updates = folder / "checkpoint_best.pt", options.updates
-    command = (
-        f"fairseq-train {{}} --user-dir {{}} --task translation_spm --arch transformer_iwslt_de_en "
-        f"{SIZE} --share-all-embeddings --dropout {0.3 if options.data else 0.1} --optimizer adam "
-        f"--lr-scheduler noam --warmup-updates 300 --noam-factor 0.5 "
-        f"--criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 2000 "
-        f"--max-update {updates} --save-dir {{}} --no-epoch-checkpoints --save-interval-updates 200 "
-        f"--keep-interval-updates 1 --validate-interval 1000 --save-interval 1000 --num-workers 0 "
-        f"--log-interval 10 --log-format simple"
-    ).split()
-    places = iter([data, relative(ROOT / "fairseq_ext"), folder])
-    at = command.index("--optimizer") + 2
-    command = [*command[:at], "--adam-betas", "(0.9, 0.98)", *command[at:]]
-    command = [next(places) if part == "{}" else part for part in command]
-
-    train_shown(steps, data, command, updates, best, metric="bleu", unit="")
-    return best
-
-
-def translate(steps, data, checkpoint, options):
-    """test.out and scores.json."""
-    source, reference = (data / "text" / f"test.{lang}" for lang in Corpus.open(data).languages)
-    output, scores = steps.folder / "test.out", steps.folder / "scores.json"
-    command = ["python", "-m", "fairseq_ext.translation.translate", source, output]
-    command += ["--path", checkpoint]
-    steps.do("translate test", command, inputs=[source, checkpoint], outputs=[output])
-    command = ["python", "-m", "fairseq_ext.translation.score", output, "--ref", reference]
-    command += ["--lang", options.target_lang, "--source", source, "--json", scores]
-    steps.do("score the translations", command, inputs=[output, reference], outputs=[scores])
-
-
 def pictures(steps, data, checkpoint, options):
     """The learning curve, and where the model looks in the first sentence of test."""
     log, curve = steps.folder / "train.log", steps.folder / "learning_curve.png"
@@ -195,8 +194,11 @@ def pictures(steps, data, checkpoint, options):
     steps.do("draw the attention", command, inputs=[checkpoint], outputs=[picture])
 
 
-def closing(steps, data, checkpoint, options):
-    """Samples, the score with what it means, where everything is, and what to do next."""
+def closing(steps, data, checkpoint, second, options):
+    """Samples, the scores with what they mean, where everything is, and what to do next.
+
+    second: folder of what back-translation made, or None.
+    """
     folder = steps.folder
     test = [
         data / "text" / f"test.{options.source_lang}",
@@ -215,15 +217,19 @@ def closing(steps, data, checkpoint, options):
         f"{scores['tokenizer']}), chrF {chrf['value']:.1f}, on {scores['lines']} sentences of test"
     )
     print(meaning(folder, data, lines) if options.data is None else OWN_MEANING)
+    if second:
+        print(compare(scores, second, options))
     files = {
         "translations": folder / "test.out",
         "scores": folder / "scores.json",
         "pictures": f"{folder / 'learning_curve.png'}  {folder / 'attention.svg'}",
         "model": checkpoint,
     }
+    if second:
+        files["back-translation"] = second
     print()
     for name, place in files.items():
-        print(f"{name:15} {place}")
+        print(f"{name:16} {place}")
     print("\n== next")
     for text, command in next_commands(options, checkpoint):
         print(f"# {text}\n{show_command(command)}")
@@ -259,6 +265,10 @@ def next_commands(options, checkpoint):
     chosen = ["--data", *options.data] if options.data else []
     if options.data:
         chosen += ["--source-lang", options.source_lang, "--target-lang", options.target_lang]
+    if options.mono:
+        chosen += ["--mono", options.mono]
+    if not options.back_translation:
+        chosen.append("--no-back-translation")
     if options.out:
         chosen += ["--out", options.out]
     translate = ["python", "-m", "fairseq_ext.translation.translate"]

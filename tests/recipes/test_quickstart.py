@@ -232,6 +232,8 @@ def test_mistakes_are_one_sentence(tmp_path, args, code):
         (["--data", "/nowhere.tsv"], 1, "/nowhere.tsv is not a file"),
         (["--data", "a", "b", "c"], 2, "one file or two"),
         (["--target-lang", "de"], 2, "belong to --data"),
+        (["--mono", "x.zh"], 2, "--mono belongs to --data"),
+        (["--data", "a", "--mono", "b", "--no-back-translation"], 2, "--mono is for back"),
         (["--updates", "0"], 2, "at least 1"),
     ],
 )
@@ -393,6 +395,11 @@ def test_translation_quickstart(tmp_path):
     }
     assert (out / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (out / "attention.svg").read_text(encoding="utf-8")
+    mono = (out / "corpus" / "mono.zh").read_text(encoding="utf-8").split("\n")[:-1]
+    assert len(mono) >= 1000 and set(mono).isdisjoint(line.split("\t")[1] for line in test)
+    # After four updates a model writes nothing that could be learnt from.
+    assert "left out: a reverse model needs" in done.stdout
+    assert not (out / "backtranslation").exists()
     # Nobody can type here: the command is told, and nothing waits.
     assert "translation.translate - - --path out/checkpoints/checkpoint_best.pt" in done.stdout
     programs = [line.split()[0:3] for line in commands(done)]
@@ -410,18 +417,20 @@ def test_translation_quickstart(tmp_path):
 
 @pytest.mark.slow
 def test_translation_quickstart_on_own_files_typed_to(tmp_path):
-    """Two files of other languages, and a terminal to type at."""
+    """Two files of other languages, more text of one for back-translation, a terminal to type at."""
     words = "ein rotes Haus steht neben dem alten Baum und kleine Vögel singen laut".split()
     english = "a red house stands beside the old tree and little birds sing loudly".split()
     rng = random.Random(1)
     chosen = [[rng.randrange(len(words)) for _ in range(rng.randint(4, 9))] for _ in range(900)]
-    for name, vocabulary in (("my.de", words), ("my.en", english)):
-        lines = (" ".join(vocabulary[i] for i in line) + ".\n" for line in chosen)
+    more = [[rng.randrange(len(words)) for _ in range(rng.randint(4, 9))] for _ in range(60)]
+    files = {"my.de": (words, chosen), "my.en": (english, chosen), "more.en": (english, more)}
+    for name, (vocabulary, numbers) in files.items():
+        lines = (" ".join(vocabulary[i] for i in line) + ".\n" for line in numbers)
         (tmp_path / name).write_text("".join(lines), encoding="utf-8")
     script = SCRIPTS / "quickstart" / "translation.py"
     args = ["--data", "my.de", "my.en", "--source-lang", "de", "--target-lang", "en"]
     reader, typed = pty.openpty()
-    command = [sys.executable, script, *args, "--updates", "2"]
+    command = [sys.executable, script, *args, "--mono", "more.en", "--updates", "60"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stdin=typed, stdout=typed, stderr=subprocess.PIPE, text=True
     )
@@ -437,5 +446,27 @@ def test_translation_quickstart_on_own_files_typed_to(tmp_path):
     said = said.decode(errors="replace")
     assert "== result" in said and "generated text" not in said
     assert "type a line of de" in said and "en> " in said
-    scores = json.loads((tmp_path / "quickstart-translation-my" / "scores.json").read_text())
+    out = tmp_path / "quickstart-translation-my"
+    scores = json.loads((out / "scores.json").read_text())
     assert scores["tokenizer"] == "13a"
+    # The second model: both scores beside each other, from the files that the steps wrote.
+    place = out / "backtranslation" / "60"
+    second = json.loads((place / "scores.json").read_text())
+    report = json.loads((place / "data" / "manifest.json").read_text())["report"]
+    assert report["languages"] == ["de", "en"] and report["effective"]["synthetic"] > 0
+    real = (place / "synthetic" / "real.en").read_bytes()
+    assert real == (tmp_path / "more.en").read_bytes()
+    table = said.partition("== with back-translation")[2]
+    for name, one in (("bitext", scores), ("and back-translated", second)):
+        bleu = one["metrics"]["bleu"]["value"]
+        assert re.search(rf"{name} +{bleu:.1f} ", table)
+    difference = second["comparisons"]["bleu"]["difference"]
+    assert f"BLEU {difference:+.1f} (p = " in table and "is not promised" in table
+
+    # Nothing is done again; without --mono there is no back-translation.
+    before = times(out)
+    again = python(script, *args, "--mono", "more.en", "--updates", 60, cwd=tmp_path)
+    # prepare finds out itself whether files of others have changed
+    assert again.returncode == 0 and len(commands(again)) == 1 and times(out) == before
+    again = python(script, *args, "--updates", 60, cwd=tmp_path)
+    assert again.returncode == 0 and "== with back-translation" not in again.stdout

@@ -1,7 +1,8 @@
-"""scripts/cldr_corpus.py: the same bytes, both languages say the same, nothing of test in train."""
+"""scripts/cldr_corpus.py: the same bytes, both languages say the same, nothing of test in train or mono."""
 
 import csv
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -34,21 +35,20 @@ def make(*args):
 
 @pytest.fixture(scope="module")
 def corpus():
-    return cldr.make_corpus(cldr.CorpusOptions(pairs=3000, valid=200, test=300))
+    return cldr.make_corpus(cldr.CorpusOptions(pairs=3000, valid=200, test=300, mono=1500))
 
 
 def test_same_command_same_bytes(tmp_path):
     for name in "ab":
-        done = make(tmp_path / name, "--pairs", 300, "--valid", 20, "--test", 30)
+        done = make(tmp_path / name, "--pairs", 300, "--valid", 20, "--test", 30, "--mono", 90)
         assert done.returncode == 0 and "generated text" in done.stdout, done.stderr
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert files == ["manifest.json", "test.tsv", "train.tsv", "valid.tsv"]
+    assert files == ["manifest.json", "mono.zh", "test.tsv", "train.tsv", "valid.tsv"]
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert make(tmp_path / "c", "--pairs", 300, "--seed", 2).returncode == 0
-    assert (tmp_path / "c" / "train.tsv").read_bytes() != (
-        tmp_path / "a" / "train.tsv"
-    ).read_bytes()
+    assert make(tmp_path / "c", "--pairs", 300, "--mono", 90, "--seed", 2).returncode == 0
+    for name in ("train.tsv", "mono.zh"):
+        assert (tmp_path / "c" / name).read_bytes() != (tmp_path / "a" / name).read_bytes()
     with open(tmp_path / "a" / "train.tsv", encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     assert len(rows) == 300 and {len(row) for row in rows} == {3}
@@ -58,7 +58,8 @@ def test_same_command_same_bytes(tmp_path):
 def test_no_value_and_no_name_of_one_split_is_in_another(corpus):
     values = {split: {v for pair in pairs for v in pair.values} for split, pairs in corpus.items()}
     assert all(values.values())
-    for one, other in [("train", "test"), ("train", "valid"), ("valid", "test")]:
+    assert len(values) == 4
+    for one, other in itertools.combinations(values, 2):
         assert values[one].isdisjoint(values[other])
     groups = {group for group, _ in values["test"]}
     assert groups == {"date", "time", "number", "territory", "language", "currency"}
@@ -79,8 +80,10 @@ def test_values_are_found_in_the_text_itself(corpus):
         }
 
     for found in (dates, numbers):
-        held, train = found(corpus["test"]), found(corpus["train"])
-        assert len(held) > 20 and held.isdisjoint(train)
+        held = found(corpus["test"])
+        for split in ("train", "mono"):
+            others = found(corpus[split])
+            assert min(len(held), len(others)) > 20 and held.isdisjoint(others)
 
 
 def test_no_line_is_twice_on_either_side(corpus):
@@ -94,6 +97,7 @@ def test_sizes_kinds_and_scripts(corpus):
         "train": 3000,
         "valid": 200,
         "test": 300,
+        "mono": 1500,
     }
     for pairs in corpus.values():
         kinds = Counter(pair.kind for pair in pairs)
@@ -137,6 +141,40 @@ def test_names_are_known_pairs():
         assert len(group) > 150
         for side in (0, 1):
             assert len({match_key(name[side]) for name in group}) == len(group)
+
+
+def test_monolingual_lines_are_new_and_of_every_kind(tmp_path):
+    """By the files alone: Chinese that no other file has, case, width and punctuation aside."""
+    sizes = ["--pairs", 2000, "--valid", 100, "--test", 200, "--mono", 800]
+    assert make(tmp_path, *sizes).returncode == 0
+    lines = (tmp_path / "mono.zh").read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == "" and len(lines) == 800
+    assert {"train", "valid", "test"} == {path.stem for path in tmp_path.glob("*.tsv")}
+    known = {
+        match_key(row.split("\t")[1])
+        for path in tmp_path.glob("*.tsv")
+        for row in path.read_text(encoding="utf-8").splitlines()
+    }
+    keys = set(map(match_key, lines))
+    assert len(keys) == 800 and keys.isdisjoint(known)
+    assert all(re.search(r"[\u4e00-\u9fff]", line) and "\t" not in line for line in lines)
+
+
+def test_no_monolingual_lines_where_none_are_wanted(tmp_path):
+    sizes = ["--pairs", 50, "--valid", 5, "--test", 5]
+    assert make(tmp_path, *sizes, "--mono", 0).returncode == 0
+    assert not (tmp_path / "mono.zh").exists()
+    done = make(tmp_path / "x", "--mono", -1)
+    assert done.returncode == 2 and "must not be negative" in done.stderr
+
+
+def test_the_other_files_do_not_depend_on_how_many_lines_are_wanted(tmp_path):
+    for name, mono in (("a", 0), ("b", 60)):
+        sizes = ["--pairs", 200, "--valid", 20, "--test", 20]
+        assert make(tmp_path / name, *sizes, "--mono", mono).returncode == 0
+    for split in ("train", "valid", "test"):
+        a, b = (tmp_path / name / f"{split}.tsv" for name in "ab")
+        assert a.read_bytes() == b.read_bytes()
 
 
 def test_asking_too_much_and_mistakes_are_told(tmp_path, monkeypatch):
