@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -35,6 +35,7 @@ from fairseq_ext.backtranslation.generate_guard import Guard
 from fairseq_ext.backtranslation.generate_merge import merge, next_command, table
 from fairseq_ext.backtranslation.generate_setup import clean, enter, finished_without, manifest_of
 from fairseq_ext.backtranslation.generate_work import Worker
+from fairseq_ext.backtranslation.guards import LEAST, typical_share
 from fairseq_ext.backtranslation.modes import MODES, Mode, make_mode
 from fairseq_ext.backtranslation.ranks import device_of_rank, is_first_rank
 from fairseq_ext.translation.text import language
@@ -97,7 +98,10 @@ class GenerateOptions(ModelOptions):
     )
     sanity_check: bool = field(
         default=True,
-        metadata={"help": "stop where most of the first 20 lines become garbage, by greedy search"},
+        metadata={
+            "help": "stop where MONO is in another script than its language, and where most of the first "
+            "20 lines become garbage by greedy search"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -176,6 +180,8 @@ def share(
     pieces = Claims(chunks.folder, owner, heart, claiming.PATIENCE)
     before = chunks.done_lines()
     if before < chunks.lines:
+        if options.sanity_check:
+            check_language(chunks.read(0), chunks.plan["real_lang"], source)
         with Meter(chunks.lines, before, is_first_rank(os.environ)) as meter:
             model = open_model(options.model, options)
             if options.sanity_check:
@@ -238,6 +244,16 @@ def real_language(options: GenerateOptions, model: Mapping[str, Any]) -> str:
             f"a model that reads {options.lang}"
         )
     return options.lang or reads
+
+
+def check_language(lines: Sequence[str], lang: str, name: str) -> None:
+    """UserError where typical lines are in the script of another language."""
+    share = typical_share(lines, lang)
+    if share < LEAST:
+        raise UserError(
+            f"{name} is not {lang}, which the model reads: {share:.0%} of the letters of a typical line are "
+            "of its script; give text of that language (--no-sanity-check where it is written that way)"
+        )
 
 
 def make_plan(

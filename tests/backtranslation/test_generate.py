@@ -46,6 +46,8 @@ def plugin():
 
 def options(**more):
     flags = {"model": "x", "backend": "stub", "chunk_lines": 2, "user_dir": str(PLUGIN)}
+    # most texts here are of no language
+    flags["sanity_check"] = False
     return GenerateOptions(**{**flags, **more})
 
 
@@ -152,7 +154,7 @@ def test_a_line_with_one_usable_text_is_usable(mono, tmp_path, plugin, monkeypat
     monkeypatch.setattr(
         plugin.StubModel, "translate", lambda self, encoded, *rest: [found for _ in encoded]
     )
-    _, manifest = generate(str(mono), tmp_path / "out", options(nbest=2, sanity_check=False))
+    _, manifest = generate(str(mono), tmp_path / "out", options(nbest=2))
     assert manifest["counts"] == {"in": 7, "out": 7, "unusable": {}}
     assert len(rows(tmp_path / "out" / "rejects.jsonl")) == 7
 
@@ -165,11 +167,24 @@ def test_a_model_that_writes_garbage_is_stopped_before_it_begins(
         plugin.StubModel, "translate", lambda self, encoded, *rest: [garbage for _ in encoded]
     )
     with pytest.raises(UserError, match="x writes garbage: .*pieces or tags left in"):
-        generate(str(mono), tmp_path / "out", options())
+        generate(str(mono), tmp_path / "out", options(sanity_check=True))
     assert not list((tmp_path / "out" / ".work" / "done").iterdir())
     monkeypatch.undo()
-    generate(str(mono), tmp_path / "out", options())
+    generate(str(mono), tmp_path / "out", options(sanity_check=True))
     check_complete(tmp_path / "out", TEXT.encode())
+
+
+def test_text_in_another_script_is_refused(tmp_path):
+    path = tmp_path / "mono.zh"
+    path.write_text("I like red apples.\nShe bought 3 new houses.\n12 34\n", "utf-8")
+    with pytest.raises(
+        UserError, match="mono.zh is not zh, which the model reads: 0% of the letters"
+    ):
+        generate(str(path), tmp_path / "out", options(sanity_check=True))
+    generate(str(path), tmp_path / "out", options())
+    # a product's name in each line is no other language, and lines of numbers say nothing
+    path.write_text("我喜欢iPhone Pro Max\n12 34\n他买了MacBook Air\n", "utf-8")
+    generate(str(path), tmp_path / "mixed", options(sanity_check=True))
 
 
 def test_a_finished_run_is_left_alone(mono, tmp_path, plugin, monkeypatch):
@@ -495,8 +510,7 @@ def test_the_next_chunk_is_encoded_beside_decoding(tmp_path, plugin, monkeypatch
 
     monkeypatch.setattr(plugin.StubModel, "encode", encode)
     monkeypatch.setattr(plugin.StubModel, "translate", decode)
-    chosen = options(chunk_lines=4, sanity_check=False)
-    generate(str(numbered(tmp_path, 12)), tmp_path / "out", chosen)
+    generate(str(numbered(tmp_path, 12)), tmp_path / "out", options(chunk_lines=4))
     assert together == [True, True]
 
 
