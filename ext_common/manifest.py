@@ -24,6 +24,10 @@ _DISTRIBUTIONS = (
     "soundfile",
     "hydra-core",
     "omegaconf",
+    "sentencepiece",
+    "sacrebleu",
+    "ctranslate2",
+    "transformers",
 )
 
 

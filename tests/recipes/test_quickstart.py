@@ -418,19 +418,19 @@ def test_translation_quickstart(tmp_path):
 @pytest.mark.slow
 def test_translation_quickstart_on_own_files_typed_to(tmp_path):
     """Two files of other languages, more text of one for back-translation, a terminal to type at."""
-    words = "ein rotes Haus steht neben dem alten Baum und kleine Vögel singen laut".split()
-    english = "a red house stands beside the old tree and little birds sing loudly".split()
+    words = "ein rotes Haus steht neben dem alten Vögelbaum".split()
+    english = "a red house stands beside the old birdtree".split()
     rng = random.Random(1)
-    chosen = [[rng.randrange(len(words)) for _ in range(rng.randint(4, 9))] for _ in range(900)]
-    more = [[rng.randrange(len(words)) for _ in range(rng.randint(4, 9))] for _ in range(60)]
+    lines = [[rng.randrange(len(words)) for _ in range(rng.randint(3, 6))] for _ in range(560)]
+    chosen, more = lines[:500], lines[500:]
     files = {"my.de": (words, chosen), "my.en": (english, chosen), "more.en": (english, more)}
     for name, (vocabulary, numbers) in files.items():
-        lines = (" ".join(vocabulary[i] for i in line) + ".\n" for line in numbers)
-        (tmp_path / name).write_text("".join(lines), encoding="utf-8")
+        text = (" ".join(vocabulary[i] for i in line) + ".\n" for line in numbers)
+        (tmp_path / name).write_text("".join(text), encoding="utf-8")
     script = SCRIPTS / "quickstart" / "translation.py"
     args = ["--data", "my.de", "my.en", "--source-lang", "de", "--target-lang", "en"]
     reader, typed = pty.openpty()
-    command = [sys.executable, script, *args, "--mono", "more.en", "--updates", "60"]
+    command = [sys.executable, script, *args, "--mono", "more.en", "--updates", "160"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stdin=typed, stdout=typed, stderr=subprocess.PIPE, text=True
     )
@@ -450,7 +450,7 @@ def test_translation_quickstart_on_own_files_typed_to(tmp_path):
     scores = json.loads((out / "scores.json").read_text())
     assert scores["tokenizer"] == "13a"
     # The second model: both scores beside each other, from the files that the steps wrote.
-    place = out / "backtranslation" / "60"
+    place = out / "backtranslation" / "160"
     second = json.loads((place / "scores.json").read_text())
     report = json.loads((place / "data" / "manifest.json").read_text())["report"]
     assert report["languages"] == ["de", "en"] and report["effective"]["synthetic"] > 0
@@ -465,8 +465,8 @@ def test_translation_quickstart_on_own_files_typed_to(tmp_path):
 
     # Nothing is done again; without --mono there is no back-translation.
     before = times(out)
-    again = python(script, *args, "--mono", "more.en", "--updates", 60, cwd=tmp_path)
+    again = python(script, *args, "--mono", "more.en", "--updates", 160, cwd=tmp_path)
     # prepare finds out itself whether files of others have changed
     assert again.returncode == 0 and len(commands(again)) == 1 and times(out) == before
-    again = python(script, *args, "--updates", 60, cwd=tmp_path)
+    again = python(script, *args, "--updates", 160, cwd=tmp_path)
     assert again.returncode == 0 and "== with back-translation" not in again.stdout
