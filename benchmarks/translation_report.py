@@ -9,7 +9,6 @@ from pathlib import Path
 SHAPES = {
     "noam": ("noam-0.45", "Transformer 4 + 4, d 128, 3,800 pieces"),
     "shallownoam": ("shallownoam-0.45", "Transformer 2 + 2, d 192, 3,800 pieces"),
-    "bignoam": ("bignoam-0.45", "Transformer 4 + 4, d 128, 8,000 pieces"),
     "bigshallownoam": ("bigshallownoam-0.45", "Transformer 2 + 2, d 192, 8,000 pieces"),
     "lstm": ("lstm-0.004-0.1", "LSTM, 3,800 pieces"),
     "biglstm": ("biglstm-0.004-0.1", "LSTM, 8,000 pieces"),
