@@ -7,8 +7,7 @@ from pathlib import Path
 
 from benchmarks.translation_report import main_table, significance_table
 
-BITEXT = "bitext"
-TITLES = {BITEXT: "bitext only", "reverse": "(reverse model, zh → en)"}
+BITEXT, EARLY = "bitext", "_early"
 
 
 def report(results: Path, references: Path) -> str:
@@ -21,24 +20,28 @@ def report(results: Path, references: Path) -> str:
     if not systems:
         return "no run is recorded yet"
     reverse = systems.pop("reverse", None)
-    named = {title_of(name): runs for name, runs in systems.items()}
-    tables = [main_table("same updates", named)]
-    bitext = systems.get(BITEXT)
-    if bitext:
-        pairs = {
-            f"{title_of(name)} − {title_of(BITEXT)}": (runs, bitext)
-            for name, runs in systems.items()
-            if name != BITEXT
-        }
-        pairs |= {
-            f"{title_of(name)} − {title_of(base)}": (runs, systems[base])
-            for name, runs in systems.items()
-            if (base := name.partition("_")[0]) != name and base in systems
-        }
-        tables.append(significance_table(pairs, references))
+    early = {name: systems.pop(name) for name in list(systems) if name.endswith(EARLY)}
+    tables = []
+    for head, some in (("same updates", systems), ("two thirds of them", early)):
+        tables.append(main_table(head, {title_of(name): runs for name, runs in some.items()}))
+        tables.append(significance_table(differences(some), references))
     if reverse:
         tables.append(main_table("reverse model", {"zh → en": reverse}))
     return "\n\n".join(table for table in tables if table)
+
+
+def differences(systems: dict[str, list[dict]]) -> dict[str, tuple[list[dict], list[dict]]]:
+    """What is compared: each mixture with the bitext alone, each toggle with what it toggles."""
+    pairs = {}
+    for name, runs in systems.items():
+        mode, _, toggle = name.partition("_")
+        bases = [base for base in systems if base.partition("_")[0] == BITEXT and name != base]
+        if toggle and not name.endswith(EARLY):
+            bases.append(mode)
+        for base in bases:
+            if base in systems:
+                pairs[f"{title_of(name)} − {title_of(base)}"] = (runs, systems[base])
+    return pairs
 
 
 def read(results: Path) -> dict[str, list[dict]]:
@@ -47,7 +50,7 @@ def read(results: Path) -> dict[str, list[dict]]:
     for path in sorted(results.glob("*-*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         found.setdefault(run["run"].rsplit("-", 1)[0], []).append(run)
-    return dict(sorted(found.items(), key=lambda item: (item[0] != BITEXT, item[0])))
+    return dict(sorted(found.items(), key=lambda item: (not item[0].startswith(BITEXT), item[0])))
 
 
 def best_mode(results: Path, modes: Sequence[str]) -> str:
@@ -60,7 +63,7 @@ def best_mode(results: Path, modes: Sequence[str]) -> str:
 
 
 def title_of(name: str) -> str:
-    mode, _, toggle = name.partition("_")
-    if name in TITLES:
-        return TITLES[name]
+    mode, _, toggle = name.removesuffix(EARLY).partition("_")
+    if mode == BITEXT:
+        return "bitext only"
     return f"+ {mode}{', ' + toggle if toggle else ''}"
