@@ -57,7 +57,8 @@ def test_several_processes_write_what_one_writes(tmp_path):
 
 def test_ctrl_c_of_a_process_leaves_its_work_to_others(tmp_path):
     data = write_mono(tmp_path / "mono", 200)
-    dest, slow = tmp_path / "out", {"STUB_SLEEP": "0.01"}
+    # 20 s of work, so that it is far from done when it is interrupted
+    dest, slow = tmp_path / "out", {"STUB_SLEEP": "0.1"}
     first = start(tmp_path / "mono", dest, **slow)
     until = time.monotonic() + 60
     while not list(dest.glob(".work/done/*")) and time.monotonic() < until:
