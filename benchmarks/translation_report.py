@@ -105,9 +105,14 @@ def first_against(systems: dict[str, list[dict]]) -> dict[str, tuple[list[dict],
 def significance_table(
     pairs: dict[str, tuple[list[dict], list[dict]]], references: Path, lang: str = "zh"
 ) -> str:
-    """Title → two systems, compared on test seed by seed; the largest p of the seeds."""
+    """Title → two systems, compared on test by the outputs of equal seeds.
+
+    p of each seed by itself, the largest of them; and of all seeds together, where a sentence with the
+    outputs of all seeds is what is resampled or exchanged (their statistics are summed).
+    """
     from ext_common.manifest import sha256_file
-    from fairseq_ext.translation.scoring import ScoringOptions, score
+    from fairseq_ext.translation.metrics import tokenizer_for
+    from fairseq_ext.translation.scoring import Metric, ScoringOptions, compare
     from fairseq_ext.translation.text import read_lines
 
     if not pairs or not references.exists():
@@ -115,33 +120,36 @@ def significance_table(
     digest = sha256_file(references)
     if any(run["test"]["reference_sha256"] != digest for runs, _ in pairs.values() for run in runs):
         return f"({references} is of another split: prepare it again)"
-    lines = list(read_lines(references))
+    lines, options = list(read_lines(references)), ScoringOptions()
+    metrics = [Metric.of(key, lang, tokenizer_for(lang), [lines]) for key in ("bleu", "chrf")]
     rows = []
     for title, (ours, theirs) in pairs.items():
         same_seed = [(a, b) for a in ours for b in theirs if seed_of(a) == seed_of(b)]
         if not same_seed:
             continue
-        compared = [
-            score(
-                a["test"]["translations"],
-                [lines],
-                lang,
-                b["test"]["translations"],
-                options=ScoringOptions(metrics=["bleu", "chrf"]),
-            ).comparisons
-            for a, b in same_seed
-        ]
         row = [title]
-        for metric in ("bleu", "chrf"):
-            differences = [found[metric].difference for found in compared]
-            p = [(found[metric].bootstrap_p, found[metric].randomisation_p) for found in compared]
-            row.append(f"{statistics.mean(differences):+.1f}")
-            row.append(f"{max(one[0] for one in p):.4f} / {max(one[1] for one in p):.4f}")
+        for metric in metrics:
+            found = [
+                [metric.statistics(run["test"]["translations"]) for run in pair]
+                for pair in same_seed
+            ]
+            compared = [compare(metric.formula, *pair, options) for pair in found]
+            row.append(f"{statistics.mean(one.difference for one in compared):+.1f}")
+            worst = [max(p) for p in zip(*map(p_values, compared), strict=True)]
+            row.append(" / ".join(f"{p:.4f}" for p in worst))
+            together = compare(metric.formula, *map(sum, zip(*found, strict=True)), options)
+            row.append(" / ".join(f"{p:.4f}" for p in p_values(together)))
         rows.append([*row, str(len(same_seed))])
     if not rows:
         return ""
-    head = ["difference on test, same seeds", "BLEU", "p", "chrF", "p"]
+    head = ["difference on test, same seeds"]
+    for name in ("BLEU", "chrF"):
+        head += [name, "p, largest", "p, together"]
     return markdown([*head, "seeds"], rows)
+
+
+def p_values(comparison) -> tuple[float, float]:
+    return comparison.bootstrap_p, comparison.randomisation_p
 
 
 def seed_of(run: dict) -> str:

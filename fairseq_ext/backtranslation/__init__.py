@@ -9,7 +9,7 @@ __all__ = ["back_translate"]
 def back_translate(
     lines: Iterable[str],
     model: Any,
-    mode: str = "topk",
+    mode: str = "beam",
     mode_options: Any = None,
     seed: int = 1,
     round: int = 1,

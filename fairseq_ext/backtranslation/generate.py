@@ -1,6 +1,6 @@
 """Monolingual text and a reverse model make synthetic sources: as many lines as the text has, in its order.
 
-python -m fairseq_ext.backtranslation.generate mono.zh SYNTH --model CKPT_ZH_EN/checkpoint_best.pt --mode topk
+python -m fairseq_ext.backtranslation.generate mono.zh SYNTH --model CKPT_ZH_EN/checkpoint_best.pt --mode beam
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ class GenerateOptions(ModelOptions):
             "Hugging Face or CTranslate2"
         },
     )
-    mode: str = field(default="topk", metadata={"help": "how to write; the modes are below"})
+    mode: str = field(default="beam", metadata={"help": "how to write; the modes are below"})
     mode_options: Optional[str] = field(
         default=None, metadata={"help": "options of the mode, such as k=10,temperature=0.9"}
     )

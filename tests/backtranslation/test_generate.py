@@ -93,7 +93,7 @@ def check_complete(dest, data, nbest=1):
 
 def test_what_is_written(mono, tmp_path):
     dest = tmp_path / "deep" / "out"
-    fresh, manifest = generate(str(mono), dest, options(round=3))
+    fresh, manifest = generate(str(mono), dest, options(round=3, mode="topk"))
     assert fresh and manifest == check_complete(dest, TEXT.encode())
     digest = hashlib.blake2b(b"x", digest_size=32).hexdigest()
     first, second = rows(dest / "provenance.jsonl")[:2]
@@ -203,8 +203,8 @@ def test_a_finished_run_is_left_alone(mono, tmp_path, plugin, monkeypatch):
 @pytest.mark.parametrize(
     "more, named",
     [
-        ({"mode": "topp"}, "--mode topk, not topp"),
-        ({"mode_options": "k=5"}, "k 10, not 5"),
+        ({"mode": "topp"}, "--mode beam, not topp"),
+        ({"mode_options": "beam=3"}, "beam 5, not 3"),
         ({"model": "y"}, "another model"),
         ({"seed": 2}, "seed 1, not 2"),
         ({"round": 2}, "round 1, not 2"),
