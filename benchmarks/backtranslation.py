@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "backtranslation_speed.json"
 BATCHES = (16, 32, 64)
 # of 64 lines of 20 pieces, two batches and one
-MAX_TOKENS = (700, 4000)
+MAX_TOKENS = (700, 1000, 4000)
 # ours over each of these
 GOALS = {sides.ONE: 30.0, sides.BATCHED: 2.0}
 

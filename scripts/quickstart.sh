@@ -5,8 +5,9 @@
 #
 # speaker:     make recordings of synthetic voices, train a model that tells them apart, test it.
 #              Options: bash scripts/quickstart.sh speaker --help
-# translation: make English-Chinese sentence pairs, train a model that translates them, score it,
-#              translate what you type. Options: bash scripts/quickstart.sh translation --help
+# translation: make English-Chinese sentence pairs, train a model that translates them, score it, train
+#              a second one with back-translation, translate what you type.
+#              Options: bash scripts/quickstart.sh translation --help
 #
 # Safe to call again: it continues where it was stopped and skips what is done.
 set -euo pipefail

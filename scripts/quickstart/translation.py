@@ -151,12 +151,7 @@ def prepare(steps, options):
     if options.data:
         # Of the user's own files only the command itself knows whether they are still the same.
         command += [*(relative(path) for path in options.data), data, *languages]
-        try:
-            steps.do("prepare the bitext", command, outputs=[data / "corpus.json"], always=True)
-        except UserError as error:
-            raise UserError(
-                f"{error}; if the files have changed, start over with --fresh"
-            ) from None
+        prepare_step(steps, command, [], data, always=True)
         return data
     corpus = steps.folder / "corpus"
     files = {split: corpus / f"{split}.tsv" for split in ("train", "valid", "test")}
@@ -176,9 +171,16 @@ def prepare(steps, options):
     ]
     # Sentences here are few and short: some of train hold most of one of test, with another value.
     command += ["--on-leak", "remove", "--spm-size", "1000"]
-    inputs, outputs = list(files.values()), [data / "corpus.json"]
-    steps.do("prepare the bitext", command, inputs=inputs, outputs=outputs)
+    prepare_step(steps, command, list(files.values()), data)
     return data
+
+
+def prepare_step(steps, command, inputs, data, always=False):
+    try:
+        outputs = [data / "corpus.json"]
+        steps.do("prepare the bitext", command, inputs=inputs, outputs=outputs, always=always)
+    except UserError as error:
+        raise UserError(f"{error}; if the files have changed, start over with --fresh") from None
 
 
 def pictures(steps, data, checkpoint, options):
