@@ -141,7 +141,7 @@ def call(capfd, *args):
         (["--prefix", ">>eng<<"], 2, "belongs to --reverse"),
         (["--upsample", 0], 2, "--upsample must be at least 1"),
         (["--mode", "topq"], 1, "topk"),
-        (["--mode-options", "beam=3"], 1, "beam"),
+        (["--mode-options", "k=3"], 1, "known: beam, lenpen"),
         (["--filters", "emty"], 1, "empty"),
         (["--filters", "round_trip"], 1, "needs a forward model"),
         (["--tag", "<XX>"], 1, "--extra-symbols '<XX>'"),
