@@ -1,8 +1,6 @@
 """The tables of `benchmarks.backtranslation_tables` as Markdown, from the JSON files of its runs."""
 
 import json
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.translation_report import main_table, significance_table
@@ -51,15 +49,6 @@ def read(results: Path) -> dict[str, list[dict]]:
         run = json.loads(path.read_text(encoding="utf-8"))
         found.setdefault(run["run"].rsplit("-", 1)[0], []).append(run)
     return dict(sorted(found.items(), key=lambda item: (not item[0].startswith(BITEXT), item[0])))
-
-
-def best_mode(results: Path, modes: Sequence[str]) -> str:
-    """The mode whose mean BLEU on valid is best."""
-    systems = read(results)
-    done = {mode: systems[mode] for mode in modes if mode in systems}
-    if not done:
-        raise SystemExit("error: no run of a mode is recorded: run the group modes first")
-    return max(done, key=lambda m: statistics.mean(run["valid"]["bleu"] for run in done[m]))
 
 
 def title_of(name: str) -> str:
