@@ -27,7 +27,12 @@ def start(mono, dest, chunk_lines=20, **environ):
     call += ["--user-dir", str(Path(__file__).with_name("stub_plugin"))]
     environ = {**os.environ, **environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(call, env=environ, **pipes)
+    return subprocess.Popen(call, env=environ, preexec_fn=hear_ctrl_c, **pipes)
+
+
+def hear_ctrl_c():
+    """Tests that run in the background of a shell inherit that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def write_mono(path, count):
