@@ -95,7 +95,7 @@ class CorpusOptions:
     pairs: int = field(default=12_000, metadata={"help": "pairs of train"})
     valid: int = field(default=300, metadata={"help": "pairs of valid"})
     test: int = field(default=500, metadata={"help": "pairs of test"})
-    mono: int = field(default=4_000, metadata={"help": "lines of mono.zh; 0: do not write it"})
+    mono: int = field(default=2_000, metadata={"help": "lines of mono.zh; 0: do not write it"})
     seed: int = field(
         default=1, metadata={"help": "seed of values, names, sentences and the split"}
     )
