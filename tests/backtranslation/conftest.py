@@ -7,7 +7,8 @@ import pytest
 
 _translation = runpy.run_path(str(Path(__file__).parents[1] / "translation" / "conftest.py"))
 _confident = runpy.run_path(str(Path(__file__).parents[1] / "translation" / "confident.py"))
-toy_pairs, toy_tsv, toy_data = (_translation[name] for name in ("toy_pairs", "toy_tsv", "toy_data"))
+_names = ("WORDS", "toy_pairs", "toy_tsv", "toy_data")
+WORDS, toy_pairs, toy_tsv, toy_data = (_translation[name] for name in _names)
 
 
 @pytest.fixture(scope="session")

@@ -17,25 +17,7 @@ from fairseq_ext.backtranslation.guards import (
 )
 from fairseq_ext.backtranslation.synthetic import Pair, Synthetic
 
-# English word for word Chinese.
-WORDS = {
-    "I": "我",
-    "you": "你",
-    "we": "我们",
-    "he": "他",
-    "like": "喜欢",
-    "see": "看见",
-    "buy": "买",
-    "eat": "吃",
-    "red": "红的",
-    "big": "大的",
-    "new": "新的",
-    "cold": "冷的",
-    "apples": "苹果",
-    "houses": "房子",
-    "books": "书",
-    "fish": "鱼",
-}
+from .conftest import WORDS
 
 
 def toy_pairs(count: int, seed: int = 1, end: str = "") -> list[tuple[str, str]]:
