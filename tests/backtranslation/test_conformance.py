@@ -16,6 +16,8 @@ from fairseq_ext.translation.translator import Translator
 
 pytest.importorskip("transformers", reason="pip install -e '.[huggingface]'")
 pytest.importorskip("ctranslate2", reason="pip install -e '.[ctranslate2]'")
+# a model of its own is trained
+pytestmark = pytest.mark.slow
 _here = Path(__file__).parents[1] / "translation"
 _confident = runpy.run_path(str(_here / "confident.py"))["confident"]
 _toy = runpy.run_path(str(_here / "conftest.py"))

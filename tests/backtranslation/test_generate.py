@@ -728,6 +728,7 @@ def in_a_child(mono, dest, count=None):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 def test_killed_before_any_change_and_run_again(tmp_path):
     mono = numbered(tmp_path, 7)
     assert in_a_child(mono, tmp_path / "undisturbed") == 0
