@@ -9,7 +9,7 @@ from ext_common.cli import UserError
 
 # Enough for the reverse model to write sentences; the same whatever --updates is from here on, so that a
 # model that trains on goes on with the same synthetic text.
-REVERSE_UPDATES = 400
+REVERSE_UPDATES = 300
 # After fewer a model says one word over and over, which `generate` refuses at its start.
 LEAST_UPDATES = 100
 
@@ -86,7 +86,7 @@ def compare(scores, place, options):
 CLDR_MEANING = (
     "This is generated text too: the added lines are the same few sentences with other values, which the "
     "bitext\nshows often enough, and names of test are not among them. A reverse model that was trained this "
-    "shortly writes\nmany a wrong number, and equal updates leave fewer for the real pairs. So an improvement "
+    "shortly writes\nmany a wrong number, and equal updates leave fewer for real pairs. So an improvement "
     "is not promised, a lower\nscore is no surprise: the comparison shows that the steps work, not what "
     "back-translation is worth on real text."
 )
