@@ -120,9 +120,16 @@ def test_every_side_runs_every_round():
     )
 
 
-def test_memory_of_what_is_known():
-    found = common.memory_increase(lambda: np.ones(40_000_000, dtype=np.uint8).sum())
-    assert 36 < found["peak_mb"] < 60
+def test_memory_of_what_is_known(repo_root):
+    # In a process of its own, as the benchmarks do: here the system may take back pages meanwhile.
+    program = (
+        "import json, numpy as np; from benchmarks import common; "
+        "work = lambda: np.ones(40_000_000, dtype=np.uint8).sum(); work(); "
+        "print(json.dumps(common.memory_increase(work)))"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=True)
+    assert 36 < json.loads(done.stdout)["peak_mb"] < 60
 
 
 @pytest.mark.slow
