@@ -15,9 +15,9 @@ from typing import Any, Optional
 
 import torch
 
+from ext_common.checkpoints import read_state
 from ext_common.cli import Parser, UsageError, UserError, run
 from ext_common.manifest import atomic_write
-from fairseq_ext.checkpoints import read_state
 
 _PARTS = ("model", "criterion")
 _DROPPED = ("last_optimizer_state",)

@@ -142,8 +142,8 @@ def main(argv: list[str]) -> int:
 
 
 def _load_fairseq() -> None:
+    from ext_common.checkpoints import untouched_logging
     from ext_common.compat.messages import leave_out_harmless_warnings
-    from fairseq_ext.checkpoints import untouched_logging
 
     leave_out_harmless_warnings()
     with untouched_logging():

@@ -125,8 +125,8 @@ def open_model(
     import_transformers()
     folder = find_folder(path)
     vocabulary = load_vocabulary(folder, source_lang, target_lang, prefix, os.fspath(path))
+    from ext_common.checkpoints import usable_device
     from fairseq_ext.backtranslation.huggingface_decoder import HuggingFaceBackend
-    from fairseq_ext.checkpoints import usable_device
 
     device = usable_device(device)
     model = load_model(folder, os.fspath(path))

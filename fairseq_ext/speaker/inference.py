@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ext_common.checkpoints import build_network, name_of, read_state, usable_device
 from ext_common.cli import UserError
-from fairseq_ext.checkpoints import build_network, name_of, read_state, usable_device
 from fairseq_ext.speaker.features import FeatureSpec, audio_features
 
 # Padded frames in one batch, as the task's max_valid_frames.

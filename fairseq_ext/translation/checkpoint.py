@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ext_common import checkpoints
 from ext_common.cli import UserError
-from fairseq_ext import checkpoints
 from fairseq_ext.translation.spm import EOS, Codec
 from fairseq_ext.translation.text import detokenise, normalise, written
 

@@ -97,7 +97,7 @@ class Translator:
             return cls(*open_model(paths, device, compute_type, user_dir, threads))
         if backend != "fairseq":
             raise UserError(f"unknown backend {backend!r}: there are {', '.join(BACKENDS)}")
-        from fairseq_ext.checkpoints import usable_device
+        from ext_common.checkpoints import usable_device
 
         models, vocabularies = [], {}
         for one in paths:

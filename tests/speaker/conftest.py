@@ -52,7 +52,7 @@ def tiny_state(tiny_data):
     """
     import torch
 
-    from fairseq_ext.checkpoints import untouched_logging
+    from ext_common.checkpoints import untouched_logging
 
     with untouched_logging():
         import fairseq  # noqa: F401

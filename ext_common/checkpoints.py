@@ -11,7 +11,7 @@ from typing import Any
 
 from ext_common.cli import UserError
 
-OUR_PLUGIN = "fairseq_ext"
+OUR_PLUGINS = ("fairseq_ext", "diffusion_ext")
 
 
 def read_state(path: str | os.PathLike) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def import_plugin(state: Mapping, user_dir: str | None) -> str | None:
     recorded = state["cfg"].get("common") or {}
     recorded = recorded.get("user_dir") if isinstance(recorded, Mapping) else None
     folder = user_dir or recorded
-    if not folder or Path(folder).name == OUR_PLUGIN:
+    if not folder or Path(folder).name in OUR_PLUGINS:
         return None
     if not os.path.isdir(folder):
         if user_dir:
