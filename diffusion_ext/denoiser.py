@@ -1,0 +1,66 @@
+"""From a network to what samplers ask for: x_0 and ε at a timestep."""
+
+from collections.abc import Callable
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from diffusion_ext.objectives import OBJECTIVES, clipped
+from diffusion_ext.samplers import LearnedPrediction
+from diffusion_ext.schedules import NoiseSchedule
+
+
+class Denoiser:
+    """denoise(x, timestep) for one batch on its way from noise to images.
+
+    network(x, t, label, x0) → output (B, C or 2C, H, W), where x0 is what self-conditioning feeds back (None
+    for a model without). label: (B,) or None; guidance: weight w of classifier-free guidance (Ho & Salimans
+    2022, arXiv 2207.12598): out = none + w (label − none), 1 is the label alone. clip: x_0 held in [−1, 1].
+    """
+
+    def __init__(
+        self,
+        network: Callable,
+        schedule: NoiseSchedule,
+        objective: str,
+        *,
+        label: Optional[Tensor] = None,
+        guidance: float = 1.0,
+        clip: bool = True,
+        self_condition: bool = False,
+    ):
+        self.network, self.objective = network, OBJECTIVES.get(objective)
+        self.alpha, self.sigma = schedule.alpha.tolist(), schedule.sigma.tolist()
+        self.label, self.guidance, self.clip = label, guidance, clip
+        self.self_condition = self_condition
+        self.x0: Optional[Tensor] = None
+
+    def __call__(self, x: Tensor, timestep: int):
+        t = torch.full((len(x),), timestep, dtype=torch.long, device=x.device)
+        output, fraction = split_output(self._output(x, t), x.shape[1])
+        a, s = self.alpha[timestep], self.sigma[timestep]
+        predicted = self.objective.prediction(output, x, a, s)
+        if self.clip:
+            predicted = clipped(predicted, x, a, s)
+        if self.self_condition:
+            self.x0 = predicted.x0
+        return predicted if fraction is None else LearnedPrediction(*predicted, fraction)
+
+    def _output(self, x: Tensor, t: Tensor) -> Tensor:
+        output = self.network(x, t, self.label, self.x0)
+        if self.label is None or self.guidance == 1:
+            return output.float()
+        without = self.network(x, t, None, self.x0)
+        return without.float() + self.guidance * (output - without).float()
+
+
+def split_output(output: Tensor, channels: int) -> tuple[Tensor, Optional[Tensor]]:
+    """(B, C, …) as it is; (B, 2C, …) into the prediction and the fraction of the variance, from [−1, 1] to [0, 1].
+
+    Nichol & Dhariwal 2021, arXiv 2102.09672, equation 15.
+    """
+    if output.shape[1] == channels:
+        return output, None
+    output, fraction = output.split(channels, 1)
+    return output, (fraction + 1) / 2

@@ -1,0 +1,115 @@
+"""Images made from images: between two, and where a mask says so."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_ext.dataset import to_float
+from diffusion_ext.images import BadImage, decode_image
+from diffusion_ext.pictures import to_uint8
+from diffusion_ext.randomness import ImageNoise
+from diffusion_ext.samplers import Level, Trajectory, ddim, ddpm, trajectory, transition
+from diffusion_ext.schedules import NoiseSchedule
+from ext_common.cli import UserError
+
+
+def interpolation(model, options, numbers: Sequence[int]) -> Callable:
+    """draw(numbers): the first of `numbers` is A as it comes back from its latent, the last is B."""
+    ends = [read(path, model.shape, model.device) for path in options.interpolate]
+    top = max(1, round(options.noise_level * model.schedule.timesteps)) - 1
+    if top < 1:
+        raise UserError("--noise-level is too small: no noise is left to mix in")
+    lower = NoiseSchedule(model.schedule.alphas_cumprod[: top + 1])
+    path = trajectory(lower, min(options.steps, top + 1), options.spacing)
+    denoise = model.denoiser(clip=options.clip, bf16=options.precision == "bf16")
+    with torch.no_grad():
+        first, last = (invert(denoise, image[None], path) for image in ends)
+
+    def draw(chosen: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray]]:
+        count = max(1, len(numbers) - 1)
+        for start in range(0, len(chosen), options.batch_size):
+            part = list(chosen[start : start + options.batch_size])
+            latents = [slerp(first, last, (k - numbers[0]) / count) for k in part]
+            with torch.no_grad():
+                yield part, to_uint8(ddim(denoise, torch.cat(latents), path, None))
+
+    return draw
+
+
+def invert(denoise, image: Tensor, path: Trajectory) -> Tensor:
+    """The noisy image at the first level of `path` that DDIM would bring back to `image` (B, C, H, W).
+
+    DDIM run backwards (Song et al. 2020, arXiv 2010.02502, section 4.3): exact as the steps get small.
+    """
+    x = image
+    up = path.levels[::-1]
+    for now, then in zip(up, up[1:], strict=False):
+        # the image itself is looked at as if it had the noise of the lowest level
+        predicted = denoise(x, now.timestep if now.timestep >= 0 else then.timestep)
+        x = then.alpha * predicted.x0 + then.sigma * predicted.eps
+    return x
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Along the great circle from a (share 0) to b (share 1), each (1, C, H, W); keeps the length of noise."""
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
+    angle = torch.acos(cosine)
+    if angle < 1e-4:
+        return torch.lerp(a, b, share)
+    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+
+
+def inpainting(model, options) -> Callable:
+    """draw(numbers): what is white in the mask drawn anew, the rest as in the image."""
+    image = read(options.inpaint, model.shape, model.device)
+    mask = read(options.mask, (1, *model.shape[1:]), model.device) > 0
+    path = trajectory(model.schedule, options.steps, options.spacing)
+
+    def draw(chosen: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray]]:
+        for start in range(0, len(chosen), options.batch_size):
+            part = list(chosen[start : start + options.batch_size])
+            noise = ImageNoise(options.seed, part, model.shape, model.device)
+            denoise = model.denoiser(clip=options.clip, bf16=options.precision == "bf16")
+            with torch.no_grad():
+                yield part, to_uint8(repaint(denoise, image, mask, path, noise, options.resample))
+
+    return draw
+
+
+def repaint(
+    denoise, image: Tensor, mask: Tensor, path: Trajectory, noise: ImageNoise, times: int
+) -> Tensor:
+    """RePaint (Lugmayr et al. 2022, arXiv 2201.09865, Algorithm 1) with jumps of one level.
+
+    image: (C, H, W); mask: bool, True where to draw; noise.start: (B, C, H, W). At every level the known pixels
+    are those of the image, noised to that level; each level is gone through `times` times.
+    """
+    x = noise.start
+    for _, now, then in path.steps:
+        repeats = times if then.sigma > 0 else 1
+        for k in range(repeats):
+            x = one_step(denoise, x, now, then, noise)
+            known = then.alpha * image + (then.sigma * noise.draw() if then.sigma > 0 else 0)
+            x = torch.where(mask, x, known)
+            if k < repeats - 1:
+                kept, fresh = transition(now, then)
+                x = kept * x + math.sqrt(fresh) * noise.draw()
+    return x
+
+
+def one_step(denoise, x: Tensor, now: Level, then: Level, noise: ImageNoise) -> Tensor:
+    """One step of ancestral sampling."""
+    return ddpm(denoise, x, Trajectory((now, then)), noise)
+
+
+def read(path: str, shape: tuple[int, int, int], device) -> Tensor:
+    """An image file as the model's own images are, float (C, H, W) in [−1, 1]."""
+    channels, height, width = shape
+    try:
+        pixels = decode_image(path, height, width, channels)
+    except BadImage as error:
+        raise UserError(f"{path} cannot be used ({error}): give the file of an image") from None
+    return to_float(torch.from_numpy(pixels)).to(device)

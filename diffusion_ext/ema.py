@@ -1,0 +1,62 @@
+"""Averages of the weights, of which samples are drawn.
+
+The half-life is counted in images, so that it means the same for every batch size, and grows with training
+(Karras et al. 2022, arXiv 2206.00364, appendix F.2): an average of a fixed long half-life is mostly the random
+beginning for as long. Several lengths can be kept side by side.
+"""
+
+from typing import Dict, List, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverages(nn.Module):
+    """For each half-life the average of a module's parameters, as buffers: saved and resumed with the model.
+
+    half_lives: images; ramp_up: the half-life is at most this share of the images seen so far.
+    """
+
+    def __init__(self, module: nn.Module, half_lives: Sequence[float], ramp_up: float):
+        super().__init__()
+        self.half_lives, self.ramp_up = list(half_lives), ramp_up
+        parameters = dict(module.named_parameters())
+        self.names, self.shapes = list(parameters), [p.shape for p in parameters.values()]
+        flat = torch.cat([p.detach().float().flatten() for p in parameters.values()])
+        self.register_buffer("weights", flat.repeat(len(self.half_lives), 1))
+
+    def _apply(self, fn, recurse=True):
+        # half-precision averages would stand still: an update changes the last bits
+        super()._apply(fn, recurse)
+        self.weights = self.weights.float()
+        return self
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, images_seen: float, images: float) -> None:
+        """After an update with `images` images that brought the total to `images_seen`."""
+        parameters = [p.detach() for p in module.parameters()]
+        for average, half_life in zip(self.weights, self.half_lives, strict=True):
+            weight = 1 - decay(half_life, images_seen, images, self.ramp_up)
+            views = self._views(average)
+            if parameters[0].dtype != average.dtype:
+                parameters = [p.to(average.dtype) for p in parameters]
+            torch._foreach_lerp_(views, parameters, weight)
+
+    def of(self, index: int = 0) -> Dict[str, Tensor]:
+        """Parameter name → average number `index`, views of the buffer."""
+        return dict(zip(self.names, self._views(self.weights[index]), strict=True))
+
+    def _views(self, flat: Tensor) -> List[Tensor]:
+        sizes = [shape.numel() for shape in self.shapes]
+        return [
+            part.view(shape) for part, shape in zip(flat.split(sizes), self.shapes, strict=True)
+        ]
+
+
+def decay(half_life: float, images_seen: float, images: float, ramp_up: float) -> float:
+    """Share of the old average that an update with `images` images leaves: 0.5^(images / half-life).
+
+    The half-life in force is min(half_life, ramp_up · images_seen); 0 means no average, the weights as they are.
+    """
+    current = min(half_life, ramp_up * images_seen)
+    return 0.5 ** (images / current) if current > 0 else 0.0

@@ -1,0 +1,155 @@
+"""A trained diffusion model outside of training: from a checkpoint file to images.
+
+    model = DiffusionModel.from_checkpoint("CKPT/checkpoint_last.pt")
+    images = model.sample(16, sampler="dpmpp_2m", steps=20, seed=1)      # uint8 (16, C, H, W)
+
+Needs the checkpoint and nothing else: schedule, objective, size and classes are in it.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_ext.denoiser import Denoiser
+from diffusion_ext.pictures import to_uint8
+from diffusion_ext.randomness import ImageNoise
+from diffusion_ext.samplers import SAMPLERS, trajectory
+from diffusion_ext.schedules import build_schedule
+from ext_common.checkpoints import build_network, name_of, read_state, usable_device
+from ext_common.cli import UserError
+
+PARTS = ("diffusion_ext",)
+SPEC = {"height", "width", "channels", "classes", "condition_size"}
+
+
+class DiffusionModel:
+    """A network with one of its averages of weights, and how it was trained.
+
+    average: number of the average (order of --ema-half-life), None for the weights themselves.
+    """
+
+    def __init__(self, model, cfg: Mapping, spec: Mapping, device="cpu", average: int | None = 0):
+        self.model, self.spec, self.device = model.to(device).eval(), dict(spec), torch.device(device)
+        self.options = cfg
+        self.schedule = build_schedule(
+            cfg["beta_schedule"], cfg["timesteps"], cfg["zero_terminal_snr"]
+        )
+        self.objective = cfg["objective"]
+        if average is not None and not 0 <= average < len(model.ema.half_lives):
+            raise UserError(
+                f"--ema {average} is not there: the model has {len(model.ema.half_lives)} averages,"
+                " counted from 0"
+            )
+        self.average = average
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike,
+        device: str = "auto",
+        average: int | None = 0,
+        user_dir: str | None = None,
+    ) -> "DiffusionModel":
+        """The model in a checkpoint of fairseq-train; UserError, in one sentence, where it fails."""
+        device = usable_device(device)
+        state = read_checkpoint(path)
+        model = build_network(state, path, PARTS, user_dir)
+        return cls(model, state["cfg"]["task"], state["task_state"]["spec"], device, average)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.spec["channels"], self.spec["height"], self.spec["width"]
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.spec["classes"])
+
+    def denoiser(self, label: Tensor | None = None, guidance: float = 1.0, clip=True, bf16=False) -> Denoiser:
+        """What a sampler asks, for one batch; see `Denoiser`."""
+
+        def network(x, t, label, x0):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                return self.model(x, t, label, x0, average=self.average)
+
+        return Denoiser(
+            network,
+            self.schedule,
+            self.objective,
+            label=label,
+            guidance=guidance,
+            clip=clip,
+            self_condition=self.model.self_condition,
+        )
+
+    def batches(
+        self,
+        numbers: Sequence[int],
+        *,
+        sampler: str = "dpmpp_2m",
+        steps: int = 20,
+        seed: int = 1,
+        batch_size: int = 64,
+        spacing: str = "trailing",
+        labels: Sequence[int] | None = None,
+        guidance: float = 1.0,
+        clip: bool = True,
+        bf16: bool = False,
+        watch: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """(numbers, uint8 (B, C, H, W)) batch by batch; image `number` depends on (seed, number) alone.
+
+        sampler: registered name, or "name:option=value,…"; labels: class index of each number.
+        """
+        name, _, given = sampler.partition(":")
+        run, options = SAMPLERS.get(name), SAMPLERS.options(name, given)
+        options = {} if options is None else asdict(options)
+        path = trajectory(self.schedule, steps, spacing)
+        for start in range(0, len(numbers), batch_size):
+            chosen = list(numbers[start : start + batch_size])
+            noise = ImageNoise(seed, chosen, self.shape, self.device)
+            label = None
+            if labels is not None:
+                label = torch.tensor(labels[start : start + batch_size], device=self.device)
+            denoise = self.denoiser(label, guidance, clip, bf16)
+            with torch.no_grad():
+                x0 = run(denoise, noise.start, path, noise, **options, **({"watch": watch} if watch else {}))
+            yield chosen, to_uint8(x0)
+
+    def sample(self, count: int, first: int = 0, **options: Any) -> np.ndarray:
+        """uint8 (count, C, H, W), the images number `first` on; options as of `batches`."""
+        parts = [images for _, images in self.batches(range(first, first + count), **options)]
+        return np.concatenate(parts)
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """What `torch.save` wrote, as plain dicts and tensors on the CPU.
+
+    Nothing the file holds is run (weights_only). UserError where it is missing, damaged, or of
+    anything but a diffusion model.
+    """
+    state = read_state(path)
+    why = why_no_diffusion_model(state)
+    if why:
+        raise UserError(f"{path} {why}: give a checkpoint of diffusion_ext.train")
+    return state
+
+
+def why_no_diffusion_model(state: Any) -> str | None:
+    """The second half of a sentence about a checkpoint's content; None for a diffusion model."""
+    if not isinstance(state, Mapping) or not isinstance(state.get("model"), Mapping):
+        return "is not a checkpoint of fairseq-train"
+    task_state = state.get("task_state")
+    spec = task_state.get("spec") if isinstance(task_state, Mapping) else None
+    if not isinstance(spec, Mapping) or not set(spec) >= SPEC:
+        kind = name_of(state, "task")
+        return f"is of another task{f' ({kind})' if kind else ''}, not of diffusion"
+    cfg = state.get("cfg")
+    if not isinstance(cfg, Mapping) or not {"task", "model"} <= set(cfg):
+        return "does not say how its model was built (it has no cfg)"
+    return None

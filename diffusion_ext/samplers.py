@@ -1,0 +1,243 @@
+"""Samplers: from noise to images along a falling list of noise levels.
+
+A sampler is a function of a denoiser, the noise to start from and a `Trajectory` of levels; it knows neither
+network nor objective nor schedule. Someone's own is one decorated function:
+
+    @SAMPLERS.register("mine")
+    def mine(denoise, x, path, noise, watch): ...
+
+denoise(x, timestep) → `Prediction` (or a `LearnedPrediction`); x: (B, C, H, W) at the first level; noise(i) →
+standard normal of x's shape for step i; watch(i, x, x0) is called after each step. Returns x_0 of x's shape.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion_ext.objectives import Prediction
+from diffusion_ext.schedules import NoiseSchedule
+from ext_common.cli import UserError
+from ext_common.registry import Registry
+
+SAMPLERS = Registry("sampler")
+SPACINGS = Registry("spacing")
+
+
+class LearnedPrediction(NamedTuple):
+    """A `Prediction` with the network's word on the variance: 0 is the posterior's, 1 is β."""
+
+    x0: Tensor
+    eps: Tensor
+    fraction: Tensor
+
+
+class Level(NamedTuple):
+    """One noise level: x = alpha x_0 + sigma ε, alpha² + sigma² = 1; `timestep` −1 is the image."""
+
+    timestep: int
+    alpha: float
+    sigma: float
+
+    @property
+    def half_log_snr(self) -> float:
+        """λ = log(alpha / sigma): −∞ for pure noise, ∞ for the image."""
+        if self.alpha == 0 or self.sigma == 0:
+            return -math.inf if self.alpha == 0 else math.inf
+        return math.log(self.alpha / self.sigma)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The levels a sampler passes through, from T − 1 down to the image itself."""
+
+    levels: tuple[Level, ...]
+
+    @property
+    def steps(self) -> list[tuple[int, Level, Level]]:
+        """(number, from, to) of each step."""
+        return [(i, *pair) for i, pair in enumerate(zip(self.levels, self.levels[1:], strict=False))]
+
+
+def trajectory(schedule: NoiseSchedule, steps: int, spacing: str = "trailing") -> Trajectory:
+    """`steps` levels of the schedule, from its last timestep T − 1 on, and then the image.
+
+    spacing: how the timesteps are chosen (`SPACINGS`). UserError for steps outside 1 … T.
+    """
+    total = schedule.timesteps
+    if not 1 <= steps <= total:
+        raise UserError(
+            f"--steps {steps} is not possible: the model was trained with {total} timesteps, give"
+            f" 1 to {total}"
+        )
+    chosen = SPACINGS.build(spacing, schedule, steps)
+    alpha, sigma = schedule.alpha.tolist(), schedule.sigma.tolist()
+    levels = [Level(t, alpha[t], sigma[t]) for t in chosen]
+    return Trajectory((*levels, Level(-1, 1.0, 0.0)))
+
+
+@SPACINGS.register("trailing")
+def trailing(schedule: NoiseSchedule, steps: int) -> list[int]:
+    """Evenly in t from T − 1 on: ⌈T (S − i) / S⌉ − 1 (Lin et al. 2023, arXiv 2305.08891, section 3.3)."""
+    total = schedule.timesteps
+    return [-(-total * (steps - i) // steps) - 1 for i in range(steps)]
+
+
+@SPACINGS.register("logsnr")
+def even_log_snr(schedule: NoiseSchedule, steps: int) -> list[int]:
+    """Evenly in log-SNR from T − 1 down to 0 (Lu et al. 2022, arXiv 2206.00927), to the nearest timestep."""
+    snr = schedule.snr
+    # a last level without any image has no logarithm: the one before it ends the scale
+    log_snr = snr.clamp(min=float(snr[-2]) / 4 if snr[-1] == 0 else 0).log()
+    wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
+    nearest = (log_snr[None] - wanted[:, None]).abs().argmin(1).tolist()
+    total = schedule.timesteps
+    chosen = []
+    for i, t in enumerate(nearest):
+        # strictly falling, and leaving a timestep for each step that is still to come
+        t = min(t, chosen[-1] - 1) if chosen else total - 1
+        chosen.append(max(t, steps - 1 - i))
+    return chosen
+
+
+def no_watch(i: int, x: Tensor, x0: Tensor) -> None:
+    pass
+
+
+@dataclass
+class DdpmOptions:
+    variance: str = field(
+        default="auto",
+        metadata={
+            "help": "of the noise added: small (the posterior's for a single image), large (β), learned (by a"
+            " model trained so), auto (learned where there is one, else small)",
+            "choices": ["auto", "small", "large", "learned"],
+        },
+    )
+
+
+@SAMPLERS.register("ddpm", options=DdpmOptions)
+def ddpm(denoise, x, path, noise, watch=no_watch, variance="auto"):
+    """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239, equations 6, 7 and 11), on any sub-list of timesteps.
+
+    The last step adds no noise. `large` is better with all 1,000 steps and ruinous with few.
+    """
+    for i, now, then in path.steps:
+        predicted = denoise(x, now.timestep)
+        kept, fresh = transition(now, then)
+        mean = (then.alpha * fresh / now.sigma**2) * predicted.x0
+        mean = mean + (kept * then.sigma**2 / now.sigma**2) * x
+        if then.sigma > 0:
+            std = _ancestral_std(predicted, fresh, fresh * then.sigma**2 / now.sigma**2, variance)
+            mean = mean + std * noise(i)
+        x = mean
+        watch(i, x, predicted.x0)
+    return x
+
+
+def transition(now: Level, then: Level) -> tuple[float, float]:
+    """(√(ᾱ_now/ᾱ_then), 1 − ᾱ_now/ᾱ_then): what a noising step from `then` to `now` keeps and adds."""
+    kept = now.alpha / then.alpha
+    # not 1 − kept²: neighbouring levels differ in the last digits
+    fresh = (now.sigma**2 - then.sigma**2) / then.alpha**2
+    return kept, fresh
+
+
+def _ancestral_std(predicted, large: float, small: float, variance: str):
+    fraction = getattr(predicted, "fraction", None)
+    if variance == "learned" and fraction is None:
+        raise UserError(
+            "variance=learned needs a model trained with --learned-variance: use small or large"
+        )
+    if variance == "large":
+        return math.sqrt(large)
+    if variance == "small" or fraction is None:
+        return math.sqrt(small)
+    return torch.exp(0.5 * (fraction * math.log(large) + (1 - fraction) * math.log(small)))
+
+
+@dataclass
+class DdimOptions:
+    eta: float = field(
+        default=0.0, metadata={"help": "share of fresh noise: 0 none, 1 that of ancestral sampling"}
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.eta <= 1:
+            raise ValueError("eta must be in [0, 1]")
+
+
+@SAMPLERS.register("ddim", options=DdimOptions)
+def ddim(denoise, x, path, noise, watch=no_watch, eta=0.0):
+    """DDIM (Song et al. 2020, arXiv 2010.02502, equations 12 and 16)."""
+    for i, now, then in path.steps:
+        predicted = denoise(x, now.timestep)
+        _, fresh = transition(now, then)
+        std = eta * math.sqrt(fresh) * then.sigma / now.sigma
+        x = then.alpha * predicted.x0
+        x = x + math.sqrt(max(0.0, then.sigma**2 - std**2)) * predicted.eps
+        if std > 0:
+            x = x + std * noise(i)
+        watch(i, x, predicted.x0)
+    return x
+
+
+@SAMPLERS.register("heun")
+def heun(denoise, x, path, noise, watch=no_watch):
+    """Heun's method on the probability-flow ODE (Karras et al. 2022, arXiv 2206.00364, Algorithm 1, no churn).
+
+    In x/alpha and r = sigma/alpha the ODE is dx/dr = ε. Two evaluations a step, one in the last step and in a
+    step from pure noise, where r is infinite: 2 S − 1 or 2 S − 2 for S steps.
+    """
+    for i, now, then in path.steps:
+        predicted = denoise(x, now.timestep)
+        ahead = then.alpha * predicted.x0 + then.sigma * predicted.eps
+        if then.sigma > 0 and now.alpha > 0:
+            slope = (predicted.eps + denoise(ahead, then.timestep).eps) / 2
+            # x/alpha + (r' − r) slope, written without the two large numbers
+            ahead = (then.alpha / now.alpha) * x
+            ahead = ahead + (then.sigma - then.alpha * now.sigma / now.alpha) * slope
+        x = ahead
+        watch(i, x, predicted.x0)
+    return x
+
+
+@SAMPLERS.register("dpmpp_2m")
+def dpmpp_2m(denoise, x, path, noise, watch=no_watch):
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2): second order, one evaluation a step.
+
+    The first and the last step are of first order; with one step it is DDIM.
+    """
+    before = None  # (x_0, step in λ) of the step before
+    for i, now, then in path.steps:
+        predicted = denoise(x, now.timestep)
+        x0, h = predicted.x0, then.half_log_snr - now.half_log_snr
+        guess = x0
+        if before is not None and then.sigma > 0:
+            # h / (2 h_before), which is 0 after a first step from pure noise
+            weight = h / (2 * before[1])
+            guess = (1 + weight) * x0 - weight * before[0]
+        # −then.alpha (e^−h − 1) = then.alpha − then.sigma now.alpha / now.sigma
+        x = (then.sigma / now.sigma) * x
+        x = x + (then.alpha - then.sigma * now.alpha / now.sigma) * guess
+        before = x0, h
+        watch(i, x, x0)
+    return x
+
+
+def evaluations(name: str, path: Trajectory) -> int:
+    """How many times a registered sampler asks the network, by counting."""
+    count = 0
+
+    def denoise(x: Tensor, timestep: int) -> Prediction:
+        nonlocal count
+        count += 1
+        return Prediction(x, x)
+
+    sampler: Callable = SAMPLERS.get(name)
+    nothing = torch.zeros(())
+    sampler(denoise, nothing, path, lambda i: nothing)
+    return count

@@ -1,0 +1,249 @@
+"""`--task diffusion`: images from a folder, a noise schedule, and pictures drawn while training."""
+
+import logging
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+from fairseq.data import iterators
+from fairseq.dataclass import FairseqDataclass
+from fairseq.tasks import FairseqTask, register_task
+from omegaconf import II, MISSING, OmegaConf
+
+from diffusion_ext.augment import AUGMENTATIONS, build_augmentations
+from diffusion_ext.dataset import ImageDataset
+from diffusion_ext.image_options import ImageOptions, SplitOptions
+from diffusion_ext.image_store import Images, open_images
+from diffusion_ext.objectives import OBJECTIVES
+from diffusion_ext.preview import Preview
+from diffusion_ext.schedules import SCHEDULES, build_schedule
+from ext_common.cli import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DiffusionConfig(ImageOptions, SplitOptions, FairseqDataclass):
+    data: str = field(
+        default=MISSING, metadata={"help": "folder of images, or one made by diffusion_ext.prepare"}
+    )
+    timesteps: int = field(default=1000, metadata={"help": "noise levels T of the schedule"})
+    beta_schedule: str = field(
+        default="sigmoid",
+        metadata={"help": f"{', '.join(SCHEDULES.names())}, with options as sigmoid:tau=0.9"},
+    )
+    zero_terminal_snr: bool = field(
+        default=False, metadata={"help": "rescale the schedule so that timestep T is pure noise"}
+    )
+    objective: str = field(
+        default="v", metadata={"help": f"what is predicted: {', '.join(OBJECTIVES.names())}"}
+    )
+    hflip: float = field(
+        default=0.0, metadata={"help": "share of training images mirrored left to right"}
+    )
+    color_jitter: List[float] = field(
+        default_factory=list,
+        metadata={"help": "brightness,contrast,saturation,hue as in torchvision: 0.5,0.5,0.5,0.1"},
+    )
+    augment: str = field(
+        default="",
+        metadata={
+            "help": "further augmentations, as name:key=value,key=value;name"
+            f" ({', '.join(AUGMENTATIONS.names())})"
+        },
+    )
+    leaky_augment: bool = field(
+        default=False,
+        metadata={
+            "help": "do not tell the network how an image was changed, so that samples are changed too"
+        },
+    )
+    epoch_updates: int = field(
+        default=500,
+        metadata={"help": "an epoch covers the images once, but has at least this many updates"},
+    )
+    sample_interval: int = field(
+        default=1000,
+        metadata={"help": "draw a grid of samples into SAVE_DIR/samples every so many updates; 0: never"},
+    )
+    sample_grid: int = field(
+        default=8, metadata={"help": "rows and columns of that grid"}
+    )
+    sample_steps: int = field(
+        default=20, metadata={"help": "steps of dpmpp_2m for that grid"}
+    )
+    seed: int = II("common.seed")
+    save_dir: str = II("checkpoint.save_dir")
+    train_subset: str = II("dataset.train_subset")
+    batch_size: Any = II("dataset.batch_size")
+    update_freq: Any = II("optimization.update_freq")
+    world_size: int = II("distributed_training.distributed_world_size")
+    autocast: str = II("criterion.autocast")
+
+
+@register_task("diffusion", dataclass=DiffusionConfig)
+class DiffusionTask(FairseqTask):
+    """Batches of images for training and validation; the averages of the weights after each update.
+
+    What a sample needs beside the weights (size, channels, classes, width of the augmentation condition)
+    travels in the checkpoint as `task_state`.
+    """
+
+    def __init__(self, cfg: DiffusionConfig, from_checkpoint: bool = False):
+        super().__init__(cfg)
+        self.schedule = build_schedule(cfg.beta_schedule, cfg.timesteps, cfg.zero_terminal_snr)
+        OBJECTIVES.get(cfg.objective)
+        self.augmentations = build_augmentations(
+            pipeline_of(cfg.hflip, list(cfg.color_jitter), cfg.augment)
+        )
+        self._images: Optional[Images] = None
+        self.state.add_factory("spec", self._spec)
+        self.preview = Preview(self)
+
+    @property
+    def images(self) -> Images:
+        if self._images is None:
+            given = {f.name: _plain(self.cfg[f.name]) for f in fields(ImageOptions)}
+            self._images = open_images(self.cfg.data, ImageOptions(**given))
+        return self._images
+
+    @property
+    def spec(self) -> Dict[str, Any]:
+        """height, width, channels, classes (names), condition_size, content_hash of the images."""
+        return self.state.spec
+
+    def _spec(self) -> Dict[str, Any]:
+        images = self.images
+        conditioned = not self.cfg.leaky_augment
+        return {
+            "height": images.height,
+            "width": images.width,
+            "channels": images.channels,
+            "classes": list(images.classes),
+            "condition_size": self.augmentations.condition_size if conditioned else 0,
+            "content_hash": images.content_hash,
+        }
+
+    def state_dict(self):
+        return {"spec": dict(self.spec)}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        if self._images is not None:
+            ours, theirs = self._spec(), state_dict["spec"]
+            for key in ("height", "width", "channels", "classes", "condition_size"):
+                if ours[key] != theirs[key]:
+                    raise UserError(
+                        f"{self.cfg.data} has {key} {ours[key]}, the checkpoint was trained with"
+                        f" {theirs[key]}: give the options it was trained with, or a new --save-dir"
+                    )
+            if ours["content_hash"] != theirs["content_hash"]:
+                logger.warning(f"{self.cfg.data} holds other images than the checkpoint was trained on")
+        self.state.merge_state_dict(state_dict)
+
+    def load_dataset(self, split: str, combine: bool = False, **kwargs) -> None:
+        training = split == self.cfg.train_subset
+        name = "train" if training else "valid"
+        rows = self.images.rows(name, self.cfg.valid_fraction, self.cfg.max_valid)
+        self.datasets[split] = ImageDataset(self.images, rows, self.cfg.seed, shuffle=training)
+
+    def get_batch_iterator(
+        self,
+        dataset,
+        max_tokens=None,
+        max_sentences=None,
+        max_positions=None,
+        ignore_invalid_inputs=False,
+        required_batch_size_multiple=1,
+        seed=1,
+        num_shards=1,
+        shard_id=0,
+        num_workers=0,
+        epoch=1,
+        data_buffer_size=0,
+        disable_iterator_cache=False,
+        skip_remainder_batch=False,
+        grouped_shuffling=False,
+        update_epoch_batch_itr=False,
+    ):
+        """fairseq's, but every update is full: of all processes and accumulation steps together it has the same
+        images however many they are."""
+        size = self._batch_size(max_sentences)
+        if dataset.shuffle:
+            per_update = size * num_shards * self._update_freq(epoch)
+            dataset.set_epoch(epoch)
+            dataset.set_epoch_size(per_update * self.cfg.epoch_updates, per_update)
+        order = dataset.ordered_indices()
+        batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
+        return iterators.EpochBatchIterator(
+            dataset=dataset,
+            collate_fn=dataset.collater,
+            batch_sampler=batches,
+            seed=seed,
+            num_shards=num_shards,
+            shard_id=shard_id,
+            num_workers=num_workers,
+            epoch=epoch,
+            buffer_size=data_buffer_size,
+            reuse_dataloader=False,
+            persistent_workers=False,
+        )
+
+    def _batch_size(self, max_sentences: Optional[int]) -> int:
+        if not max_sentences:
+            raise UserError("--batch-size, the images of a batch, is missing")
+        return max_sentences
+
+    def _update_freq(self, epoch: int) -> int:
+        values = list(self.cfg.update_freq or [1])
+        return values[min(epoch, len(values)) - 1]
+
+    def train_step(
+        self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs
+    ):
+        criterion.set_num_updates(update_num)
+        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+
+    def optimizer_step(self, optimizer, model, update_num):
+        super().optimizer_step(optimizer, model, update_num)
+        done = update_num + 1
+        images = self._batch_size(self.cfg.batch_size) * self._update_freq(1) * self.cfg.world_size
+        model = getattr(model, "module", model)
+        model.ema.update(model.net, done * images, images)
+        if self.cfg.sample_interval and done % self.cfg.sample_interval == 0:
+            self.preview.draw(model, done)
+
+    def last_checkpoint(self) -> str:
+        """What is left of a training that stops, in words."""
+        path = Path(self.cfg.save_dir) / "checkpoint_last.pt"
+        return f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
+
+    def max_positions(self):
+        return None
+
+    @property
+    def source_dictionary(self):
+        return None
+
+    @property
+    def target_dictionary(self):
+        return None
+
+
+def pipeline_of(hflip: float, color_jitter: List[float], more: str) -> str:
+    """The flags of the usual augmentations, and `--augment`, as one pipeline."""
+    steps = [f"hflip:p={hflip}"] if hflip else []
+    if any(color_jitter):
+        if len(color_jitter) != 4:
+            raise UserError(
+                "--color-jitter takes four numbers, brightness,contrast,saturation,hue, as"
+                f" 0.5,0.5,0.5,0.1: got {','.join(map(str, color_jitter))}"
+            )
+        names = ("brightness", "contrast", "saturation", "hue")
+        pairs = (f"{name}={value}" for name, value in zip(names, color_jitter, strict=True))
+        steps.append(f"color_jitter:{','.join(pairs)}")
+    return ";".join([*steps, more] if more else steps)
+
+
+def _plain(value):
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

@@ -1,0 +1,214 @@
+"""Train a diffusion model on a folder of images: fairseq-train with everything preset.
+
+    python -m diffusion_ext.train IMAGES --save-dir CKPT --image-size 64 --hflip 0.5
+    python -m diffusion_ext.train DATA --image-dataset digits --config configs/diffusion/digits.yaml
+
+Every flag of fairseq-train, of the task, the model and the criterion can be given and overrides the preset; the
+U-Net follows from the size of the images. Called again with the same --save-dir it continues.
+"""
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ext_common.cli import Parser, UsageError, UserError, run
+
+PLUGIN = Path(__file__).resolve().parent
+PRESET = {
+    "--user-dir": str(PLUGIN),
+    "--task": "diffusion",
+    "--arch": "ddpm_unet",
+    "--criterion": "ddpm",
+    "--optimizer": "adam",
+    "--adam-betas": "(0.9, 0.99)",
+    "--lr-scheduler": "fixed",
+    "--warmup-updates": "500",
+    "--clip-norm": "1.0",
+    "--num-workers": "0",
+    "--save-dir": "checkpoints",
+    "--log-interval": "100",
+    "--log-format": "simple",
+    "--no-epoch-checkpoints": None,
+}
+# By the larger side, pixels: what fits, trained for about this many updates.
+SIZES = {
+    16: ("32", "1,2,2", "1", "8", "0.001", "64", "2500"),
+    32: ("64", "1,2,2", "2", "16", "0.0005", "64", "50000"),
+    64: ("64", "1,2,3,4", "2", "16", "0.0003", "64", "200000"),
+    10**9: ("128", "1,1,2,2,4,4", "2", "16", "0.0001", "32", "500000"),
+}
+SIZE_FLAGS = (
+    "--base-channels",
+    "--channel-mults",
+    "--blocks",
+    "--attention-resolutions",
+    "--lr",
+    "--batch-size",
+    "--max-update",
+)
+# The part of a recipe's group that is a name, as a flag.
+NAMES = {"model": "--arch", "lr_scheduler": "--lr-scheduler"}
+IGNORED = ("hydra", "defaults")
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(
+        prog="python -m diffusion_ext.train",
+        usage="%(prog)s IMAGES [--save-dir DIR] [--image-size N] [FLAG OF fairseq-train …]",
+        description=__doc__,
+        epilog="All other flags: --all-help.",
+    )
+    parser.add_argument("images", metavar="IMAGES", nargs="?", help="folder of images, or a prepared one")
+    parser.add_argument("--config", help="recipe, as in configs/diffusion/; flags override it")
+    parser.add_argument("--image-dataset", help="write this known set into IMAGES first: digits, cifar10, …")
+    parser.add_argument("--download", action="store_true", help="fetch --image-dataset where it is not here")
+    parser.add_argument(
+        "--print-command", action="store_true", help="print the equal fairseq-train line and stop"
+    )
+    parser.add_argument("--all-help", action="store_true", help="list every flag of fairseq-train too")
+    own, rest = parser.parse_known_args(argv)
+    if own.all_help:
+        return train(["fairseq-train", *flags_of(PRESET), "--help"])
+    if own.images is None:
+        parser.error("IMAGES, the folder of images, is missing")
+    if not own.images or own.images.startswith("-"):
+        raise UsageError(f"IMAGES comes first, got {own.images!r}")
+    recipe = read_recipe(own.config) if own.config else []
+    images, lines = own.images, []
+    if own.image_dataset:
+        size = value_of([*recipe, *rest], "--image-size")
+        preparation = [own.images, "--image-dataset", own.image_dataset]
+        preparation += ["--image-size", size] if size else []
+        preparation += ["--download"] if own.download else []
+        lines.append(["python", "-m", "diffusion_ext.prepare", *preparation])
+        from diffusion_ext.prepare import main as prepare
+
+        if not own.print_command:
+            prepare(preparation)
+    command = ["fairseq-train", images, *arguments(images, recipe, rest)]
+    lines.append(command)
+    if own.print_command:
+        print("\n".join(shlex.join(line) for line in lines))
+        return None
+    return train(command)
+
+
+def arguments(images: str, recipe: Sequence[str], rest: Sequence[str]) -> list[str]:
+    """Flags of fairseq-train: the presets, those of the size, the recipe, what was typed; the last one counts."""
+    given = [*recipe, *rest]
+    size = image_size(images, value_of(given, "--image-size"))
+    fitting = next(values for limit, values in SIZES.items() if size <= limit)
+    return last_of_each(
+        [*flags_of(PRESET), *flags_of(dict(zip(SIZE_FLAGS, fitting, strict=True))), *given]
+    )
+
+
+def last_of_each(arguments: Sequence[str]) -> list[str]:
+    """Flags with their values, of a flag given several times only the last."""
+    groups: dict[str, list[str]] = {}
+    name = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument.partition("=")[0]
+            groups.pop(name, None)
+            groups[name] = []
+        groups.setdefault(name, []).append(argument)
+    return [argument for group in groups.values() for argument in group]
+
+
+def flags_of(preset: Mapping[str, str | None]) -> list[str]:
+    return [part for pair in preset.items() for part in pair if part is not None]
+
+
+def value_of(arguments: Sequence[str], flag: str) -> str | None:
+    """The last value given for a flag, as `--flag value` or `--flag=value`."""
+    found = None
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            found = arguments[i + 1]
+        elif argument.startswith(f"{flag}="):
+            found = argument.partition("=")[2]
+    return found
+
+
+def image_size(images: str, given: str | None) -> int:
+    """The larger side in pixels, from --image-size or from a prepared folder."""
+    if given:
+        try:
+            return max(int(part) for part in given.split(","))
+        except ValueError:
+            raise UsageError(
+                f"--image-size {given!r} is no size: give pixels, as 64 or 48,64 (height,width)"
+            ) from None
+    from diffusion_ext.image_build import read_meta
+
+    meta = read_meta(Path(images))
+    if meta is None:
+        raise UsageError("--image-size is missing: give the pixels images are brought to, as 64 or 48,64")
+    return max(meta["shape"][1:])
+
+
+def read_recipe(path: str) -> list[str]:
+    """A recipe for fairseq-hydra-train as flags of fairseq-train."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        groups = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: configs/diffusion/ has recipes") from None
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} is no readable recipe ({str(error).splitlines()[0]})") from None
+    if not isinstance(groups, dict) or not all(isinstance(g, dict) for n, g in groups.items() if n not in IGNORED):
+        raise UserError(f"{path} is no recipe: it has no groups task, model, … with options below them")
+    flags = []
+    for group, options in groups.items():
+        for key, value in options.items() if group not in IGNORED else []:
+            if (group, key) in (("task", "data"), ("common", "user_dir")):
+                continue
+            flag = NAMES.get(group, f"--{group}") if key == "_name" else f"--{key.replace('_', '-')}"
+            flags += flag_with(flag, value)
+    return flags
+
+
+def flag_with(flag: str, value: Any) -> list[str]:
+    """A recipe's value as fairseq's parser takes it; nothing for false and null."""
+    if value is None or value is False or value == "???":
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, list):
+        return [flag, ",".join(map(str, value))] if value else []
+    return [flag, str(value)]
+
+
+def train(command: list[str]) -> None:
+    """fairseq-train in this process; its mistakes in one sentence."""
+    sys.argv = command
+    with contextlib.suppress(BrokenPipeError):
+        from ext_common.compat.messages import leave_out_harmless_warnings
+
+        leave_out_harmless_warnings()
+        from fairseq_cli.train import cli_main
+
+        from ext_common import compat
+
+        # this package was imported before fairseq, and fairseq imports no --user-dir twice
+        compat.apply()
+        from diffusion_ext import criterion, model, task  # noqa: F401
+
+        try:
+            cli_main()
+        except FloatingPointError as error:
+            raise UserError(
+                f"training stops: {str(error).rstrip('.')}; the last good checkpoint is checkpoint_last.pt in"
+                " --save-dir; lower --lr or --clip-norm, or train with --autocast fp32"
+            ) from None
+
+
+if __name__ == "__main__":
+    run(main)
