@@ -1,0 +1,142 @@
+"""Share of images in which a detector finds a face: the anime-face detection rate (AFD) and its like.
+
+A rate depends on detector, threshold and size, and real images do not reach 1 either: it is told beside the
+rate of real images. Detectors are made for large pictures and see small ones enlarged. Someone's own
+--user-dir adds one with @DETECTORS.register(name, options=Options): it returns a function from an RGB Pillow
+image to the scores of the faces in it, each in [0, 1].
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from diffusion_ext.pictures import pil_image
+from ext_common.cli import UserError, progress
+from ext_common.registry import Registry
+
+DETECTORS = Registry("face detector")
+Detector = Callable[[Image.Image], Sequence[float]]
+
+
+class DetectionRate(NamedTuple):
+    """``detected`` of ``n`` images have a face of at least ``threshold``."""
+
+    rate: float
+    detected: int
+    n: int
+    threshold: float
+
+
+@dataclass
+class DetectionOptions:
+    """What counts as a face."""
+
+    threshold: float = field(
+        default=0.5, metadata={"help": "least score in [0, 1] of a face that counts"}
+    )
+    detector_size: int = field(
+        default=256,
+        metadata={"help": "images with a shorter side are enlarged to so many pixels; 0: never"},
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold {self.threshold} must lie in [0, 1]")
+        if self.detector_size < 0:
+            raise ValueError(f"detector_size {self.detector_size} must not be negative")
+
+
+def build_detector(text: str) -> Detector:
+    """The detector that ``name`` or ``name:key=value,key=value`` describes. Raises UserError."""
+    name, _, options = text.partition(":")
+    return DETECTORS.build(name.strip(), options=options)
+
+
+def detection_scores(detector: Detector, images: np.ndarray, size: int) -> np.ndarray:
+    """Score of the best face in each of uint8 (N, C, H, W), float64 (N,); 0 where there is none.
+
+    size: what the shorter side is enlarged to, bicubic; larger images stay as they are.
+    """
+    scores = np.zeros(len(images))
+    for row, image in enumerate(progress(images, "looking for faces", "images")):
+        scores[row] = max(map(float, detector(enlarged(image, size))), default=0.0)
+    return scores
+
+
+def detection_rate(scores: np.ndarray, threshold: float) -> DetectionRate:
+    """The share of ``scores`` (N,) of at least ``threshold`` and above 0."""
+    scores = np.asarray(scores)
+    detected = int(np.sum((scores >= threshold) & (scores > 0)))
+    return DetectionRate(detected / len(scores), detected, len(scores), threshold)
+
+
+def enlarged(image: np.ndarray, size: int) -> Image.Image:
+    """uint8 (C, H, W) as an RGB Pillow image whose shorter side has at least ``size`` pixels."""
+    picture = pil_image(np.asarray(image)).convert("RGB")
+    scale = size / min(picture.size)
+    if scale <= 1:
+        return picture
+    width, height = (round(side * scale) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@DETECTORS.register("animeface")
+def animeface() -> Detector:
+    """AnimeFace of the package animeface; its likelihood is the score."""
+    try:
+        import animeface as package
+    except ImportError:
+        raise UserError(
+            "--detector animeface needs the package animeface, which is not installed: pip install "
+            "animeface"
+        ) from None
+    return lambda image: [face.likelihood for face in package.detect(image)]
+
+
+@dataclass
+class CascadeOptions:
+    """Options of opencv_cascade."""
+
+    path: str = field(metadata={"help": "cascade file of OpenCV, such as lbpcascade_animeface.xml"})
+    scale_factor: float = field(
+        default=1.1, metadata={"help": "ratio of successive sizes searched"}
+    )
+    min_neighbors: int = field(default=5, metadata={"help": "overlapping finds that make a face"})
+    min_size: int = field(default=24, metadata={"help": "least side of a face in pixels"})
+
+
+@DETECTORS.register("opencv_cascade", options=CascadeOptions)
+def opencv_cascade(path: str, scale_factor: float, min_neighbors: int, min_size: int) -> Detector:
+    """A cascade classifier of OpenCV; every face it finds has the score 1."""
+    try:
+        import cv2
+    except ImportError:
+        raise UserError(
+            "--detector opencv_cascade needs OpenCV, which is not installed: pip install "
+            "opencv-python-headless"
+        ) from None
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist: give the cascade file of opencv_cascade")
+    # OpenCV 5 has moved it to its contributed modules.
+    if not hasattr(cv2, "CascadeClassifier"):
+        raise UserError(
+            f"OpenCV {cv2.__version__} has no CascadeClassifier: pip install "
+            "'opencv-python-headless<5'"
+        )
+    try:
+        cascade = cv2.CascadeClassifier(path)
+    except (cv2.error, SystemError):
+        cascade = None
+    if cascade is None or cascade.empty():
+        raise UserError(f"{path} is no cascade file of OpenCV: give another one")
+
+    def detect(image):
+        gray = cv2.equalizeHist(np.asarray(image.convert("L")))
+        found = cascade.detectMultiScale(gray, scale_factor, min_neighbors, 0, (min_size, min_size))
+        return [1.0] * len(found)
+
+    return detect
