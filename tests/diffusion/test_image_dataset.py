@@ -146,6 +146,7 @@ class TestBatches:
         for one, other in zip(plain, again, strict=True):
             assert all(torch.equal(one[k], other[k]) for k in ("id", "row", "label", "image"))
 
+    @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
     @pytest.mark.parametrize("workers", [0, 2])
     def test_through_fairseqs_iterator(self, images, workers):
         """Two shards see the whole epoch, once, and the next epoch is another order."""
@@ -164,6 +165,9 @@ class TestBatches:
                     shard_id=shard,
                     num_workers=workers,
                     epoch=epoch,
+                    # as in training: read to its end in a thread, whose workers then end at once
+                    persistent_workers=False,
+                    buffer_size=10,
                 )
                 for batch in iterator.next_epoch_itr(shuffle=False):
                     ids, rows = batch["id"].tolist(), batch["row"].tolist()
