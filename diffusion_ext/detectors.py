@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+import PIL
+from PIL import Image, ImageDraw
 
 from diffusion_ext.pictures import pil_image
 from ext_common.cli import UserError, progress
@@ -39,7 +40,7 @@ class DetectionOptions:
         default=0.5, metadata={"help": "least score in [0, 1] of a face that counts"}
     )
     detector_size: int = field(
-        default=256,
+        default=128,
         metadata={"help": "images with a shorter side are enlarged to so many pixels; 0: never"},
     )
 
@@ -92,8 +93,14 @@ def animeface() -> Detector:
     except ImportError:
         raise UserError(
             "--detector animeface needs the package animeface, which is not installed: pip install "
-            "animeface"
+            "animeface 'pillow<12'"
         ) from None
+    # Version 2.0.3 reads Pillow's memory by the layout it had before 12, and finds nothing after.
+    if not package.detect(drawn_face()):
+        raise UserError(
+            f"animeface does not see the plainest face with Pillow {PIL.__version__}, whose memory it "
+            "misreads from version 12 on: pip install 'pillow<12'"
+        )
     return lambda image: [face.likelihood for face in package.detect(image)]
 
 
@@ -140,3 +147,32 @@ def opencv_cascade(path: str, scale_factor: float, min_neighbors: int, min_size:
         return [1.0] * len(found)
 
     return detect
+
+
+def drawn_face(side: int = 256) -> Image.Image:
+    """A face as simple as anime goes, RGB (side, side): what every detector of such faces must find."""
+    picture = Image.new("RGB", (side, side), (240, 240, 250))
+    draw = ImageDraw.Draw(picture)
+
+    def oval(x, y, across, down, fill):
+        left, right, top, bottom = x - across, x + across, y - down, y + down
+        draw.ellipse([side * edge for edge in (left, top, right, bottom)], fill=fill)
+
+    hair, skin, dark = (90, 50, 30), (255, 228, 205), (20, 10, 20)
+    oval(0.5, 0.42, 0.34, 0.34, hair)
+    draw.rectangle([0.16 * side, 0.4 * side, 0.84 * side, 0.9 * side], fill=hair)
+    oval(0.5, 0.47, 0.25, 0.25, skin)
+    chin = [(0.28 * side, 0.55 * side), (0.72 * side, 0.55 * side), (0.5 * side, 0.82 * side)]
+    draw.polygon(chin, fill=skin)
+    box = [side * edge for edge in (0.22, 0.12, 0.78, 0.6)]
+    draw.pieslice(box, 180, 360, fill=hair)
+    for x in (0.38, 0.62):
+        oval(x, 0.52, 0.08, 0.085, "white")
+        oval(x, 0.52, 0.06, 0.085, (60, 80, 180))
+        oval(x, 0.52, 0.032, 0.05, dark)
+        oval(x - 0.024, 0.482, 0.016, 0.019, "white")
+        lid = [side * edge for edge in (x - 0.088, 0.422, x + 0.088, 0.605)]
+        draw.arc(lid, 190, 350, fill=dark, width=max(2, side // 70))
+    mouth = [(0.47 * side, 0.7 * side), (0.53 * side, 0.7 * side)]
+    draw.line(mouth, fill=(150, 50, 50), width=max(1, side // 100))
+    return picture

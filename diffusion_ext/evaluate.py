@@ -139,8 +139,8 @@ def _memorisation(found: Optional[dict[str, Any]]) -> Iterator[str]:
         yield (
             f"{name:12} {part['median']:10.4g} {part['median_held_out']:10.4g}   nearer than the 1st / "
             f"5th percentile of held-out: {_percent(part['below_1'])} / {_percent(part['below_5'])}; "
-            f"authentic {_percent(part['authentic'])} (held-out {_percent(part['authentic_held_out'])}); "
-            f"{part['copies']} copies"
+            f"authentic {_percent(part['authentic'])} (held-out {_percent(part['authentic_held_out'])})"
+            + (f"; {part['copies']} copies" if "copies" in part else "")
         )
 
 

@@ -8,6 +8,7 @@ Someone's own --user-dir adds one with @EXTRACTORS.register(name, options=Option
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,7 +214,9 @@ class TorchScriptOptions:
 def torchscript(reals: ImageSet, cache: Path | None, path: str, input: str) -> Extractor:
     """A network of your own in a TorchScript file."""
     try:
-        network = torch.jit.load(path, map_location="cpu").eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the user has no other file to give
+            network = torch.jit.load(path, map_location="cpu").eval()
     except (OSError, ValueError, RuntimeError) as error:
         reason = "it does not exist" if not Path(path).exists() else "it is no TorchScript file"
         raise UserError(

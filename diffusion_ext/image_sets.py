@@ -19,7 +19,7 @@ from diffusion_ext.images import FORMATS, BadImage, decode_image, find_images
 from ext_common.cli import UserError, progress
 
 # What diffusion_ext.sample draws beside its samples.
-PICTURES = ("grid", "trajectory")
+PICTURES = {"grid.png", "strip.png", "trajectory.gif"}
 _COLOURS = {1: "gray", 3: "colour"}
 
 
@@ -157,7 +157,7 @@ def read_array(path: Path) -> tuple[np.ndarray, str, np.ndarray | None]:
 
 def _sample_folder(folder: Path) -> ImageSet:
     found = find_images(folder)
-    names = [name for name in found if name.rpartition(".")[0] not in PICTURES]
+    names = [name for name in found if name not in PICTURES]
     if not names:
         raise UserError(
             f"{folder} holds no images (jpg, png, bmp, gif, webp, tif): give a folder of samples"
