@@ -57,12 +57,18 @@ class DdpmCriterion(FairseqCriterion):
         super().__init__(task)
         self.cfg = cfg
         if cfg.autocast not in PRECISIONS:
-            raise UserError(f"--autocast {cfg.autocast} is unknown: known are {', '.join(PRECISIONS)}")
+            raise UserError(
+                f"--autocast {cfg.autocast} is unknown: known are {', '.join(PRECISIONS)}"
+            )
         self.schedule, self.objective = task.schedule, OBJECTIVES.get(task.cfg.objective)
         check_combination(task.cfg.objective, cfg.loss_weighting, self.schedule)
         weights = loss_weights(cfg.loss_weighting, task.cfg.objective, self.schedule.snr)
         # no buffers: --fp16 and --bf16 would round those
-        self.tables = {"alpha": self.schedule.alpha, "sigma": self.schedule.sigma, "weight": weights}
+        self.tables = {
+            "alpha": self.schedule.alpha,
+            "sigma": self.schedule.sigma,
+            "weight": weights,
+        }
         self.posterior = PosteriorTables(self.schedule)
 
     def set_num_updates(self, num_updates: int) -> None:
@@ -126,7 +132,9 @@ class DdpmCriterion(FairseqCriterion):
     def own_guess(self, model, batch: Dict) -> Tensor:
         """The x_0 of a first look, for half of the updates; clipped, as it will be in sampling."""
         if self.training:
-            coin = torch.rand((), generator=generator("cpu", "self", self.task.cfg.seed, self.num_updates))
+            coin = torch.rand(
+                (), generator=generator("cpu", "self", self.task.cfg.seed, self.num_updates)
+            )
             if coin < 0.5:
                 return None
         with torch.no_grad():
@@ -167,7 +175,10 @@ class DdpmCriterion(FairseqCriterion):
         """UserError with timestep and loss where training has left the numbers."""
         bad = ~torch.isfinite(loss)
         if bad.any():
-            at = ", ".join(f"{float(v):g} at t = {int(k)}" for v, k in zip(loss[bad][:5], t[bad][:5], strict=True))
+            at = ", ".join(
+                f"{float(v):g} at t = {int(k)}"
+                for v, k in zip(loss[bad][:5], t[bad][:5], strict=True)
+            )
             raise UserError(
                 f"training stops: the loss of {int(bad.sum())} of {len(loss)} images is not finite at update"
                 f" {self.num_updates + 1} ({at}); {self.task.last_checkpoint()}; lower --lr or"

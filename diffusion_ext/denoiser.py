@@ -56,7 +56,7 @@ class Denoiser:
 
 
 def split_output(output: Tensor, channels: int) -> tuple[Tensor, Optional[Tensor]]:
-    """(B, C, …) as it is; (B, 2C, …) into the prediction and the fraction of the variance, from [−1, 1] to [0, 1].
+    """(B, C, …) as it is; (B, 2C, …) as prediction and fraction of the variance in [0, 1], given in [−1, 1].
 
     Nichol & Dhariwal 2021, arXiv 2102.09672, equation 15.
     """

@@ -54,7 +54,7 @@ def invert(denoise, image: Tensor, path: Trajectory) -> Tensor:
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Along the great circle from a (share 0) to b (share 1), each (1, C, H, W); keeps the length of noise."""
+    """From a (share 0) to b (share 1), each (1, C, H, W), on the great circle: noise keeps its length."""
     cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
     angle = torch.acos(cosine)
     if angle < 1e-4:
@@ -84,8 +84,8 @@ def repaint(
 ) -> Tensor:
     """RePaint (Lugmayr et al. 2022, arXiv 2201.09865, Algorithm 1) with jumps of one level.
 
-    image: (C, H, W); mask: bool, True where to draw; noise.start: (B, C, H, W). At every level the known pixels
-    are those of the image, noised to that level; each level is gone through `times` times.
+    image: (C, H, W); mask: bool, True where to draw; noise.start: (B, C, H, W). At every level the known
+    pixels are those of the image, noised to that level; each level is gone through `times` times.
     """
     x = noise.start
     for _, now, then in path.steps:

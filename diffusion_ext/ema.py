@@ -1,8 +1,8 @@
 """Averages of the weights, of which samples are drawn.
 
 The half-life is counted in images, so that it means the same for every batch size, and grows with training
-(Karras et al. 2022, arXiv 2206.00364, appendix F.2): an average of a fixed long half-life is mostly the random
-beginning for as long. Several lengths can be kept side by side.
+(Karras et al. 2022, arXiv 2206.00364, appendix F.2): an average of a fixed long half-life is mostly the
+random beginning for as long. Several lengths can be kept side by side.
 """
 
 from typing import Dict, List, Sequence
@@ -56,7 +56,7 @@ class WeightAverages(nn.Module):
 def decay(half_life: float, images_seen: float, images: float, ramp_up: float) -> float:
     """Share of the old average that an update with `images` images leaves: 0.5^(images / half-life).
 
-    The half-life in force is min(half_life, ramp_up · images_seen); 0 means no average, the weights as they are.
+    The half-life in force is min(half_life, ramp_up · images_seen); 0 means no average.
     """
     current = min(half_life, ramp_up * images_seen)
     return 0.5 ** (images / current) if current > 0 else 0.0

@@ -23,7 +23,7 @@ from diffusion_ext.schedules import build_schedule
 from ext_common.checkpoints import build_network, name_of, read_state, usable_device
 from ext_common.cli import UserError
 
-PARTS = ("diffusion_ext",)
+PARTS = tuple(f"diffusion_ext.{name}" for name in ("criterion", "model", "task"))
 SPEC = {"height", "width", "channels", "classes", "condition_size"}
 
 
@@ -34,7 +34,11 @@ class DiffusionModel:
     """
 
     def __init__(self, model, cfg: Mapping, spec: Mapping, device="cpu", average: int | None = 0):
-        self.model, self.spec, self.device = model.to(device).eval(), dict(spec), torch.device(device)
+        self.model, self.spec, self.device = (
+            model.to(device).eval(),
+            dict(spec),
+            torch.device(device),
+        )
         self.options = cfg
         self.schedule = build_schedule(
             cfg["beta_schedule"], cfg["timesteps"], cfg["zero_terminal_snr"]
@@ -70,7 +74,9 @@ class DiffusionModel:
     def classes(self) -> list[str]:
         return list(self.spec["classes"])
 
-    def denoiser(self, label: Tensor | None = None, guidance: float = 1.0, clip=True, bf16=False) -> Denoiser:
+    def denoiser(
+        self, label: Tensor | None = None, guidance: float = 1.0, clip=True, bf16=False
+    ) -> Denoiser:
         """What a sampler asks, for one batch; see `Denoiser`."""
 
         def network(x, t, label, x0):
@@ -118,7 +124,14 @@ class DiffusionModel:
                 label = torch.tensor(labels[start : start + batch_size], device=self.device)
             denoise = self.denoiser(label, guidance, clip, bf16)
             with torch.no_grad():
-                x0 = run(denoise, noise.start, path, noise, **options, **({"watch": watch} if watch else {}))
+                x0 = run(
+                    denoise,
+                    noise.start,
+                    path,
+                    noise,
+                    **options,
+                    **({"watch": watch} if watch else {}),
+                )
             yield chosen, to_uint8(x0)
 
     def sample(self, count: int, first: int = 0, **options: Any) -> np.ndarray:

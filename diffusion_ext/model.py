@@ -98,7 +98,8 @@ def check_options(options: UNetOptions, cfg, height: int, width: int) -> None:
         heads = max(1, options.base_channels * mult // options.head_channels)
         if options.base_channels * mult % heads:
             raise UserError(
-                f"--head-channels {options.head_channels} does not divide {options.base_channels * mult} channels"
+                f"--head-channels {options.head_channels} does not divide the"
+                f" {options.base_channels * mult} channels of a resolution"
             )
     if not 0 <= options.dropout < 1:
         raise UserError(f"--dropout {options.dropout} is not in [0, 1)")

@@ -18,7 +18,7 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """uint8 (N, C, H, W) → one white-ruled picture (C, H', W'), rows first; as square as it gets by default."""
+    """uint8 (N, C, H, W) → one white-ruled picture (C, H', W'), rows first; square by default."""
     n, c, h, w = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = -(-n // columns)
@@ -46,9 +46,7 @@ def save_gif(path: str | os.PathLike, frames: Sequence[np.ndarray], scale: int =
     images = [pil_image(frame, scale) for frame in frames]
     times = [max(20, 3000 // len(images))] * (len(images) - 1) + [2000]
     with atomic_write(path, "wb") as file:
-        images[0].save(
-            file, "GIF", save_all=True, append_images=images[1:], duration=times, loop=0
-        )
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=times, loop=0)
 
 
 def display_scale(height: int, least: int = 48) -> int:

@@ -30,7 +30,11 @@ class Preview:
         model.eval()  # dropout off; all noise comes from generators of its own
         try:
             images = draw_images(
-                model, self.task, list(range(cfg.sample_grid**2)), min(cfg.sample_steps, cfg.timesteps), device
+                model,
+                self.task,
+                list(range(cfg.sample_grid**2)),
+                min(cfg.sample_steps, cfg.timesteps),
+                device,
             )
         finally:
             model.train(was_training)

@@ -2,7 +2,7 @@
 
 Each is drawn from a generator of its own, whose seed is a hash of what it is for: (seed, update, sample id)
 in training, (seed, image number) in sampling. So neither the batch size nor the number of processes, nor
-what else draws random numbers, changes them. fairseq itself seeds all ranks alike, whose noise would be equal.
+what else draws random numbers, changes them. fairseq seeds all ranks alike, whose noise would be equal.
 """
 
 import hashlib
@@ -55,9 +55,7 @@ def validation_draws(
     The timesteps of successive ids follow the golden ratio, so that any validation set meets all noise levels
     about equally often.
     """
-    noise = [
-        torch.randn(shape, generator=generator("cpu", "validation", number)) for number in ids
-    ]
+    noise = [torch.randn(shape, generator=generator("cpu", "validation", number)) for number in ids]
     ratio = (5**0.5 - 1) / 2
     t = [int((0.5 + number * ratio) % 1 * timesteps) for number in ids]
     return torch.tensor(t, device=device), torch.stack(noise).to(device)

@@ -1,13 +1,14 @@
 """Draw images with a trained model.
 
-    python -m diffusion_ext.sample samples --path CKPT/checkpoint_last.pt --num 1000 --sampler dpmpp_2m --steps 20
+    python -m diffusion_ext.sample samples --path CKPT/checkpoint_last.pt --num 1000 --steps 20
 
-Writes 000000.png … and grid.png into the folder. Schedule, objective, size and classes are in the checkpoint.
+Writes 000000.png … into the folder and samples.grid.png beside it, so that the folder holds samples only.
+Schedule, objective, size and classes are in the checkpoint.
 Image k depends on (seed, k) alone: more of them, other batches or several processes give the same ones, and
 the command continues where it was stopped.
 
-  --trajectory           also strip.png and trajectory.gif: how the first images come out of the noise
-  --interpolate A.png B.png   between two images: both are noised and mixed (Ho et al. 2020, figure 8)
+  --trajectory           also samples.strip.png and samples.gif: how the first images come out of the noise
+  --interpolate A.png,B.png   between two images: both are noised and mixed (Ho et al. 2020, figure 8)
   --inpaint A.png --mask M.png   fills what is white in the mask (RePaint, Lugmayr et al. 2022)
 """
 
@@ -19,9 +20,7 @@ from typing import List, Optional
 import numpy as np
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, progress, run
-from ext_common.manifest import MANIFEST_NAME, sha256_file, write_manifest
-
-GRID = "grid.png"
+from ext_common.manifest import MANIFEST_NAME, atomic_json, sha256_file, write_manifest
 
 
 @dataclass
@@ -39,14 +38,16 @@ class SampleOptions:
         default="trailing", metadata={"help": "which noise levels: trailing (even in t), logsnr"}
     )
     label: Optional[str] = field(
-        default=None, metadata={"help": "class by name; none: all classes in turn where the model has any"}
+        default=None,
+        metadata={"help": "class by name; none: all classes in turn where the model has any"},
     )
     guidance: float = field(
         default=1.0, metadata={"help": "weight of the class: 1 as trained, more is more typical"}
     )
     clip: bool = field(default=True, metadata={"help": "hold every guess at the image in [0, 255]"})
     ema: int = field(
-        default=0, metadata={"help": "which average of the weights, counted from 0; -1: none of them"}
+        default=0,
+        metadata={"help": "which average of the weights, counted from 0; -1: none of them"},
     )
     batch_size: int = field(default=64, metadata={"help": "images at a time"})
     precision: str = field(
@@ -54,6 +55,9 @@ class SampleOptions:
     )
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1; auto: cuda if there"})
     seed: int = field(default=1, metadata={"help": "of the noise"})
+    overwrite: bool = field(
+        default=False, metadata={"help": "replace samples of another model or other options"}
+    )
     trajectory: bool = field(default=False, metadata={"help": "also a strip and a GIF of the way"})
     interpolate: Optional[List[str]] = field(
         default=None, metadata={"help": "A.png,B.png: --num images from A to B"}
@@ -73,7 +77,13 @@ class SampleOptions:
     )
 
     def __post_init__(self):
-        for name, least in (("num", 1), ("batch_size", 1), ("steps", 1), ("resample", 1), ("first", 0)):
+        for name, least in (
+            ("num", 1),
+            ("batch_size", 1),
+            ("steps", 1),
+            ("resample", 1),
+            ("first", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
         if self.interpolate is not None and len(self.interpolate) != 2:
@@ -104,35 +114,41 @@ def main(argv: List[str]) -> None:
 def sample(output: str, options: SampleOptions) -> None:
     """Write the folder; raises UserError."""
     from diffusion_ext.inference import DiffusionModel
-    from diffusion_ext.pictures import display_scale, grid, save_png
+    from diffusion_ext.pictures import display_scale, grid, save_gif, save_png
 
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give a folder to write the images into")
     if not Path(options.path).is_file():
-        raise UserError(f"--path {options.path} does not exist: give a checkpoint of diffusion_ext.train")
+        raise UserError(
+            f"--path {options.path} does not exist: give a checkpoint of diffusion_ext.train"
+        )
     model = DiffusionModel.from_checkpoint(
         options.path, options.device, None if options.ema < 0 else options.ema, options.user_dir
     )
     plan = plan_of(options)
-    begin(folder, plan)
+    begin(folder, plan, options.overwrite)
     numbers = list(range(options.first, options.first + options.num))
     draw = drawer(model, options, numbers)
     missing = [k for k in numbers if not name_of(folder, k).exists()]
     if len(missing) < len(numbers):
         print(f"{len(numbers) - len(missing)} of {len(numbers)} images are there already")
-    with progress(total=len(missing), desc="sample", unit="images") as bar:
+    with progress(len(missing), desc="sample", unit="images") as bar:
         for chosen, images in draw(missing):
             for k, image in zip(chosen, images, strict=True):
                 save_png(name_of(folder, k), image)
             bar.update(len(chosen))
     shown = [read_png(name_of(folder, k)) for k in numbers[:100]]
     scale = display_scale(model.shape[1])
-    save_png(folder / GRID, grid(np.stack(shown)), scale)
+    picture = beside(folder, "grid.png")
+    save_png(picture, grid(np.stack(shown)), scale)
     if options.trajectory:
-        from diffusion_ext.trajectories import save_trajectory
+        from diffusion_ext.trajectories import stages_of
 
-        save_trajectory(folder, model, sampling(model, options, numbers[:8]), numbers[:8], scale)
+        some = numbers[:8]
+        frames = stages_of(model, sampling(model, options, some), some)
+        save_png(beside(folder, "strip.png"), frames.strip, scale)
+        save_gif(beside(folder, "gif"), frames.animation, scale)
     write_manifest(
         folder,
         inputs={options.path: plan["checkpoint"]},
@@ -141,12 +157,13 @@ def sample(output: str, options: SampleOptions) -> None:
         seed=options.seed,
         plan=plan,
     )
-    print(f"{folder}: {len(numbers)} images of {model.shape[1]} × {model.shape[2]}, {GRID} shows {len(shown)}")
+    _, height, width = model.shape
+    print(f"{folder}: {len(numbers)} images of {height} × {width}, {picture} shows {len(shown)}")
 
 
 def plan_of(options: SampleOptions) -> dict:
     """All that the images depend on; --num, --first and --batch-size are not among it."""
-    ways = ("num", "first", "batch_size", "device", "trajectory", "path", "user_dir")
+    ways = ("num", "first", "batch_size", "device", "trajectory", "path", "user_dir", "overwrite")
     plan = {k: v for k, v in asdict(options).items() if k not in ways}
     if options.interpolate:
         plan["num"] = options.num
@@ -164,19 +181,21 @@ def hash_of(path: str) -> str:
     return sha256_file(path)
 
 
-def begin(folder: Path, plan: dict) -> None:
+def begin(folder: Path, plan: dict, overwrite: bool) -> None:
     """Note what is drawn into a new folder; UserError where one holds images of something else."""
     note = folder / ".plan.json"
+    if overwrite and note.exists() and json.loads(note.read_text()) != plan:
+        # the note goes last: what is left of a half-emptied folder is still known as samples
+        for path in (*folder.glob("[0-9]*.png"), note):
+            path.unlink()
     if note.exists():
         if json.loads(note.read_text()) != plan:
             raise UserError(
-                f"{folder} holds samples of another model or other options: give another folder or delete it"
+                f"{folder} holds samples of another model or other options: give another one or --overwrite"
             )
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no samples: give a new folder")
     else:
-        from ext_common.manifest import atomic_json
-
         folder.mkdir(parents=True, exist_ok=True)
         atomic_json(note, plan)
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
@@ -184,6 +203,12 @@ def begin(folder: Path, plan: dict) -> None:
 
 def name_of(folder: Path, number: int) -> Path:
     return folder / f"{number:06}.png"
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """A picture of all samples, outside of the folder."""
+    folder = folder.resolve()
+    return folder.with_name(f"{folder.name}.{ending}")
 
 
 def read_png(path: Path) -> np.ndarray:

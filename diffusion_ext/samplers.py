@@ -59,7 +59,9 @@ class Trajectory:
     @property
     def steps(self) -> list[tuple[int, Level, Level]]:
         """(number, from, to) of each step."""
-        return [(i, *pair) for i, pair in enumerate(zip(self.levels, self.levels[1:], strict=False))]
+        return [
+            (i, *pair) for i, pair in enumerate(zip(self.levels, self.levels[1:], strict=False))
+        ]
 
 
 def trajectory(schedule: NoiseSchedule, steps: int, spacing: str = "trailing") -> Trajectory:
@@ -121,7 +123,7 @@ class DdpmOptions:
 
 @SAMPLERS.register("ddpm", options=DdpmOptions)
 def ddpm(denoise, x, path, noise, watch=no_watch, variance="auto"):
-    """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239, equations 6, 7 and 11), on any sub-list of timesteps.
+    """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239, eq. 6, 7 and 11), on any sub-list of timesteps.
 
     The last step adds no noise. `large` is better with all 1,000 steps and ruinous with few.
     """
@@ -187,7 +189,7 @@ def ddim(denoise, x, path, noise, watch=no_watch, eta=0.0):
 
 @SAMPLERS.register("heun")
 def heun(denoise, x, path, noise, watch=no_watch):
-    """Heun's method on the probability-flow ODE (Karras et al. 2022, arXiv 2206.00364, Algorithm 1, no churn).
+    """Heun's method on the probability-flow ODE (Karras et al. 2022, arXiv 2206.00364, Algorithm 1).
 
     In x/alpha and r = sigma/alpha the ODE is dx/dr = ε. Two evaluations a step, one in the last step and in a
     step from pure noise, where r is infinite: 2 S − 1 or 2 S − 2 for S steps.

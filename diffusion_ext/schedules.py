@@ -153,7 +153,7 @@ def linear_beta_schedule(timesteps: int, first: float = 1e-4, last: float = 0.02
 
 
 def rescale_zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
-    """√ᾱ shifted and stretched so that ᾱ_T = 0 and ᾱ_1 stays (Lin et al. 2023, arXiv 2305.08891, Algorithm 1)."""
+    """√ᾱ stretched so that ᾱ_T = 0 and ᾱ_1 stays (Lin et al. 2023, arXiv 2305.08891, Algorithm 1)."""
     root = schedule.alpha
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     return NoiseSchedule(root**2)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-import torch
 from fairseq.data import iterators
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
@@ -65,14 +64,12 @@ class DiffusionConfig(ImageOptions, SplitOptions, FairseqDataclass):
     )
     sample_interval: int = field(
         default=1000,
-        metadata={"help": "draw a grid of samples into SAVE_DIR/samples every so many updates; 0: never"},
+        metadata={
+            "help": "draw a grid of samples into SAVE_DIR/samples every so many updates; 0: never"
+        },
     )
-    sample_grid: int = field(
-        default=8, metadata={"help": "rows and columns of that grid"}
-    )
-    sample_steps: int = field(
-        default=20, metadata={"help": "steps of dpmpp_2m for that grid"}
-    )
+    sample_grid: int = field(default=8, metadata={"help": "rows and columns of that grid"})
+    sample_steps: int = field(default=20, metadata={"help": "steps of dpmpp_2m for that grid"})
     seed: int = II("common.seed")
     save_dir: str = II("checkpoint.save_dir")
     train_subset: str = II("dataset.train_subset")
@@ -138,7 +135,9 @@ class DiffusionTask(FairseqTask):
                         f" {theirs[key]}: give the options it was trained with, or a new --save-dir"
                     )
             if ours["content_hash"] != theirs["content_hash"]:
-                logger.warning(f"{self.cfg.data} holds other images than the checkpoint was trained on")
+                logger.warning(
+                    f"{self.cfg.data} holds other images than the checkpoint was trained on"
+                )
         self.state.merge_state_dict(state_dict)
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs) -> None:
@@ -166,8 +165,8 @@ class DiffusionTask(FairseqTask):
         grouped_shuffling=False,
         update_epoch_batch_itr=False,
     ):
-        """fairseq's, but every update is full: of all processes and accumulation steps together it has the same
-        images however many they are."""
+        """fairseq's, but every update is full: all processes and accumulation steps together have the
+        same images however many they are."""
         size = self._batch_size(max_sentences)
         if dataset.shuffle:
             per_update = size * num_shards * self._update_freq(epoch)
@@ -216,7 +215,11 @@ class DiffusionTask(FairseqTask):
     def last_checkpoint(self) -> str:
         """What is left of a training that stops, in words."""
         path = Path(self.cfg.save_dir) / "checkpoint_last.pt"
-        return f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
+        return (
+            f"the last good checkpoint is {path}"
+            if path.exists()
+            else "no checkpoint was written yet"
+        )
 
     def max_positions(self):
         return None

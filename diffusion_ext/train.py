@@ -3,8 +3,8 @@
     python -m diffusion_ext.train IMAGES --save-dir CKPT --image-size 64 --hflip 0.5
     python -m diffusion_ext.train DATA --image-dataset digits --config configs/diffusion/digits.yaml
 
-Every flag of fairseq-train, of the task, the model and the criterion can be given and overrides the preset; the
-U-Net follows from the size of the images. Called again with the same --save-dir it continues.
+Every flag of fairseq-train, of the task, the model and the criterion can be given and overrides the preset;
+the U-Net follows from the size of the images. Called again with the same --save-dir it continues.
 """
 
 import contextlib
@@ -61,14 +61,22 @@ def main(argv: Sequence[str]) -> None:
         description=__doc__,
         epilog="All other flags: --all-help.",
     )
-    parser.add_argument("images", metavar="IMAGES", nargs="?", help="folder of images, or a prepared one")
+    parser.add_argument(
+        "images", metavar="IMAGES", nargs="?", help="folder of images, or a prepared one"
+    )
     parser.add_argument("--config", help="recipe, as in configs/diffusion/; flags override it")
-    parser.add_argument("--image-dataset", help="write this known set into IMAGES first: digits, cifar10, …")
-    parser.add_argument("--download", action="store_true", help="fetch --image-dataset where it is not here")
+    parser.add_argument(
+        "--image-dataset", help="write this known set into IMAGES first: digits, cifar10, …"
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="fetch --image-dataset where it is not here"
+    )
     parser.add_argument(
         "--print-command", action="store_true", help="print the equal fairseq-train line and stop"
     )
-    parser.add_argument("--all-help", action="store_true", help="list every flag of fairseq-train too")
+    parser.add_argument(
+        "--all-help", action="store_true", help="list every flag of fairseq-train too"
+    )
     own, rest = parser.parse_known_args(argv)
     if own.all_help:
         return train(["fairseq-train", *flags_of(PRESET), "--help"])
@@ -97,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def arguments(images: str, recipe: Sequence[str], rest: Sequence[str]) -> list[str]:
-    """Flags of fairseq-train: the presets, those of the size, the recipe, what was typed; the last one counts."""
+    """Flags of fairseq-train: presets, those of the size, the recipe, what was typed; the last counts."""
     given = [*recipe, *rest]
     size = image_size(images, value_of(given, "--image-size"))
     fitting = next(values for limit, values in SIZES.items() if size <= limit)
@@ -147,7 +155,9 @@ def image_size(images: str, given: str | None) -> int:
 
     meta = read_meta(Path(images))
     if meta is None:
-        raise UsageError("--image-size is missing: give the pixels images are brought to, as 64 or 48,64")
+        raise UsageError(
+            "--image-size is missing: give the pixels images are brought to, as 64 or 48,64"
+        )
     return max(meta["shape"][1:])
 
 
@@ -163,14 +173,20 @@ def read_recipe(path: str) -> list[str]:
         raise UserError(f"{path} does not exist: configs/diffusion/ has recipes") from None
     except (OSError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} is no readable recipe ({str(error).splitlines()[0]})") from None
-    if not isinstance(groups, dict) or not all(isinstance(g, dict) for n, g in groups.items() if n not in IGNORED):
-        raise UserError(f"{path} is no recipe: it has no groups task, model, … with options below them")
+    if not isinstance(groups, dict) or not all(
+        isinstance(g, dict) for n, g in groups.items() if n not in IGNORED
+    ):
+        raise UserError(
+            f"{path} is no recipe: it has no groups task, model, … with options below them"
+        )
     flags = []
     for group, options in groups.items():
         for key, value in options.items() if group not in IGNORED else []:
             if (group, key) in (("task", "data"), ("common", "user_dir")):
                 continue
-            flag = NAMES.get(group, f"--{group}") if key == "_name" else f"--{key.replace('_', '-')}"
+            flag = (
+                NAMES.get(group, f"--{group}") if key == "_name" else f"--{key.replace('_', '-')}"
+            )
             flags += flag_with(flag, value)
     return flags
 

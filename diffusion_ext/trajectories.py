@@ -1,16 +1,24 @@
 """How images come out of the noise: a strip of stages, and an animation."""
 
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_ext.pictures import grid, save_gif, save_png, to_uint8
+from diffusion_ext.pictures import grid, to_uint8
 
 STAGES = 12
+FRAMES = 60
 
 
-def save_trajectory(folder: Path, model, options: dict, numbers: list[int], scale: int) -> None:
-    """Write strip.png (a row an image, from noise to image) and trajectory.gif for these images."""
+class Stages(NamedTuple):
+    """strip: uint8 (C, H', W'), a row an image, from noise to image; animation: list of such grids."""
+
+    strip: np.ndarray
+    animation: list[np.ndarray]
+
+
+def stages_of(model, options: dict, numbers: list[int]) -> Stages:
+    """Draw these images once more, looking on; options as of `DiffusionModel.batches`."""
     frames = []
 
     def watch(i, x, x0):
@@ -18,8 +26,13 @@ def save_trajectory(folder: Path, model, options: dict, numbers: list[int], scal
 
     for _ in model.batches(numbers, **{**options, "batch_size": len(numbers)}, watch=watch):
         pass
-    stages = sorted({round(k) for k in np.linspace(0, len(frames) - 1, min(STAGES, len(frames)))})
-    rows = [frames[stage][row] for row in range(len(numbers)) for stage in stages]
-    save_png(folder / "strip.png", grid(np.stack(rows), columns=len(stages)), scale)
-    shown = frames if len(frames) <= 60 else [frames[k] for k in np.linspace(0, len(frames) - 1, 60).round().astype(int)]
-    save_gif(folder / "trajectory.gif", [grid(frame) for frame in shown], scale)
+    rows = [
+        frames[stage][row] for row in range(len(numbers)) for stage in spread(len(frames), STAGES)
+    ]
+    strip = grid(np.stack(rows), columns=min(STAGES, len(frames)))
+    return Stages(strip, [grid(frames[k]) for k in spread(len(frames), FRAMES)])
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` of the numbers 0 … total − 1, evenly, with the first and the last."""
+    return [round(k) for k in np.linspace(0, total - 1, min(count, total))]

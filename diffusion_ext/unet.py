@@ -20,7 +20,9 @@ class UNetOptions:
     )
     channel_mults: List[int] = field(
         default_factory=lambda: [1, 2, 2],
-        metadata={"help": "channels of each resolution as multiples of --base-channels, e.g. 1,2,2"},
+        metadata={
+            "help": "channels of each resolution as multiples of --base-channels, e.g. 1,2,2"
+        },
     )
     blocks: int = field(default=2, metadata={"help": "residual blocks a resolution"})
     attention_resolutions: List[int] = field(
@@ -33,7 +35,9 @@ class UNetOptions:
     dropout: float = field(default=0.0, metadata={"help": "inside residual blocks"})
     scale_shift: bool = field(
         default=False,
-        metadata={"help": "the time embedding scales and shifts the second norm, instead of adding"},
+        metadata={
+            "help": "the time embedding scales and shifts the second norm, instead of adding"
+        },
     )
 
 
@@ -56,15 +60,17 @@ class UNet(nn.Module):
     ):
         super().__init__()
         self.options, self.n_classes, self.condition_size = options, n_classes, condition_size
-        base, embedding = options.base_channels, 4 * options.base_channels
-        self.time_1, self.time_2 = nn.Linear(base, embedding), nn.Linear(embedding, embedding)
+        widths = [options.base_channels * m for m in options.channel_mults]
+        first, embedding = widths[0], 4 * widths[0]
+        self.time_1, self.time_2 = nn.Linear(first, embedding), nn.Linear(embedding, embedding)
         self.label = nn.Embedding(n_classes + 1, embedding) if n_classes else None
         # no bias: the condition 0 of every sampled image leaves no trace
-        self.condition = nn.Linear(condition_size, embedding, bias=False) if condition_size else None
-        widths = [base * m for m in options.channel_mults]
+        self.condition = (
+            nn.Linear(condition_size, embedding, bias=False) if condition_size else None
+        )
         settings = dict(
             embedding=embedding,
-            groups=norm_groups(base),
+            groups=norm_groups(options.base_channels),
             dropout=options.dropout,
             scale_shift=options.scale_shift,
         )
@@ -81,8 +87,8 @@ class UNet(nn.Module):
                 for i, o in blocks
             )
 
-        self.conv_in = nn.Conv2d(in_channels, base, 3, padding=1)
-        skips, width = [base], base
+        self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
+        skips, width = [first], first
         self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
         for level, out in enumerate(widths):
             attends = height >> level in options.attention_resolutions
@@ -104,10 +110,8 @@ class UNet(nn.Module):
             width = out
             if level:
                 self.grow.append(nn.Conv2d(out, out, 3, padding=1))
-        self.norm_out = nn.GroupNorm(settings["groups"], base * options.channel_mults[0])
-        self.conv_out = zeroed(
-            nn.Conv2d(base * options.channel_mults[0], out_channels, 3, padding=1)
-        )
+        self.norm_out = nn.GroupNorm(settings["groups"], first)
+        self.conv_out = zeroed(nn.Conv2d(first, out_channels, 3, padding=1))
 
     def forward(
         self,
@@ -117,7 +121,7 @@ class UNet(nn.Module):
         condition: Optional[Tensor] = None,
     ) -> Tensor:
         x = x.to(self.conv_in.weight.dtype)
-        time = time_features(t, self.options.base_channels).to(x.dtype)
+        time = time_features(t, self.time_1.in_features).to(x.dtype)
         embedding = self.time_2(F.silu(self.time_1(time)))
         if self.label is not None:
             if label is None:

@@ -13,9 +13,9 @@ from diffusion_ext.schedules import NoiseSchedule
 
 
 class PosteriorTables:
-    """q(x_{t−1} | x_t, x_0) of the full chain: mean = on_x0 x_0 + on_x x_t, and the logs of its variance and of β.
+    """q(x_{t−1} | x_t, x_0): mean = on_x0 x_0 + on_x x_t, and the logs of its variance and of β.
 
-    The posterior's variance is 0 at t = 0; its logarithm there is that of t = 1, as no noise is drawn with it.
+    The posterior's variance is 0 at t = 0; its logarithm there is that of t = 1: no noise is drawn with it.
     """
 
     def __init__(self, schedule: NoiseSchedule):
@@ -36,7 +36,7 @@ class PosteriorTables:
 def bound(
     tables: PosteriorTables, x0: Tensor, x_t: Tensor, t: Tensor, guess: Tensor, fraction: Tensor
 ) -> Tensor:
-    """Term L_t of the bound for each image (B,): a KL divergence, at t = 0 the likelihood of the 8-bit values.
+    """Term L_t of the bound for each image (B,): a KL divergence, at t = 0 the likelihood of 8-bit values.
 
     guess: predicted x_0, whose gradient the caller stops; fraction: of the log-variance, 0 posterior, 1 β.
     """

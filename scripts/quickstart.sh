@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # Set everything up and run a main job of this project, from data to pictures.
 #
-#     bash scripts/quickstart.sh [speaker|translation] [OPTION...]
+#     bash scripts/quickstart.sh [speaker|translation|diffusion] [OPTION...]
 #
 # speaker:     make recordings of synthetic voices, train a model that tells them apart, test it.
 #              Options: bash scripts/quickstart.sh speaker --help
 # translation: make English-Chinese sentence pairs, train a model that translates them, score it, train
 #              a second one with back-translation, translate what you type.
 #              Options: bash scripts/quickstart.sh translation --help
+# diffusion:   train a model that draws digits, or images like yours, draw some, measure how good they are.
+#              Options: bash scripts/quickstart.sh diffusion --help
 #
 # Safe to call again: it continues where it was stopped and skips what is done.
 set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 root=$(dirname "$scripts")
-jobs="speaker translation"
+jobs="speaker translation diffusion"
 
 case "${1:-}" in
 -h | --help)

@@ -14,12 +14,19 @@ class TrainingDisplay:
     """A line for each validation; on a terminal also one that follows the updates."""
 
     def __init__(
-        self, updates, log, stream=None, clock=time.monotonic, metric="accuracy", unit=" %"
+        self,
+        updates,
+        log,
+        stream=None,
+        clock=time.monotonic,
+        metric="accuracy",
+        unit=" %",
+        digits=1,
     ):
-        """updates: how many in all; log: open file that gets every line; metric, unit: what of a
-        validation is shown.
+        """updates: how many in all; log: open file that gets every line; metric, unit, digits: what of
+        a validation is shown, and how many digits behind the point.
         """
-        self.metric, self.unit = metric, unit
+        self.metric, self.unit, self.digits = metric, unit, digits
         self.updates, self.log = updates, log
         self.stream, self.clock = stream or sys.stdout, clock
         self.began = self.loss = None
@@ -52,7 +59,7 @@ class TrainingDisplay:
         left = self.time_left(point.update)
         print(
             f"update {point.update:5}/{self.updates}   {loss}"
-            f"{self.metric} on {point.subset} {point.stats[self.metric]:5.1f}{self.unit}{left}",
+            f"{self.metric} on {point.subset} {point.stats[self.metric]:5.{self.digits}f}{self.unit}{left}",
             file=self.stream,
             flush=True,
         )
@@ -83,12 +90,22 @@ class TrainingDisplay:
 
 
 def train_shown(
-    steps, data, command, updates, best, name=None, log="train.log", inputs=(), **shown
+    steps,
+    data,
+    command,
+    updates,
+    best,
+    name=None,
+    log="train.log",
+    inputs=(),
+    prepared="corpus.json",
+    **shown,
 ):
     """The step that trains: `command` with its output appended to a log and a few lines shown.
 
     best: the checkpoint it leaves; name: of the step; log: file in the folder of the steps; inputs: files
-    that it reads beside DATA; shown: what of a validation, as TrainingDisplay takes it.
+    that it reads beside DATA; prepared: the file by which DATA is known; shown: what of a validation, as
+    TrainingDisplay takes it.
     """
     log = steps.folder / log
 
@@ -106,7 +123,7 @@ def train_shown(
     steps.do(
         name or f"train for {updates} updates",
         command,
-        inputs=[data / "corpus.json", *inputs],
+        inputs=[data / prepared, *inputs],
         outputs=[best],
         run=show_training,
     )

@@ -1,0 +1,253 @@
+"""The diffusion tables of the README: `python -m benchmarks.diffusion_tables [GROUP …]`.
+
+Every run is one `diffusion_ext.train` in a process of its own on one thread, then `sample` and `evaluate`;
+one JSON file under benchmarks/results/diffusion_tables/, written when it is done, with a grid of samples
+beside it. A run that has its file is not done again. `--jobs 2` does two at a time.
+
+    digits     configs/diffusion/digits.yaml, 3 seeds, and controls that must score clearly worse
+    samplers   samplers × steps on the first of them, 500 images each
+    ablation   digits: 3 schedules × eps and v × no, leaky and non-leaky augmentation, 2 seeds
+    emoji      ../shared/data/emoji64 at 32 × 32: the default beside cosine and eps, 2 seeds
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from benchmarks.diffusion_report import report
+from benchmarks.recorded import ROOT, changed_recipe, digest_of, is_recorded, run
+from benchmarks.translation_runs import SHARED
+from ext_common.manifest import atomic_json, versions
+
+RESULTS = ROOT / "benchmarks" / "results" / "diffusion_tables"
+CONFIGS = ROOT / "configs" / "diffusion"
+SAMPLES = 500
+AUGMENTED = {"task.hflip": 0.5, "task.color_jitter": [0.5, 0.5, 0.5, 0.1]}
+AUGMENTATIONS = {
+    "none": {},
+    "leaky": {**AUGMENTED, "task.leaky_augment": True},
+    "nonleaky": AUGMENTED,
+}
+ABLATION_UPDATES = 600
+SAMPLERS = {
+    "ddpm:variance=small": (20, 50, 100, 1000),
+    "ddpm:variance=large": (100, 1000),
+    "ddim": (10, 20, 50, 100),
+    "ddim:eta=1": (20, 100),
+    "heun": (5, 10, 25),
+    "dpmpp_2m": (5, 10, 20, 50),
+}
+SPACINGS = {"dpmpp_2m": ("trailing", "logsnr"), "heun": ("trailing", "logsnr")}
+
+
+@dataclass(frozen=True)
+class Data:
+    """A prepared folder, and how samples of it are judged."""
+
+    name: str
+    size: int
+    source: list
+    extractor: str
+
+
+DIGITS = Data("digits", 16, ["--image-dataset", "digits"], "classifier")
+EMOJI = Data("emoji", 32, [SHARED / "emoji64"], "pca")
+
+
+def digits_runs() -> dict:
+    return {f"digits-{seed}": (DIGITS, "digits", {"common.seed": seed}) for seed in (1, 2, 3)}
+
+
+def ablation_runs() -> dict:
+    """Name → (data, recipe, changes)."""
+    runs = {}
+    for seed in (1, 2):
+        for schedule in ("sigmoid", "cosine", "linear"):
+            for objective in ("v", "eps"):
+                for augmentation, flags in AUGMENTATIONS.items():
+                    changes = {
+                        "common.seed": seed,
+                        "task.beta_schedule": schedule,
+                        "task.objective": objective,
+                        "optimization.max_update": ABLATION_UPDATES,
+                        **flags,
+                    }
+                    runs[f"{schedule}_{objective}_{augmentation}-{seed}"] = (
+                        DIGITS,
+                        "digits",
+                        changes,
+                    )
+    return runs
+
+
+def emoji_runs() -> dict:
+    other = {"task.beta_schedule": "cosine", "task.objective": "eps"}
+    runs = {}
+    for seed in (1, 2):
+        runs[f"emoji_default-{seed}"] = (EMOJI, "emoji32", {"common.seed": seed})
+        runs[f"emoji_cosine_eps-{seed}"] = (EMOJI, "emoji32", {"common.seed": seed, **other})
+    return runs
+
+
+def one(name: str, data: Data, recipe: str, changes: dict, work: Path) -> None:
+    """Train, sample and judge one run, unless that is recorded."""
+    config = changed_recipe(CONFIGS / f"{recipe}.yaml", changes)
+    digest = digest_of(config, data.name, data.size, SAMPLES)
+    path = RESULTS / f"{name}.json"
+    if is_recorded(path, digest):
+        print(f"{name}: done before", flush=True)
+        return
+    folder = work / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    recipe_file = folder / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump(config))
+    store, checkpoints = work / data.name, folder / "checkpoints"
+    command = [*python("train"), store, "--config", recipe_file, "--save-dir", checkpoints]
+    seconds = run(command, folder / "train.log")
+    result = {"run": name, "date": date.today().isoformat(), "recipe_sha256": digest}
+    result.update(cpu_seconds=round(seconds, 1), threads=1, recipe=config)
+    result["evaluation"] = judge(folder, data, store, checkpoints / "checkpoint_last.pt")
+    shutil.copyfile(folder / "samples.grid.png", RESULTS / f"{name}.png")
+    atomic_json(path, {**result, "versions": versions()})
+    frechet = result["evaluation"]["metrics"]["frechet"]
+    print(
+        f"{name}: Fréchet {frechet['value']:.3g}, {frechet['ratio']:.2f} × floor, {seconds:.0f} CPU s",
+        flush=True,
+    )
+
+
+def judge(folder: Path, data: Data, store: Path, checkpoint: Path, *flags, name="samples") -> dict:
+    """`sample`, then `evaluate`, whose JSON this is."""
+    samples = folder / name
+    run(
+        [*python("sample"), samples, "--path", checkpoint, "--num", SAMPLES, *flags],
+        folder / f"{name}.log",
+    )
+    return evaluate(samples, data, store, folder / f"{name}.json")
+
+
+def evaluate(fake: Path, data: Data, store: Path, output: Path) -> dict:
+    command = [*python("evaluate"), "--real", store, "--fake", fake, "--train", store]
+    run(
+        [*command, "--extractor", data.extractor, "--output", output],
+        output.with_suffix(".evaluate.log"),
+    )
+    return json.loads(output.read_text())
+
+
+def controls(work: Path) -> None:
+    """Judge what must score clearly worse than samples, and copies, which must be found out."""
+    from diffusion_ext.controls import averaged_images, copies, covariance_gaussian
+    from diffusion_ext.image_store import Images
+
+    path = RESULTS / "controls.json"
+    if path.exists():
+        print("controls: done before", flush=True)
+        return
+    store = Images.open(work / DIGITS.name)
+    rows = store.rows("train", 0.05, 1000)
+    pixels, labels = store.pixels[rows], store.labels[rows]
+    made = {
+        "covariance Gaussian": covariance_gaussian(pixels, SAMPLES, seed=1),
+        "averages of 2 of a class": averaged_images(pixels, SAMPLES, 2, seed=1, labels=labels),
+        "averages of 5 of a class": averaged_images(pixels, SAMPLES, 5, seed=1, labels=labels),
+        "copies of training images": copies(pixels, SAMPLES, seed=1),
+    }
+    found = {}
+    for number, (title, images) in enumerate(made.items()):
+        array = work / f"control-{number}.npy"
+        np.save(array, images)
+        found[title] = evaluate(array, DIGITS, work / DIGITS.name, work / f"control-{number}.json")
+        print(f"{title}: {found[title]['metrics']['frechet']['ratio']:.2f} × floor", flush=True)
+    atomic_json(path, found)
+
+
+def samplers(work: Path) -> None:
+    """Samplers × steps on the checkpoint of digits-1."""
+    checkpoint = work / "digits-1" / "checkpoints" / "checkpoint_last.pt"
+    if not checkpoint.exists():
+        raise SystemExit(
+            f"error: {checkpoint} is not there: run the group digits first (and keep --work)"
+        )
+    for sampler, counts in SAMPLERS.items():
+        for spacing in SPACINGS.get(sampler, ("trailing",)):
+            for steps in counts:
+                name = f"sampler-{sampler.replace(':', '_').replace('=', '')}-{spacing}-{steps}"
+                path = RESULTS / f"{name}.json"
+                if path.exists():
+                    print(f"{name}: done before", flush=True)
+                    continue
+                flags = ["--sampler", sampler, "--spacing", spacing, "--steps", steps]
+                folder = work / "samplers"
+                folder.mkdir(exist_ok=True)
+                shutil.rmtree(folder / name, ignore_errors=True)
+                found = judge(folder, DIGITS, work / DIGITS.name, checkpoint, *flags, name=name)
+                atomic_json(
+                    path,
+                    {
+                        "run": name,
+                        "sampler": sampler,
+                        "spacing": spacing,
+                        "steps": steps,
+                        "evaluation": found,
+                    },
+                )
+                print(f"{name}: {found['metrics']['frechet']['ratio']:.2f} × floor", flush=True)
+
+
+def python(noun: str) -> list:
+    return [sys.executable, "-m", f"diffusion_ext.{noun}"]
+
+
+def prepare(data: Data, work: Path) -> None:
+    if not (work / data.name / "manifest.json").exists():
+        flags = data.source if data.source[0] == "--image-dataset" else []
+        command = [*python("prepare"), *([] if flags else data.source), work / data.name, *flags]
+        run([*command, "--image-size", data.size], work / f"prepare-{data.name}.log")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("groups", nargs="*", help="of the above (default: all)")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "diffusion_tables")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--report", action="store_true", help="print the tables of what is done")
+    args = parser.parse_args()
+    wanted = args.groups or ["digits", "samplers", "ablation", "emoji"]
+    groups = {"digits": digits_runs, "ablation": ablation_runs, "emoji": emoji_runs}
+    unknown = set(wanted) - {*groups, "samplers"}
+    if unknown:
+        parser.error(f"unknown group {', '.join(sorted(unknown))}")
+    if not args.report:
+        args.work.mkdir(parents=True, exist_ok=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        for group in wanted:
+            if group == "samplers":
+                samplers(args.work)
+                continue
+            prepare(EMOJI if group == "emoji" else DIGITS, args.work)
+            if group == "digits":
+                controls(args.work)
+            with ThreadPoolExecutor(args.jobs) as pool:
+                done = [
+                    pool.submit(one, name, *what, args.work)
+                    for name, what in groups[group]().items()
+                ]
+            for future in done:
+                future.result()
+    print(report(RESULTS))
+
+
+if __name__ == "__main__":
+    main()
