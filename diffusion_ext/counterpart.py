@@ -8,6 +8,7 @@ no bias. `DDPMScheduler` takes β as they are, and with them any schedule; it co
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from diffusion_ext.unet import Attention, UNet
 from ext_common.cli import UserError
 
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-# Of the noise at any timestep; float32 is off by 2e-4 of it in a cosine schedule of 1,000 timesteps.
+# Of the noise at any timestep; float32 is off by 3e-4 of it in a cosine schedule of 1,000 timesteps.
 SIGMA_TOLERANCE = 0.05
 DROPPED = "condition."
 # Beginnings of names, then the rest of them, ours → theirs.
@@ -152,27 +153,27 @@ def write_pipeline(
 ) -> None:
     """Write `net` and its schedule as a `DDPMPipeline`; size: (height, width) in pixels."""
     diffusers = import_diffusers()
-    unet = diffusers.UNet2DModel(**unet2d_options(net, *size))
+    unet = diffusers.unet(**unet2d_options(net, *size))
     unet.load_state_dict(unet2d_weights(net.state_dict()))
-    scheduler = diffusers.DDPMScheduler(**scheduler_options(schedule, objective))
-    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder)
+    scheduler = diffusers.scheduler(**scheduler_options(schedule, objective))
+    diffusers.pipeline(unet, scheduler).save_pretrained(folder)
 
 
 def read_pipeline(folder: Path) -> Any:
     """The `DDPMPipeline` in a folder, on the CPU, in float32."""
     diffusers = import_diffusers()
-    bars = diffusers.utils.logging.is_progress_bar_enabled()
-    diffusers.utils.logging.disable_progress_bar()
+    bars = diffusers.logging.is_progress_bar_enabled()
+    diffusers.logging.disable_progress_bar()
     try:
         # the way with little memory needs accelerate, and warns where that is absent
-        return diffusers.DDPMPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+        return diffusers.pipeline.from_pretrained(folder, low_cpu_mem_usage=False)
     finally:
         if bars:
-            diffusers.utils.logging.enable_progress_bar()
+            diffusers.logging.enable_progress_bar()
 
 
-def import_diffusers() -> Any:
-    """The package, or a sentence on how to get it."""
+def import_diffusers() -> SimpleNamespace:
+    """What is needed of the package, or a sentence on how to get it."""
     try:
         import diffusers
         import safetensors  # noqa: F401
@@ -181,7 +182,19 @@ def import_diffusers() -> Any:
             f"--format diffusers needs the package {error.name or 'diffusers'}:"
             " pip install 'fairseq-ext[diffusers]'"
         ) from None
-    return diffusers
+    try:
+        # its parts are imported when they are asked for
+        return SimpleNamespace(
+            pipeline=diffusers.DDPMPipeline,
+            unet=diffusers.UNet2DModel,
+            scheduler=diffusers.DDPMScheduler,
+            logging=diffusers.utils.logging,
+        )
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0].rstrip(". :")
+        raise UserError(
+            f"diffusers {diffusers.__version__} cannot be used ({reason}): pip install --upgrade diffusers"
+        ) from None
 
 
 def _attentions(net: UNet) -> Iterable[Attention]:

@@ -179,7 +179,7 @@ class TestScheduler:
             batch_size=2,
             generator=torch.Generator().manual_seed(3),
             num_inference_steps=steps,
-            output_type="pt",
+            output_type="np",
         ).images
 
         draw = torch.Generator().manual_seed(3)
@@ -191,6 +191,7 @@ class TestScheduler:
         ours = ddpm(denoise, start, path, lambda i: torch.randn(shape, generator=draw))
         ours = (ours / 2 + 0.5).clamp(0, 1)
         assert 0.1 < float(ours.std())
+        theirs = torch.from_numpy(theirs).permute(0, 3, 1, 2)
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
 
     def test_schedule_beyond_float32(self):
@@ -392,6 +393,18 @@ class TestCommand:
         with pytest.raises(UserError, match="read back, its outputs differ .* 1e-04 is accepted"):
             export(path, tmp_path / "out", "--format", format)
         assert [entry.name for entry in tmp_path.iterdir()] == ["variant.pt"]
+
+    def test_package_does_not_fit_others(self, tmp_path, monkeypatch):
+        class Broken:
+            __version__ = "0.1"
+
+            def __getattr__(self, name):
+                raise RuntimeError("Failed to import\nsomething else")
+
+        monkeypatch.setitem(sys.modules, "diffusers", Broken())
+        sentence = "diffusers 0.1 cannot be used .Failed to import.: pip install --upgrade"
+        with pytest.raises(UserError, match=sentence):
+            export("no.pt", tmp_path / "out", "--format", "diffusers")
 
     @pytest.mark.parametrize("format", FORMATS)
     def test_package_missing(self, tmp_path, monkeypatch, format):
