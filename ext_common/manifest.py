@@ -22,6 +22,7 @@ _DISTRIBUTIONS = (
     "torchaudio",
     "numpy",
     "soundfile",
+    "pillow",
     "hydra-core",
     "omegaconf",
     "sentencepiece",

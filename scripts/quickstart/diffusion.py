@@ -81,7 +81,7 @@ def quickstart(options):
         checkpoint = train(steps, data, source, options.updates)
         samples = draw(steps, checkpoint)
         judge(steps, data, samples, "pca" if source else "classifier")
-        closing(steps, source, data, checkpoint, samples)
+        closing(steps, options, data, checkpoint, samples)
 
 
 def prepare(steps, source, size):
@@ -142,7 +142,7 @@ def judge(steps, data, samples, extractor):
     steps.do("judge them", command, inputs=inputs, outputs=[output])
 
 
-def closing(steps, source, data, checkpoint, samples):
+def closing(steps, options, data, checkpoint, samples):
     """The figure with what it means, where everything is, and what to do next."""
     found = json.loads((steps.folder / "metrics.json").read_text(encoding="utf-8"))
     frechet, folder = found["metrics"]["frechet"], steps.folder
@@ -150,7 +150,7 @@ def closing(steps, source, data, checkpoint, samples):
         f"\n== result\n{frechet['label']} {frechet['value']:.3g}, {frechet['ratio']:.2f} times that between "
         f"real images (1: as good as real ones)"
     )
-    if source is None:
+    if options.data is None:
         missing = found["classes"]["missing"]
         print(f"digits among the samples: {10 - len(missing)} of 10")
     print(
@@ -167,20 +167,25 @@ def closing(steps, source, data, checkpoint, samples):
     for name, place in files.items():
         print(f"{name:25} {place}")
     print("\n== next")
-    for text, command in next_commands(source, data, checkpoint, folder):
+    for text, command in next_commands(options, checkpoint, folder):
         print(f"# {text}\n{show_command(command)}")
 
 
-def next_commands(source, data, checkpoint, folder):
+def next_commands(options, checkpoint, folder):
     """(what it is for, command) to go on with."""
     quickstart = ["bash", relative(ROOT / "scripts" / "quickstart.sh"), "diffusion"]
-    own = ["--data", source] if source else []
+    own = []
+    for flag in ("data", "out"):
+        if getattr(options, flag):
+            own += [f"--{flag}", getattr(options, flag)]
+    if options.data:
+        own += ["--image-size", options.image_size]
     sample = ["python", "-m", "diffusion_ext.sample"]
     more = [*sample, folder / "more", "--path", checkpoint, "--num", 1000]
     ancestral = [*sample, folder / "ancestral", "--path", checkpoint]
     export = ["python", "-m", "diffusion_ext.export", checkpoint, folder / "diffusers"]
     return [
-        ("train on", [*quickstart, *own, "--updates", 6000]),
+        ("train on", [*quickstart, *own, "--updates", 4 * options.updates]),
         ("a thousand images, other noise", [*more, "--seed", 2]),
         ("with the original sampler", [*ancestral, "--sampler", "ddpm", "--steps", 1000]),
         ("for diffusers", [*export, "--format", "diffusers"]),

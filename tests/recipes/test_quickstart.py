@@ -285,8 +285,8 @@ def test_digits_that_do_not_come_leave_nothing(tmp_path):
 # --- the whole way -------------------------------------------------------------------------------
 
 
-def quickstart(out, *args):
-    return python(SCRIPTS / "quickstart" / "speaker.py", "--out", out, *args, cwd=out.parent)
+def quickstart(out, *args, job="speaker"):
+    return python(SCRIPTS / "quickstart" / f"{job}.py", "--out", out, *args, cwd=out.parent)
 
 
 def times(folder):
@@ -470,3 +470,40 @@ def test_translation_quickstart_on_own_files_typed_to(tmp_path):
     assert again.returncode == 0 and len(commands(again)) == 1 and times(out) == before
     again = python(script, *args, "--updates", 160, cwd=tmp_path)
     assert again.returncode == 0 and "== with back-translation" not in again.stdout
+
+
+# --- diffusion ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_diffusion_quickstart(tmp_path):
+    """On the digits, then nothing left to do, then on a folder of images of one's own."""
+    out = tmp_path / "out"
+    done = quickstart(out, "--updates", 4, job="diffusion")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((out / "samples").glob("*.png"))) == 500
+    for name in ("samples.grid.png", "samples.strip.png", "learning_curve.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    found = json.loads((out / "metrics.json").read_text())
+    assert f"{found['metrics']['frechet']['ratio']:.2f} times that between real" in done.stdout
+    assert found["metrics"]["frechet"]["n"] == 500 and len(found["classes"]["names"]) == 10
+    before = times(out)
+    again = quickstart(out, "--updates", 4, job="diffusion")
+    assert again.returncode == 0 and commands(again) == []
+    assert times(out) == before
+
+
+@pytest.mark.slow
+def test_diffusion_quickstart_on_own_images(tmp_path):
+    from PIL import Image
+
+    own = tmp_path / "own"
+    own.mkdir()
+    for k in range(40):
+        Image.new("RGB", (20, 16), (6 * k, 255 - 6 * k, 40)).save(own / f"{k}.jpg")
+    flags = ["--data", own, "--image-size", 8, "--updates", 2]
+    done = quickstart(tmp_path / "out", *flags, job="diffusion")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["size"] == "8x8 colour"
+    missing = quickstart(tmp_path / "x", "--data", tmp_path / "none", job="diffusion")
+    assert "is not a folder" in one_sentence(missing, 1)
