@@ -75,8 +75,14 @@ def build_schedule(
         raise UserError(f"--timesteps {timesteps} is too few: 2 is the least, 1000 is usual")
     name, _, given = name.partition(":")
     betas = SCHEDULES.build(name, timesteps, options=options or given)
-    schedule = NoiseSchedule.from_betas(betas)
-    return rescale_zero_terminal_snr(schedule) if zero_terminal_snr else schedule
+    try:
+        schedule = NoiseSchedule.from_betas(betas)
+        return rescale_zero_terminal_snr(schedule) if zero_terminal_snr else schedule
+    except ValueError as error:
+        raise UserError(
+            f"--beta-schedule {name}{given and f':{given}'} is of no use with --timesteps {timesteps}"
+            f" ({error}): choose milder options"
+        ) from error
 
 
 @dataclass
