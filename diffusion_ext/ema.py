@@ -27,8 +27,9 @@ class WeightAverages(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # half-precision averages would stand still: an update changes the last bits
+        kept = self.weights
         super()._apply(fn, recurse)
-        self.weights = self.weights.float()
+        self.weights = kept.to(self.weights.device)
         return self
 
     @torch.no_grad()
