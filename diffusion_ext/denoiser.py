@@ -16,7 +16,8 @@ class Denoiser:
 
     network(x, t, label, x0) → output (B, C or 2C, H, W), where x0 is what self-conditioning feeds back (None
     for a model without). label: (B,) or None; guidance: weight w of classifier-free guidance (Ho & Salimans
-    2022, arXiv 2207.12598): out = none + w (label − none), 1 is the label alone. clip: x_0 held in [−1, 1].
+    2022, arXiv 2207.12598): out = none + w (label − none), 1 is the label alone; the label's is the learned
+    variance. clip: x_0 held in [−1, 1].
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Denoiser:
 
     def __call__(self, x: Tensor, timestep: int):
         t = torch.full((len(x),), timestep, dtype=torch.long, device=x.device)
-        output, fraction = split_output(self._output(x, t), x.shape[1])
+        output, fraction = self._output(x, t)
         a, s = self.alpha[timestep], self.sigma[timestep]
         predicted = self.objective.prediction(output, x, a, s)
         if self.clip:
@@ -47,12 +48,14 @@ class Denoiser:
             self.x0 = predicted.x0
         return predicted if fraction is None else LearnedPrediction(*predicted, fraction)
 
-    def _output(self, x: Tensor, t: Tensor) -> Tensor:
-        output = self.network(x, t, self.label, self.x0)
-        if self.label is None or self.guidance == 1:
-            return output.float()
-        without = self.network(x, t, None, self.x0)
-        return without.float() + self.guidance * (output - without).float()
+    def _output(self, x: Tensor, t: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        channels = x.shape[1]
+        output, fraction = split_output(self.network(x, t, self.label, self.x0).float(), channels)
+        if self.label is not None and self.guidance != 1:
+            # the fraction is not extrapolated: it would leave [0, 1], and the noise its bounds
+            without, _ = split_output(self.network(x, t, None, self.x0).float(), channels)
+            output = without + self.guidance * (output - without)
+        return output, fraction
 
 
 def split_output(output: Tensor, channels: int) -> tuple[Tensor, Optional[Tensor]]:
