@@ -13,9 +13,12 @@ from torch import Tensor
 
 
 def stream_seed(purpose: str, *numbers: int) -> int:
-    """A 63-bit seed for `purpose` and these 64-bit integers; equal on every machine."""
+    """A 63-bit seed for `purpose` (at most 16 bytes) and these 64-bit integers; equal on every machine.
+
+    torch's CPU generator looks at its lower 32 bits only: of 50,000 images two are alike once in four times.
+    """
     packed = struct.pack(f"<{len(numbers)}q", *numbers)
-    digest = hashlib.blake2b(packed, digest_size=8, person=purpose.encode()[:16]).digest()
+    digest = hashlib.blake2b(packed, digest_size=8, person=purpose.encode()).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
