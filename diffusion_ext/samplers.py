@@ -92,8 +92,9 @@ def trailing(schedule: NoiseSchedule, steps: int) -> list[int]:
 def even_log_snr(schedule: NoiseSchedule, steps: int) -> list[int]:
     """Evenly in log-SNR from T − 1 down to 0 (Lu et al. 2022, arXiv 2206.00927), to the nearest timestep."""
     snr = schedule.snr
-    # a last level without any image has no logarithm: the one before it ends the scale
-    log_snr = snr.clamp(min=float(snr[-2]) / 4 if snr[-1] == 0 else 0).log()
+    # a last level with next to nothing of the image would draw many steps towards itself, where no timesteps
+    # are (cosine and sigmoid at T = 1,000: 999, 998, 997, 996): half the alpha before it ends the scale
+    log_snr = snr.clamp(min=float(snr[-2]) / 4).log()
     wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
     nearest = (log_snr[None] - wanted[:, None]).abs().argmin(1).tolist()
     total = schedule.timesteps
