@@ -34,20 +34,16 @@ class DiffusionModel:
     """
 
     def __init__(self, model, cfg: Mapping, spec: Mapping, device="cpu", average: int | None = 0):
-        self.model, self.spec, self.device = (
-            model.to(device).eval(),
-            dict(spec),
-            torch.device(device),
-        )
-        self.options = cfg
+        self.model, self.device = model.to(device).eval(), torch.device(device)
+        self.spec = dict(spec)
         self.schedule = build_schedule(
             cfg["beta_schedule"], cfg["timesteps"], cfg["zero_terminal_snr"]
         )
         self.objective = cfg["objective"]
-        if average is not None and not 0 <= average < len(model.ema.half_lives):
+        known = range(len(model.ema.half_lives))
+        if average is not None and average not in known:
             raise UserError(
-                f"--ema {average} is not there: the model has {len(model.ema.half_lives)} averages,"
-                " counted from 0"
+                f"--ema {average} is not there: the model has the averages {', '.join(map(str, known))}"
             )
         self.average = average
 
@@ -74,10 +70,17 @@ class DiffusionModel:
     def classes(self) -> list[str]:
         return list(self.spec["classes"])
 
+    def class_index(self, name: str) -> int:
+        """Number of the class `name`; UserError for one that the model does not know."""
+        if name not in self.classes:
+            known = ", ".join(self.classes) or "none, it was trained without --class-labels"
+            raise UserError(f"--label {name} is no class of the model; known: {known}")
+        return self.classes.index(name)
+
     def denoiser(
         self, label: Tensor | None = None, guidance: float = 1.0, clip=True, bf16=False
     ) -> Denoiser:
-        """What a sampler asks, for one batch; see `Denoiser`."""
+        """What a sampler asks, for one batch on its one way to images; see `Denoiser`."""
 
         def network(x, t, label, x0):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
@@ -110,29 +113,28 @@ class DiffusionModel:
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """(numbers, uint8 (B, C, H, W)) batch by batch; image `number` depends on (seed, number) alone.
 
-        sampler: registered name, or "name:option=value,…"; labels: class index of each number.
+        sampler: registered name, or "name:option=value,…"; labels: class index of each number. UserError at
+        once, before anything is drawn, for names and steps that there are not.
         """
         name, _, given = sampler.partition(":")
         run, options = SAMPLERS.get(name), SAMPLERS.options(name, given)
         options = {} if options is None else asdict(options)
+        if watch is not None:
+            options["watch"] = watch
         path = trajectory(self.schedule, steps, spacing)
-        for start in range(0, len(numbers), batch_size):
-            chosen = list(numbers[start : start + batch_size])
-            noise = ImageNoise(seed, chosen, self.shape, self.device)
-            label = None
-            if labels is not None:
-                label = torch.tensor(labels[start : start + batch_size], device=self.device)
-            denoise = self.denoiser(label, guidance, clip, bf16)
-            with torch.no_grad():
-                x0 = run(
-                    denoise,
-                    noise.start,
-                    path,
-                    noise,
-                    **options,
-                    **({"watch": watch} if watch else {}),
-                )
-            yield chosen, to_uint8(x0)
+
+        def draw():
+            for start in range(0, len(numbers), batch_size):
+                chosen = list(numbers[start : start + batch_size])
+                noise = ImageNoise(seed, chosen, self.shape, self.device)
+                label = None
+                if labels is not None:
+                    label = torch.tensor(labels[start : start + batch_size], device=self.device)
+                denoise = self.denoiser(label, guidance, clip, bf16)
+                with torch.no_grad():
+                    yield chosen, to_uint8(run(denoise, noise.start, path, noise, **options))
+
+        return draw()
 
     def sample(self, count: int, first: int = 0, **options: Any) -> np.ndarray:
         """uint8 (count, C, H, W), the images number `first` on; options as of `batches`."""

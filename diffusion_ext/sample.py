@@ -22,6 +22,9 @@ import numpy as np
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, progress, run
 from ext_common.manifest import MANIFEST_NAME, atomic_json, sha256_file, write_manifest
 
+SAMPLER = "dpmpp_2m"
+PLAN_NAME = ".plan.json"
+
 
 @dataclass
 class SampleOptions:
@@ -31,7 +34,11 @@ class SampleOptions:
     num: int = field(default=64, metadata={"help": "images"})
     first: int = field(default=0, metadata={"help": "number of the first image"})
     sampler: str = field(
-        default="dpmpp_2m", metadata={"help": "name, with options as ddim:eta=0.5; see below"}
+        default=SAMPLER,
+        metadata={
+            "help": "name, with options as ddim:eta=0.5, see below; --interpolate is always by ddim,"
+            " --inpaint by ddpm"
+        },
     )
     steps: int = field(default=20, metadata={"help": "noise levels passed, at most the model's T"})
     spacing: str = field(
@@ -39,7 +46,10 @@ class SampleOptions:
     )
     label: Optional[str] = field(
         default=None,
-        metadata={"help": "class by name; none: all classes in turn where the model has any"},
+        metadata={
+            "help": "class by name; none: all classes in turn where the model has any, and no class"
+            " with --interpolate and --inpaint"
+        },
     )
     guidance: float = field(
         default=1.0, metadata={"help": "weight of the class: 1 as trained, more is more typical"}
@@ -77,15 +87,12 @@ class SampleOptions:
     )
 
     def __post_init__(self):
-        for name, least in (
-            ("num", 1),
-            ("batch_size", 1),
-            ("steps", 1),
-            ("resample", 1),
-            ("first", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+        least = dict(num=1, batch_size=1, steps=1, resample=1, first=0, ema=-1)
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {value}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"--seed {self.seed} has more than 64 bits")
         if self.interpolate is not None and len(self.interpolate) != 2:
             raise ValueError("--interpolate takes two images, as A.png,B.png")
         if (self.inpaint is None) != (self.mask is None):
@@ -94,6 +101,18 @@ class SampleOptions:
             raise ValueError("--inpaint and --interpolate exclude each other")
         if not 0 < self.noise_level <= 1:
             raise ValueError("--noise-level must be in (0, 1]")
+        if self.interpolate or self.inpaint:
+            self._check_editing()
+
+    def _check_editing(self):
+        flag, sampler = ("--interpolate", "ddim") if self.interpolate else ("--inpaint", "ddpm")
+        if self.sampler not in (SAMPLER, sampler):
+            raise ValueError(f"{flag} is always by {sampler}: leave --sampler out")
+        self.sampler = sampler
+        if self.trajectory:
+            raise ValueError(f"--trajectory shows images that come out of noise, not {flag}")
+        if self.guidance != 1 and self.label is None:
+            raise ValueError(f"with {flag}, --guidance needs --label")
 
 
 def main(argv: List[str]) -> None:
@@ -119,17 +138,13 @@ def sample(output: str, options: SampleOptions) -> None:
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give a folder to write the images into")
-    if not Path(options.path).is_file():
-        raise UserError(
-            f"--path {options.path} does not exist: give a checkpoint of diffusion_ext.train"
-        )
     model = DiffusionModel.from_checkpoint(
         options.path, options.device, None if options.ema < 0 else options.ema, options.user_dir
     )
     plan = plan_of(options)
-    begin(folder, plan, options.overwrite)
     numbers = list(range(options.first, options.first + options.num))
     draw = drawer(model, options, numbers)
+    begin(folder, plan, options.overwrite)
     missing = [k for k in numbers if not name_of(folder, k).exists()]
     if len(missing) < len(numbers):
         print(f"{len(numbers) - len(missing)} of {len(numbers)} images are there already")
@@ -162,11 +177,12 @@ def sample(output: str, options: SampleOptions) -> None:
 
 
 def plan_of(options: SampleOptions) -> dict:
-    """All that the images depend on; --num, --first and --batch-size are not among it."""
+    """All that the images depend on; --num, --first and --batch-size are not among it, but for the
+    first two with --interpolate, whose ends they are."""
     ways = ("num", "first", "batch_size", "device", "trajectory", "path", "user_dir", "overwrite")
     plan = {k: v for k, v in asdict(options).items() if k not in ways}
     if options.interpolate:
-        plan["num"] = options.num
+        plan.update(num=options.num, first=options.first)
     for key in ("inpaint", "mask"):
         if plan[key]:
             plan[key] = hash_of(plan[key])
@@ -183,21 +199,21 @@ def hash_of(path: str) -> str:
 
 def begin(folder: Path, plan: dict, overwrite: bool) -> None:
     """Note what is drawn into a new folder; UserError where one holds images of something else."""
-    note = folder / ".plan.json"
-    if overwrite and note.exists() and json.loads(note.read_text()) != plan:
-        # the note goes last: what is left of a half-emptied folder is still known as samples
-        for path in (*folder.glob("[0-9]*.png"), note):
-            path.unlink()
-    if note.exists():
-        if json.loads(note.read_text()) != plan:
+    note = folder / PLAN_NAME
+    if note.exists() and json.loads(note.read_text()) != plan:
+        drawn = [path for path in folder.glob("*.png") if path.stem.isdigit()]
+        if drawn and not overwrite:
             raise UserError(
-                f"{folder} holds samples of another model or other options: give another one or --overwrite"
+                f"{folder} holds samples of another model or other options: give another folder, or"
+                " --overwrite to replace them"
             )
-    elif folder.exists() and any(folder.iterdir()):
+        # the note goes last: what is left of a half-emptied folder is still known as samples
+        for path in (*drawn, note):
+            path.unlink()
+    elif not note.exists() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no samples: give a new folder")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_json(note, plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_json(note, plan)
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
 
 
@@ -215,7 +231,8 @@ def read_png(path: Path) -> np.ndarray:
     """uint8 (C, H, W) of a PNG that was written here."""
     from PIL import Image
 
-    pixels = np.asarray(Image.open(path))
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
@@ -242,14 +259,11 @@ def labels_of(model, options: SampleOptions, numbers: List[int]) -> Optional[Lis
         return None
     if options.label is None:
         return [k % len(model.classes) for k in numbers]
-    if options.label not in model.classes:
-        known = ", ".join(model.classes) or "none, it was trained without --class-labels"
-        raise UserError(f"--label {options.label} is no class of the model; known: {known}")
-    return [model.classes.index(options.label)] * len(numbers)
+    return [model.class_index(options.label)] * len(numbers)
 
 
 def drawer(model, options: SampleOptions, numbers: List[int]):
-    """draw(numbers) → batches of (numbers, uint8 images)."""
+    """draw(numbers) → batches of (numbers, uint8 images); UserError at once for what cannot be drawn."""
     if options.interpolate:
         from diffusion_ext.editing import interpolation
 
@@ -258,7 +272,12 @@ def drawer(model, options: SampleOptions, numbers: List[int]):
         from diffusion_ext.editing import inpainting
 
         return inpainting(model, options)
-    return lambda chosen: model.batches(chosen, **sampling(model, options, chosen))
+
+    def draw(chosen):
+        return model.batches(chosen, **sampling(model, options, chosen))
+
+    draw([])
+    return draw
 
 
 if __name__ == "__main__":
