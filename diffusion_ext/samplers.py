@@ -144,8 +144,8 @@ def ddpm(denoise, x, path, noise, watch=no_watch, variance="auto"):
 def transition(now: Level, then: Level) -> tuple[float, float]:
     """(√(ᾱ_now/ᾱ_then), 1 − ᾱ_now/ᾱ_then): what a noising step from `then` to `now` keeps and adds."""
     kept = now.alpha / then.alpha
-    # not 1 − kept²: neighbouring levels differ in the last digits
-    fresh = (now.sigma**2 - then.sigma**2) / then.alpha**2
+    # not (now.sigma² − then.sigma²) / then.alpha²: between two levels of little but noise that is 0/0
+    fresh = (1 - kept) * (1 + kept) if then.sigma > 0 else now.sigma**2
     return kept, fresh
 
 
