@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_ext.dataset import to_float
+from diffusion_ext.denoiser import Denoiser
 from diffusion_ext.images import BadImage, decode_image
 from diffusion_ext.pictures import to_uint8
 from diffusion_ext.randomness import ImageNoise
@@ -19,37 +20,58 @@ from ext_common.cli import UserError
 def interpolation(model, options, numbers: Sequence[int]) -> Callable:
     """draw(numbers): the first of `numbers` is A as it comes back from its latent, the last is B."""
     ends = [read(path, model.shape, model.device) for path in options.interpolate]
+    trajectory(model.schedule, options.steps, options.spacing)  # no more steps than the model has
     top = max(1, round(options.noise_level * model.schedule.timesteps)) - 1
     if top < 1:
         raise UserError("--noise-level is too small: no noise is left to mix in")
     lower = NoiseSchedule(model.schedule.alphas_cumprod[: top + 1])
     path = trajectory(lower, min(options.steps, top + 1), options.spacing)
-    denoise = model.denoiser(clip=options.clip, bf16=options.precision == "bf16")
-    with torch.no_grad():
-        first, last = (invert(denoise, image[None], path) for image in ends)
+    first, last = (invert(denoiser(model, options, 1), image[None], path) for image in ends)
 
-    def draw(chosen: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray]]:
+    @torch.no_grad()
+    def images_of(part: list[int]) -> np.ndarray:
         count = max(1, len(numbers) - 1)
-        for start in range(0, len(chosen), options.batch_size):
-            part = list(chosen[start : start + options.batch_size])
-            latents = [slerp(first, last, (k - numbers[0]) / count) for k in part]
-            with torch.no_grad():
-                yield part, to_uint8(ddim(denoise, torch.cat(latents), path, None))
+        latents = torch.cat([slerp(first, last, (k - numbers[0]) / count) for k in part])
+        return to_uint8(ddim(denoiser(model, options, len(part)), latents, path, None))
 
-    return draw
+    return lambda chosen: in_batches(images_of, chosen, options.batch_size)
 
 
-def invert(denoise, image: Tensor, path: Trajectory) -> Tensor:
-    """The noisy image at the first level of `path` that DDIM would bring back to `image` (B, C, H, W).
+def in_batches(
+    images_of: Callable, numbers: Sequence[int], size: int
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """(numbers, images) batch by batch."""
+    for start in range(0, len(numbers), size):
+        part = list(numbers[start : start + size])
+        yield part, images_of(part)
 
-    DDIM run backwards (Song et al. 2020, arXiv 2010.02502, section 4.3): exact as the steps get small.
+
+def denoiser(model, options, count: int) -> Denoiser:
+    """For `count` images of the class --label, or of none.
+
+    Never used twice: with self-conditioning it remembers its last guess.
+    """
+    label = None
+    if options.label is not None:
+        label = torch.full((count,), model.class_index(options.label), device=model.device)
+    return model.denoiser(label, options.guidance, options.clip, options.precision == "bf16")
+
+
+@torch.no_grad()
+def invert(denoise, image: Tensor, path: Trajectory, tries: int = 3) -> Tensor:
+    """The noisy image at the first level of `path` that DDIM brings back to `image` (B, C, H, W).
+
+    DDIM run backwards (Song et al. 2020, arXiv 2010.02502, section 4.3). A step down from y to x uses the ε
+    of y, which is sought: it is taken from x, and then `tries` − 1 times from the y that this gives.
     """
     x = image
     up = path.levels[::-1]
     for now, then in zip(up, up[1:], strict=False):
-        # the image itself is looked at as if it had the noise of the lowest level
-        predicted = denoise(x, now.timestep if now.timestep >= 0 else then.timestep)
-        x = then.alpha * predicted.x0 + then.sigma * predicted.eps
+        y = x
+        for _ in range(tries):
+            eps = denoise(y, then.timestep).eps
+            y = then.alpha / now.alpha * (x - now.sigma * eps) + then.sigma * eps
+        x = y
     return x
 
 
@@ -67,16 +89,15 @@ def inpainting(model, options) -> Callable:
     image = read(options.inpaint, model.shape, model.device)
     mask = read(options.mask, (1, *model.shape[1:]), model.device) > 0
     path = trajectory(model.schedule, options.steps, options.spacing)
+    denoiser(model, options, 1)  # knows the class, or says so before anything is drawn
 
-    def draw(chosen: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray]]:
-        for start in range(0, len(chosen), options.batch_size):
-            part = list(chosen[start : start + options.batch_size])
-            noise = ImageNoise(options.seed, part, model.shape, model.device)
-            denoise = model.denoiser(clip=options.clip, bf16=options.precision == "bf16")
-            with torch.no_grad():
-                yield part, to_uint8(repaint(denoise, image, mask, path, noise, options.resample))
+    @torch.no_grad()
+    def images_of(part: list[int]) -> np.ndarray:
+        noise = ImageNoise(options.seed, part, model.shape, model.device)
+        denoise = denoiser(model, options, len(part))
+        return to_uint8(repaint(denoise, image, mask, path, noise, options.resample))
 
-    return draw
+    return lambda chosen: in_batches(images_of, chosen, options.batch_size)
 
 
 def repaint(
@@ -112,4 +133,4 @@ def read(path: str, shape: tuple[int, int, int], device) -> Tensor:
         pixels = decode_image(path, height, width, channels)
     except BadImage as error:
         raise UserError(f"{path} cannot be used ({error}): give the file of an image") from None
-    return to_float(torch.from_numpy(pixels)).to(device)
+    return to_float(torch.from_numpy(pixels.copy())).to(device)

@@ -132,7 +132,8 @@ class DiffusionModel:
                     label = torch.tensor(labels[start : start + batch_size], device=self.device)
                 denoise = self.denoiser(label, guidance, clip, bf16)
                 with torch.no_grad():
-                    yield chosen, to_uint8(run(denoise, noise.start, path, noise, **options))
+                    x0 = run(denoise, noise.start, path, noise, **options)
+                yield chosen, to_uint8(x0)
 
         return draw()
 
