@@ -60,6 +60,10 @@ class DdpmCriterion(FairseqCriterion):
             raise UserError(
                 f"--autocast {cfg.autocast} is unknown: known are {', '.join(PRECISIONS)}"
             )
+        if not 0 <= cfg.label_dropout <= 1:
+            raise UserError(
+                f"--label-dropout {cfg.label_dropout} is a share of the images: give 0 to 1"
+            )
         self.schedule, self.objective = task.schedule, OBJECTIVES.get(task.cfg.objective)
         check_combination(task.cfg.objective, cfg.loss_weighting, self.schedule)
         weights = loss_weights(cfg.loss_weighting, task.cfg.objective, self.schedule.snr)

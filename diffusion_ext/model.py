@@ -94,6 +94,8 @@ def check_options(options: UNetOptions, cfg, height: int, width: int) -> None:
         raise UserError(
             f"--channel-mults {options.channel_mults} must be numbers from 1, like 1,2,2"
         )
+    if options.head_channels < 1:
+        raise UserError(f"--head-channels {options.head_channels} must be at least 1")
     for mult in options.channel_mults:
         heads = max(1, options.base_channels * mult // options.head_channels)
         if options.base_channels * mult % heads:

@@ -89,12 +89,14 @@ class DiffusionTask(FairseqTask):
 
     def __init__(self, cfg: DiffusionConfig, from_checkpoint: bool = False):
         super().__init__(cfg)
+        check_previews(cfg)
         self.schedule = build_schedule(cfg.beta_schedule, cfg.timesteps, cfg.zero_terminal_snr)
         OBJECTIVES.get(cfg.objective)
         self.augmentations = build_augmentations(
             pipeline_of(cfg.hflip, list(cfg.color_jitter), cfg.augment)
         )
         self._images: Optional[Images] = None
+        self._epoch = 1
         self.state.add_factory("spec", self._spec)
         self.preview = Preview(self)
 
@@ -126,24 +128,42 @@ class DiffusionTask(FairseqTask):
         return {"spec": dict(self.spec)}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        if self._images is not None:
-            ours, theirs = self._spec(), state_dict["spec"]
-            for key in ("height", "width", "channels", "classes", "condition_size"):
-                if ours[key] != theirs[key]:
-                    raise UserError(
-                        f"{self.cfg.data} has {key} {ours[key]}, the checkpoint was trained with"
-                        f" {theirs[key]}: give the options it was trained with, or a new --save-dir"
-                    )
-            if ours["content_hash"] != theirs["content_hash"]:
-                logger.warning(
-                    f"{self.cfg.data} holds other images than the checkpoint was trained on"
-                )
         self.state.merge_state_dict(state_dict)
+
+    def check_resume(self, state: Dict[str, Any], same_run: bool) -> None:
+        """UserError before a training continues from the checkpoint of another one.
+
+        same_run is False where only the weights are taken over, which may then learn something else.
+        """
+        spec = (state.get("task_state") or {}).get("spec") or {}
+        if not same_run or "condition_size" not in spec:
+            return
+        trained = state["cfg"]["task"]
+        for key in ("objective", "beta_schedule", "timesteps", "zero_terminal_snr"):
+            if self.cfg[key] != trained[key]:
+                raise UserError(
+                    f"--{key.replace('_', '-')} is {self.cfg[key]}, the checkpoint was trained with"
+                    f" {trained[key]}: give that, or a new --save-dir"
+                )
+        ours = self._spec()
+        for key in ("height", "width", "channels", "classes", "condition_size"):
+            if ours[key] != spec[key]:
+                raise UserError(
+                    f"{self.cfg.data} has {key} {ours[key]}, the checkpoint was trained with"
+                    f" {spec[key]}: give the options it was trained with, or a new --save-dir"
+                )
+        if ours["content_hash"] != spec["content_hash"]:
+            logger.warning(f"{self.cfg.data} holds other images than the checkpoint was trained on")
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs) -> None:
         training = split == self.cfg.train_subset
         name = "train" if training else "valid"
         rows = self.images.rows(name, self.cfg.valid_fraction, self.cfg.max_valid)
+        if not len(rows):
+            raise UserError(
+                f"--valid-fraction {self.cfg.valid_fraction} holds out no image to validate on: give"
+                " --disable-validation with it"
+            )
         self.datasets[split] = ImageDataset(self.images, rows, self.cfg.seed, shuffle=training)
 
     def get_batch_iterator(
@@ -197,6 +217,10 @@ class DiffusionTask(FairseqTask):
         values = list(self.cfg.update_freq or [1])
         return values[min(epoch, len(values)) - 1]
 
+    def begin_epoch(self, epoch, model):
+        super().begin_epoch(epoch, model)
+        self._epoch = epoch
+
     def train_step(
         self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs
     ):
@@ -206,8 +230,10 @@ class DiffusionTask(FairseqTask):
     def optimizer_step(self, optimizer, model, update_num):
         super().optimizer_step(optimizer, model, update_num)
         done = update_num + 1
-        images = self._batch_size(self.cfg.batch_size) * self._update_freq(1) * self.cfg.world_size
+        size = self._batch_size(self.cfg.batch_size)
+        images = size * self._update_freq(self._epoch) * self.cfg.world_size
         model = getattr(model, "module", model)
+        # as if all updates had been like this one: only the ramp-up of the half-life asks
         model.ema.update(model.net, done * images, images)
         if self.cfg.sample_interval and done % self.cfg.sample_interval == 0:
             self.preview.draw(model, done)
@@ -231,6 +257,15 @@ class DiffusionTask(FairseqTask):
     @property
     def target_dictionary(self):
         return None
+
+
+def check_previews(cfg) -> None:
+    """UserError for grids that would stop the training when the first of them is due."""
+    for key, least in (("sample_interval", 0), ("sample_grid", 1), ("sample_steps", 1)):
+        if cfg[key] < least:
+            raise UserError(
+                f"--{key.replace('_', '-')} {cfg[key]} is too small: give {least} or more"
+            )
 
 
 def pipeline_of(hflip: float, color_jitter: List[float], more: str) -> str:

@@ -154,6 +154,39 @@ def _ema_from_model(state: dict) -> dict:
     return state
 
 
+def ask_before_resuming() -> None:
+    """Symptom: a training resumes without asking the task whether the checkpoint fits it.
+
+    Other names for the same number of classes, or another vocabulary of the same size, and it goes on with
+    permuted labels and says nothing. Tasks with `check_resume(state, same_run)` are asked; same_run is False
+    where only the weights are taken over.
+    """
+    asked: list[tuple[Any, bool]] = []
+
+    def make_load_and_ask(original: Callable) -> Callable:
+        def load_checkpoint(self, filename, reset_optimizer=False, *args, **kwargs):
+            asked.append((self.task, not reset_optimizer))
+            try:
+                return original(self, filename, reset_optimizer, *args, **kwargs)
+            finally:
+                asked.pop()
+
+        return load_checkpoint
+
+    def make_read_and_answer(original: Callable) -> Callable:
+        def load_checkpoint_to_cpu(*args, **kwargs):
+            state = original(*args, **kwargs)
+            task, same_run = asked[-1] if asked else (None, False)
+            if hasattr(task, "check_resume"):
+                task.check_resume(state, same_run)
+            return state
+
+        return load_checkpoint_to_cpu
+
+    replace(trainer.Trainer, "load_checkpoint", make_load_and_ask, ("reset_optimizer=False",))
+    replace(checkpoint_utils, "load_checkpoint_to_cpu", make_read_and_answer, ("torch.load(f,",))
+
+
 def write_checkpoints_whole() -> None:
     """Symptom: kill -9 inside a copy leaves a truncated checkpoint_last.pt, which resume picks up.
 
@@ -217,6 +250,7 @@ GAPS = (
     explain_unreadable_checkpoints,
     explain_checkpoints_of_other_models,
     resume_from_whole_checkpoints,
+    ask_before_resuming,
     write_checkpoints_whole,
     forget_the_run_before,
 )

@@ -16,7 +16,7 @@ from fairseq_ext.translation.batching import batches, fitting, too_long
 from fairseq_ext.translation.checkpoint import codecs_of
 from fairseq_ext.translation.config import TranslationSpmConfig, check_options
 from fairseq_ext.translation.corpus import Corpus
-from fairseq_ext.translation.hooks import check_before_resuming, score_by_language
+from fairseq_ext.translation.hooks import score_by_language
 from fairseq_ext.translation.sampling import SampledPairs, SubwordSampler
 from fairseq_ext.translation.spm import Codec
 from fairseq_ext.translation.validation import TextValidation, log_scores
@@ -341,4 +341,3 @@ def refuse_synthetic_targets(corpora: List[Corpus], source: str) -> None:
 
 
 score_by_language()
-check_before_resuming()
