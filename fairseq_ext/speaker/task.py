@@ -113,17 +113,27 @@ class SpeakerIdTask(FairseqTask):
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         if self._corpus is not None:
-            if state_dict["speakers"] != self.corpus.speakers:
-                raise UserError(
-                    f"{self.cfg.data} has other speakers than the checkpoint: to train on them from it,"
-                    " give --init-from CHECKPOINT and a new --save-dir"
-                )
-            if state_dict["spec"] != self.corpus.spec.to_dict():
-                raise UserError(
-                    f"{self.cfg.data} has features {self.corpus.spec.to_dict()}, the checkpoint was"
-                    f" trained on {state_dict['spec']}: prepare the data again with its options"
-                )
+            self.check_state(state_dict)
         self.state.merge_state_dict(state_dict)
+
+    def check_resume(self, state: Dict[str, Any], same_run: bool) -> None:
+        """Asked before a training takes over a checkpoint; fairseq calls no load_state_dict then."""
+        saved = state.get("task_state") or {}
+        if {"speakers", "spec"} <= set(saved):
+            self.check_state(saved)
+
+    def check_state(self, saved: Dict[str, Any]) -> None:
+        """UserError for a checkpoint of other speakers or features than the data's."""
+        if saved["speakers"] != self.corpus.speakers:
+            raise UserError(
+                f"{self.cfg.data} has other speakers than the checkpoint: to train on them from it,"
+                " give --init-from CHECKPOINT and a new --save-dir"
+            )
+        if saved["spec"] != self.corpus.spec.to_dict():
+            raise UserError(
+                f"{self.cfg.data} has features {self.corpus.spec.to_dict()}, the checkpoint was"
+                f" trained on {saved['spec']}: prepare the data again with its options"
+            )
 
     def build_model(self, cfg, from_checkpoint=False):
         self.from_checkpoint = self.from_checkpoint or from_checkpoint

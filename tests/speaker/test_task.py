@@ -265,6 +265,11 @@ class TestOnPreparedData:
             assert len(task.corpus) == 40
             with pytest.raises(UserError, match=message):
                 task.load_state_dict({**state, **change})
+            with pytest.raises(UserError, match=message):
+                task.check_resume({"task_state": {**state, **change}}, same_run=True)
+            # of another task altogether: its weights do not fit, which says so
+            task.check_resume({"task_state": {"spec": {"height": 8}}}, same_run=True)
+            task.check_resume({"task_state": state}, same_run=True)
 
 
 @pytest.mark.parametrize(
