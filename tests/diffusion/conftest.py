@@ -43,7 +43,7 @@ def small_images(tmp_path_factory) -> Path:
 def build(small_images):
     """build(task=…, criterion=…, model=…): options → task, criterion and a tiny model with random weights.
 
-    As fairseq-train would make them for the small images, in this process.
+    As fairseq-train would make them for the small images, in this process; build.task(…) is the task alone.
     """
     from omegaconf import OmegaConf
 
@@ -59,7 +59,7 @@ def build(small_images):
     from diffusion_ext.model import DdpmUNet, DdpmUNetConfig
     from diffusion_ext.task import DiffusionConfig, DiffusionTask
 
-    def build(task=None, criterion=None, model=None):
+    def task_of(changes):
         common = dict(
             data=str(small_images),
             image_size=[8],
@@ -73,7 +73,10 @@ def build(small_images):
             world_size=1,
             autocast="fp32",
         )
-        made = DiffusionTask(OmegaConf.structured(DiffusionConfig(**{**common, **(task or {})})))
+        return DiffusionTask(OmegaConf.structured(DiffusionConfig(**{**common, **changes})))
+
+    def build(task=None, criterion=None, model=None):
+        made = task_of(task or {})
         options = DdpmCriterionConfig(**{"autocast": "fp32", **(criterion or {})})
         loss = DdpmCriterion(OmegaConf.structured(options), made)
         small = dict(
@@ -89,7 +92,8 @@ def build(small_images):
             net = DdpmUNet.build_model(config, made)
             for weight in net.net.parameters():
                 weight.add_(torch.randn(weight.shape) * 0.05)
-        net.ema.update(net.net, 1, 1)
+        net.ema.update(net.net, 0, 1)
         return SimpleNamespace(task=made, criterion=loss, model=net)
 
+    build.task = task_of
     return build
