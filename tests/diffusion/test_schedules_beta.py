@@ -16,6 +16,8 @@ from diffusion_ext.schedules import (
     SCHEDULES,
     NoiseSchedule,
     build_schedule,
+    cosine_beta_schedule,
+    linear_beta_schedule,
     rescale_zero_terminal_snr,
     sigmoid_beta_schedule,
 )
@@ -89,6 +91,21 @@ def test_options_are_those_of_the_formula(spec, options):
     assert torch.equal(build_schedule(spec, 200, options=options).alphas_cumprod, found)
     np.testing.assert_allclose(found[:-1], closed_form(spec, 200, **options)[:-1], atol=1e-12)
     assert (found - build_schedule(spec, 200).alphas_cumprod).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "function, given",
+    [
+        (sigmoid_beta_schedule, dict(start=-3.0, end=3.0, tau=0.7, clamp_min=1e-5)),
+        (cosine_beta_schedule, dict(s=0.008)),
+        (linear_beta_schedule, dict(first=1e-4, last=0.02)),
+    ],
+)
+def test_functions_have_the_defaults_of_the_options(function, given):
+    name = function.__name__.partition("_")[0]
+    for timesteps in (10, 1000):
+        assert torch.equal(function(timesteps), SCHEDULES.build(name, timesteps))
+        assert torch.equal(function(timesteps), function(timesteps, **given))
 
 
 def test_least_beta_of_the_sigmoid():
