@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion_ext.dataset import to_float
 from diffusion_ext.denoiser import split_output
+from diffusion_ext.model import unwrapped
 from diffusion_ext.objectives import OBJECTIVES, check_combination
 from diffusion_ext.randomness import generator, training_draws, validation_draws
 from diffusion_ext.variational import PosteriorTables, bound
@@ -209,7 +210,7 @@ class DdpmCriterion(FairseqCriterion):
 
 
 def uses_own_guess(model) -> bool:
-    return getattr(getattr(model, "module", model), "self_condition", False)
+    return getattr(unwrapped(model), "self_condition", False)
 
 
 def autocast(precision: str, device: torch.device):

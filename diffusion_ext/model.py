@@ -6,7 +6,7 @@ from typing import List, Optional
 import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models import BaseFairseqModel, register_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from diffusion_ext.ema import WeightAverages
@@ -81,6 +81,13 @@ class DdpmUNet(BaseFairseqModel):
 
     def max_positions(self):
         return None
+
+
+def unwrapped(model) -> nn.Module:
+    """The model inside what fairseq wraps around it for several processes, which may be two layers."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
 
 
 def check_options(options: UNetOptions, cfg, height: int, width: int) -> None:

@@ -14,6 +14,7 @@ from diffusion_ext.augment import AUGMENTATIONS, build_augmentations
 from diffusion_ext.dataset import ImageDataset
 from diffusion_ext.image_options import ImageOptions, SplitOptions
 from diffusion_ext.image_store import Images, open_images
+from diffusion_ext.model import unwrapped
 from diffusion_ext.objectives import OBJECTIVES
 from diffusion_ext.preview import Preview
 from diffusion_ext.schedules import SCHEDULES, build_schedule
@@ -232,7 +233,7 @@ class DiffusionTask(FairseqTask):
         done = update_num + 1
         size = self._batch_size(self.cfg.batch_size)
         images = size * self._update_freq(self._epoch) * self.cfg.world_size
-        model = getattr(model, "module", model)
+        model = unwrapped(model)
         # as if all updates had been like this one: only the ramp-up of the half-life asks
         model.ema.update(model.net, done * images, images)
         if self.cfg.sample_interval and done % self.cfg.sample_interval == 0:
