@@ -166,6 +166,17 @@ def test_time_features_as_diffusers():
     torch.testing.assert_close(time_features(t, 64), expected, rtol=0, atol=1e-4)
 
 
+def test_what_blocks_are_told_is_time_label_and_condition_together():
+    made, seen = net(n_classes=3, condition_size=2), []
+    made.middle_1.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[1]))
+    label, condition = torch.tensor([0, 3, 1]), torch.randn(3, 2)
+    made(images(), T, label, condition)
+    h = made.time_1(time_features(T, 8))
+    h = made.time_2(h * torch.sigmoid(h)) + made.label.weight[label]
+    h = h + condition @ made.condition.weight.T
+    torch.testing.assert_close(seen[0], h * torch.sigmoid(h), rtol=1e-5, atol=1e-6)
+
+
 def test_timesteps_are_told_apart_and_belong_to_their_image():
     made, x = net(), images(1).expand(3, 1, 8, 8)
     found = made(x, T)
