@@ -1,10 +1,12 @@
 """What a user reads: known harmless warnings left out, mistakes told in one sentence."""
 
+import argparse
 import logging
 import sys
+import types
 import warnings
 
-from ext_common.cli import UsageError, UserError
+from ext_common.cli import Parser, UsageError, UserError
 
 # (category, start of the message as a regular expression, module that is blamed; "" for any)
 _HARMLESS = (
@@ -104,9 +106,37 @@ def tell_mistakes_under_hydra() -> None:
     JobReturn.return_value = property(return_value, original.fset)
 
 
+def tell_mistyped_flags_in_one_sentence() -> None:
+    """Symptom: a mistyped flag ends in a hundred lines of all flags there are, and then its name.
+
+    fairseq.options makes its parsers by `argparse.ArgumentParser`, after the plugin is imported.
+    """
+    from fairseq import options
+
+    if not isinstance(options.argparse, _Argparse):
+        options.argparse = _Argparse("argparse")
+
+
+class _Argparse(types.ModuleType):
+    """argparse, but for the parser."""
+
+    def __getattr__(self, name: str):
+        return getattr(argparse, name)
+
+    class ArgumentParser(Parser):
+        def __init__(self, **kwargs) -> None:
+            kwargs.setdefault("formatter_class", argparse.HelpFormatter)
+            super().__init__(**kwargs)
+
+
 def _tell(error: UserError) -> None:
     sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-GAPS = (leave_out_harmless_warnings, tell_mistakes_in_one_sentence, tell_mistakes_under_hydra)
+GAPS = (
+    leave_out_harmless_warnings,
+    tell_mistakes_in_one_sentence,
+    tell_mistakes_under_hydra,
+    tell_mistyped_flags_in_one_sentence,
+)

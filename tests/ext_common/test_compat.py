@@ -118,6 +118,28 @@ def test_bugs_keep_their_traceback():
     assert done.stderr.startswith("Traceback") and "ZeroDivisionError: bug" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--max-updat 3", "unknown argument '--max-updat': did you mean '--max-update'?"),
+        ("--seed one", "argument --seed: invalid int value: 'one'"),
+        ("--task spaeker_id", "argument --task: invalid choice: 'spaeker_id'"),
+    ],
+)
+def test_mistyped_flags_are_one_sentence(flags, words, monkeypatch, capsys):
+    from fairseq import options
+
+    compat.apply()
+    arguments = ["fairseq-train", "data", "--arch", "transformer", *flags.split()]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as caught:
+        options.parse_args_and_arch(options.get_training_parser())
+    said = capsys.readouterr()
+    assert caught.value.code == 2 and said.out == ""
+    assert said.err.startswith(f"error: {words}") and said.err.count("\n") == 1
+    assert isinstance(options.get_training_parser(), options.argparse.ArgumentParser)
+
+
 def _raise(what):
     code = (
         "from ext_common.cli import UserError, UsageError\n"
