@@ -155,8 +155,10 @@ def image_size(images: str, given: str | None) -> int:
 
     meta = read_meta(Path(images))
     if meta is None:
+        what = "is no prepared folder" if Path(images).exists() else "does not exist"
         raise UsageError(
-            "--image-size is missing: give the pixels images are brought to, as 64 or 48,64"
+            f"--image-size is missing, and {images} {what}: give the pixels images are brought to, as"
+            " 64 or 48,64"
         )
     return max(meta["shape"][1:])
 
