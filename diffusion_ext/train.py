@@ -49,6 +49,16 @@ SIZE_FLAGS = (
     "--batch-size",
     "--max-update",
 )
+EPILOG = """\
+the flags asked for most (--all-help explains them, and lists those of fairseq-train):
+  images     --image-size --channels --class-labels --valid-fraction
+  augment    --hflip --color-jitter --augment --leaky-augment
+  noise      --beta-schedule --timesteps --zero-terminal-snr --objective --loss-weighting
+  network    --base-channels --channel-mults --blocks --attention-resolutions --dropout --self-condition
+             --learned-variance --ema-half-life
+  training   --save-dir --max-update --batch-size --update-freq --lr --warmup-updates --autocast --seed
+             --sample-interval --label-dropout --tensorboard-logdir
+"""
 # The part of a recipe's group that is a name, as a flag.
 NAMES = {"model": "--arch", "lr_scheduler": "--lr-scheduler"}
 IGNORED = ("hydra", "defaults")
@@ -59,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m diffusion_ext.train",
         usage="%(prog)s IMAGES [--save-dir DIR] [--image-size N] [FLAG OF fairseq-train …]",
         description=__doc__,
-        epilog="All other flags: --all-help.",
+        epilog=EPILOG,
     )
     parser.add_argument(
         "images", metavar="IMAGES", nargs="?", help="folder of images, or a prepared one"

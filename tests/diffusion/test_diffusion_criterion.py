@@ -10,6 +10,7 @@ from torch.distributions import Normal, kl_divergence
 
 pytest.importorskip("fairseq")
 
+from fairseq.distributed import ModuleProxyWrapper
 from fairseq.logging import metrics
 
 from diffusion_ext.randomness import training_draws, validation_draws
@@ -363,6 +364,19 @@ class TestSelfConditioning:
         assert abs(sum(tosses) - 250) < 4 * math.sqrt(500) / 2
         turns = sum(a != b for a, b in zip(tosses, tosses[1:], strict=False))
         assert abs(turns - 249.5) < 4 * math.sqrt(499) / 2
+
+    def test_also_inside_of_what_wraps_a_model_for_several_processes(self, build):
+        class Wrapper(torch.nn.Module):
+            def __init__(self, module):
+                super().__init__()
+                self.module = module
+
+            def forward(self, *args, **kwargs):
+                return self.module(*args, **kwargs)
+
+        one, model = build().criterion.eval(), Watched(self_condition=True)
+        one(ModuleProxyWrapper(Wrapper(model)), images(1))
+        assert len(model.calls) == 2
 
     def test_a_net_without_it_is_asked_once(self, build):
         one = build().criterion.train()

@@ -1,6 +1,7 @@
 """The task: full updates in any number of processes, averages of the weights, previews, resuming."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import torch
 from PIL import Image
 
 pytest.importorskip("fairseq")
+
+from fairseq.distributed import ModuleProxyWrapper
 
 from diffusion_ext.ema import decay
 from diffusion_ext.image_store import Images
@@ -273,12 +276,22 @@ def test_averages_follow_the_update_freq_of_the_epoch(build, monkeypatch):
     assert counted == [4, 20, 20]
 
 
+class Wrapper(torch.nn.Module):
+    """As DistributedDataParallel, which fairseq wraps once more."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
 def test_averages_after_the_optimizer_and_of_what_a_wrapper_holds(build):
     """Data parallel training hands over the model as `module`."""
-    plain, wrapped = build({"sample_interval": 0}), build({"sample_interval": 0})
+    plain = build({"sample_interval": 0})
     steps(plain, 3)
-    steps(wrapped, 3, wrap=lambda model: SimpleNamespace(module=model))
-    assert torch.equal(plain.model.ema.weights, wrapped.model.ema.weights)
+    for wrap in (Wrapper, lambda model: ModuleProxyWrapper(Wrapper(model))):
+        wrapped = build({"sample_interval": 0})
+        steps(wrapped, 3, wrap=wrap)
+        assert torch.equal(plain.model.ema.weights, wrapped.model.ema.weights)
     # half-life 0 is no average: what was set by the optimizer just now
     bare = build({"sample_interval": 0}, model={"ema_half_life": [0.0]})
     steps(bare, 1)
@@ -496,3 +509,25 @@ def test_training_asks_before_it_resumes(tiny_checkpoint, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: --objective is x0, the checkpoint was trained with v" in done.stderr
     assert (folder / "checkpoint_last.pt").read_bytes() == before
+
+
+def test_flags_that_help_names_exist(build, monkeypatch, capsys):
+    from fairseq import options
+    from fairseq.dataclass.utils import gen_parser_from_dataclass
+
+    from diffusion_ext.criterion import DdpmCriterionConfig
+    from diffusion_ext.model import DdpmUNetConfig
+    from diffusion_ext.task import DiffusionConfig
+    from diffusion_ext.train import main
+
+    monkeypatch.setattr(sys, "argv", ["fairseq-train", "data"])
+    parser = options.get_training_parser()
+    for config in (DiffusionConfig, DdpmUNetConfig, DdpmCriterionConfig):
+        gen_parser_from_dataclass(parser, config(), delete_default=True)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    named = re.findall(r"--[a-z-]+", capsys.readouterr().out.split("asked for most")[1])
+    assert len(named) > 20
+    # --warmup-updates is the LR schedule's
+    known = {*parser._option_string_actions, "--all-help", "--warmup-updates"}
+    assert set(named) <= known, set(named) - known
