@@ -65,7 +65,7 @@ def validation_draws(
 
 
 class ImageNoise:
-    """Noise of the images number `first` … `first + count − 1` of a sampling run, on the CPU's generator.
+    """Noise of the images with these `numbers` of a sampling run, on the CPU's generator.
 
     Image k has its own stream of (seed, k): the same image comes out whatever else is in its batch and
     whichever device computes it.

@@ -8,7 +8,7 @@ Image k depends on (seed, k) alone: more of them, other batches or several proce
 the command continues where it was stopped.
 
   --trajectory           also samples.strip.png and samples.gif: how the first images come out of the noise
-  --interpolate A.png,B.png   between two images: both are noised and mixed (Ho et al. 2020, figure 8)
+  --interpolate A.png,B.png   between two images: DDIM leads both back into the noise, where they are mixed
   --inpaint A.png --mask M.png   fills what is white in the mask (RePaint, Lugmayr et al. 2022)
 """
 
@@ -73,7 +73,7 @@ class SampleOptions:
         default=None, metadata={"help": "A.png,B.png: --num images from A to B"}
     )
     noise_level: float = field(
-        default=0.5, metadata={"help": "with --interpolate: share of T that both are noised by"}
+        default=0.5, metadata={"help": "with --interpolate: share of T that both are led back by"}
     )
     inpaint: Optional[str] = field(default=None, metadata={"help": "image to fill; needs --mask"})
     mask: Optional[str] = field(

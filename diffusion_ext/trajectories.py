@@ -11,7 +11,8 @@ FRAMES = 60
 
 
 class Stages(NamedTuple):
-    """strip: uint8 (C, H', W'), a row an image, from noise to image; animation: list of such grids."""
+    """strip: uint8 (C, H', W'), a row an image, as it is after the first step to after the last; animation:
+    list of grids of all images."""
 
     strip: np.ndarray
     animation: list[np.ndarray]
