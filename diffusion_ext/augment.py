@@ -11,7 +11,7 @@ al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", a
 
 import itertools
 from dataclasses import dataclass, field
-from typing import List, Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -177,11 +177,8 @@ class Augmentations:
 
 def build_augmentations(pipeline: Optional[str]) -> Augmentations:
     """'name:key=value,…;name' → the steps in this order; no steps for an empty text or None."""
-    steps: List[Augmentation] = []
-    for part in filter(None, (p.strip() for p in (pipeline or "").split(";"))):
-        name, _, options = part.partition(":")
-        steps.append(AUGMENTATIONS.build(name.strip(), options=options))
-    return Augmentations(steps)
+    parts = (part.strip() for part in (pipeline or "").split(";"))
+    return Augmentations([AUGMENTATIONS.bind(part)() for part in parts if part])
 
 
 def adjust_brightness(y: Tensor, factor: Tensor) -> Tensor:

@@ -53,8 +53,7 @@ class DetectionOptions:
 
 def build_detector(text: str) -> Detector:
     """The detector that ``name`` or ``name:key=value,key=value`` describes. Raises UserError."""
-    name, _, options = text.partition(":")
-    return DETECTORS.build(name.strip(), options=options)
+    return DETECTORS.bind(text)()
 
 
 def detection_scores(detector: Detector, images: np.ndarray, size: int) -> np.ndarray:

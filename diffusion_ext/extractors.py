@@ -77,8 +77,7 @@ def build_extractor(text: str, reals: ImageSet, cache: Path | None) -> Any:
 
     reals: what is fitted is fitted on them. cache: folder for what takes time, or None. Raises UserError.
     """
-    name, _, options = text.partition(":")
-    return EXTRACTORS.build(name.strip(), reals, cache, options=options)
+    return EXTRACTORS.bind(text)(reals, cache)
 
 
 @EXTRACTORS.register("pixels")

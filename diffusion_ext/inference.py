@@ -8,7 +8,7 @@ Needs the checkpoint and nothing else: schedule, objective, size and classes are
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -116,11 +116,9 @@ class DiffusionModel:
         sampler: registered name, or "name:option=value,…"; labels: class index of each number. UserError at
         once, before anything is drawn, for names and steps that there are not.
         """
-        name, _, given = sampler.partition(":")
-        run, options = SAMPLERS.get(name), SAMPLERS.options(name, given)
-        options = {} if options is None else asdict(options)
+        run = SAMPLERS.bind(sampler)
         if watch is not None:
-            options["watch"] = watch
+            run = partial(run, watch=watch)
         path = trajectory(self.schedule, steps, spacing)
 
         def draw():
@@ -132,7 +130,7 @@ class DiffusionModel:
                     label = torch.tensor(labels[start : start + batch_size], device=self.device)
                 denoise = self.denoiser(label, guidance, clip, bf16)
                 with torch.no_grad():
-                    x0 = run(denoise, noise.start, path, noise, **options)
+                    x0 = run(denoise, noise.start, path, noise)
                 yield chosen, to_uint8(x0)
 
         return draw()

@@ -73,14 +73,16 @@ def build_schedule(
     """The registered schedule `name`, or "name:option=value,…", over `timesteps` ≥ 2 steps."""
     if timesteps < 2:
         raise UserError(f"--timesteps {timesteps} is too few: 2 is the least, 1000 is usual")
-    name, _, given = name.partition(":")
-    betas = SCHEDULES.build(name, timesteps, options=options or given)
+    if options is None:
+        betas = SCHEDULES.bind(name)(timesteps)
+    else:
+        betas = SCHEDULES.build(name, timesteps, options=options)
     try:
         schedule = NoiseSchedule.from_betas(betas)
         return rescale_zero_terminal_snr(schedule) if zero_terminal_snr else schedule
     except ValueError as error:
         raise UserError(
-            f"--beta-schedule {name}{given and f':{given}'} is of no use with --timesteps {timesteps}"
+            f"--beta-schedule {name} is of no use with --timesteps {timesteps}"
             f" ({error}): choose milder options"
         ) from error
 

@@ -20,9 +20,7 @@ def loss_weights(name: str, objective: str, snr: Tensor) -> Tensor:
 
     name: registered, or "name:option=value,…".
     """
-    name, _, given = name.partition(":")
-    per_x0 = OBJECTIVES.get(objective).per_x0_error(snr)
-    return WEIGHTINGS.build(name, snr, per_x0, options=given)
+    return WEIGHTINGS.bind(name)(snr, OBJECTIVES.get(objective).per_x0_error(snr))
 
 
 @WEIGHTINGS.register("none")

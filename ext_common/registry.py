@@ -7,11 +7,13 @@
         '''Weights from a learned query.'''
 
     POOLINGS.build("self_attentive", 80, options="heads=4,hidden=64")
+    POOLINGS.bind("self_attentive:heads=4,hidden=64")(80)
 
 Someone's own ``--user-dir`` adds an entry with the same decorator.
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -48,8 +50,8 @@ class Registry:
         ``options`` is a dataclass whose every field has ``help`` in its metadata, or None.
         Raises ValueError for a name already taken or a field without help.
         """
-        if not name or "," in name or "=" in name:
-            raise ValueError(f"{self.kind} needs a name without ',' and '=', got {name!r}")
+        if not name or any(mark in name for mark in ",=:"):
+            raise ValueError(f"{self.kind} needs a name without ',', '=' and ':', got {name!r}")
         if options is not None:
             option_fields(options)
 
@@ -109,10 +111,18 @@ class Registry:
 
     def build(self, name: str, *args: Any, options: Any = None, **kwargs: Any) -> Any:
         """``entry(*args, **options, **kwargs)`` with ``options`` as :meth:`options` reads them."""
-        entry = self.get(name)
+        return self._bound(name, options)(*args, **kwargs)
+
+    def bind(self, text: str) -> functools.partial:
+        """The entry that ``"name"`` or ``"name:key=value,key=value"`` describes, with its options."""
+        name, _, options = text.partition(":")
+        return self._bound(name.strip(), options)
+
+    def _bound(self, name: str, options: Any) -> functools.partial:
         chosen = self.options(name, options)
         extra = {} if chosen is None else dataclasses.asdict(chosen)
-        return entry(*args, **extra, **kwargs)
+        # not a lambda: a loading worker of a spawned process gets it pickled
+        return functools.partial(self.get(name), **extra)
 
     def describe(self) -> str:
         """For ``--help``: each name, the first line of its docstring, its options with defaults."""

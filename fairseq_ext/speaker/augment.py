@@ -9,8 +9,7 @@ is; rng a `numpy.random.Generator` that belongs to this crop alone.
 `--augment 'channel:gain_db=10,tilt=0.5;specaugment:freq_width=8'` names the steps in their order.
 """
 
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Callable, List, Sequence
 
 import numpy as np
@@ -157,15 +156,8 @@ def random_reverb(
 
 def build_augmentation(pipeline: str) -> List[Callable]:
     """'name:key=value,…;name' → the steps, each called as step(x, rng, context)."""
-    steps = []
-    for part in filter(None, (p.strip() for p in (pipeline or "").split(";"))):
-        name, _, options = part.partition(":")
-        function = AUGMENTATIONS.get(name.strip())
-        values = AUGMENTATIONS.options(name.strip(), options)
-        values = {} if values is None else asdict(values)
-        # not a lambda: a loading worker of a spawned process gets it pickled
-        steps.append(partial(function, **values))
-    return steps
+    parts = (part.strip() for part in (pipeline or "").split(";"))
+    return [AUGMENTATIONS.bind(part) for part in parts if part]
 
 
 def tilt_response_db(a: float, frequencies: np.ndarray, sample_rate: int) -> np.ndarray:

@@ -97,6 +97,21 @@ def test_build_passes_defaults_options_and_arguments(poolings):
     assert poolings.build("mean", 5).dim == 5
 
 
+def test_bind_reads_name_and_options_from_one_text(poolings):
+    for text, options in (
+        ("attentive", None),
+        (" attentive :heads=4,sizes=3,5", "heads=4,sizes=3,5"),
+    ):
+        assert poolings.bind(text)(7, extra=1) == poolings.build(
+            "attentive", 7, extra=1, options=options
+        )
+    assert "unknown pooling 'mea': did you mean 'mean'?" in message(poolings.bind, "mea:heads=2")
+    assert "unknown option 'head'" in message(poolings.bind, "attentive:head=2")
+    for name in ("a:b", "a,b", "a=b", ""):
+        with pytest.raises(ValueError, match="needs a name without"):
+            poolings.register(name)
+
+
 def test_lists_of_two_builds_are_not_shared(poolings):
     poolings.build("attentive", 1)[2]["sizes"].append(9)
     assert poolings.build("attentive", 1)[2]["sizes"] == [1, 2]
