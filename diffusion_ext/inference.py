@@ -20,7 +20,7 @@ from diffusion_ext.pictures import to_uint8
 from diffusion_ext.randomness import ImageNoise
 from diffusion_ext.samplers import SAMPLERS, trajectory
 from diffusion_ext.schedules import build_schedule
-from ext_common.checkpoints import build_network, name_of, read_state, usable_device
+from ext_common.checkpoints import build_network, read_state, usable_device, why_unfit
 from ext_common.cli import UserError
 
 PARTS = tuple(f"diffusion_ext.{name}" for name in ("criterion", "model", "task"))
@@ -156,14 +156,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 def why_no_diffusion_model(state: Any) -> str | None:
     """The second half of a sentence about a checkpoint's content; None for a diffusion model."""
-    if not isinstance(state, Mapping) or not isinstance(state.get("model"), Mapping):
-        return "is not a checkpoint of fairseq-train"
-    task_state = state.get("task_state")
-    spec = task_state.get("spec") if isinstance(task_state, Mapping) else None
-    if not isinstance(spec, Mapping) or not set(spec) >= SPEC:
-        kind = name_of(state, "task")
-        return f"is of another task{f' ({kind})' if kind else ''}, not of diffusion"
-    cfg = state.get("cfg")
-    if not isinstance(cfg, Mapping) or not {"task", "model"} <= set(cfg):
-        return "does not say how its model was built (it has no cfg)"
-    return None
+
+    def saved(task_state):
+        spec = task_state.get("spec")
+        return isinstance(spec, Mapping) and set(spec) >= SPEC
+
+    return why_unfit(state, saved, "diffusion")

@@ -5,7 +5,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,23 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
         if reason is None:
             raise
         raise UserError(reason) from error
+
+
+def why_unfit(state: Any, saved: Callable[[Mapping], bool], what: str) -> str | None:
+    """The second half of a sentence about the content of a file; None for a checkpoint of the task.
+
+    saved: whether a `task_state` is what the task saves; what: the job it is for.
+    """
+    if not isinstance(state, Mapping) or not isinstance(state.get("model"), Mapping):
+        return "is not a checkpoint of fairseq-train"
+    task_state = state.get("task_state")
+    if not isinstance(task_state, Mapping) or not saved(task_state):
+        kind = name_of(state, "task")
+        return f"is of another task{f' ({kind})' if kind else ''}, not of {what}"
+    cfg = state.get("cfg")
+    if not isinstance(cfg, Mapping) or not {"task", "model"} <= set(cfg):
+        return "does not say how its model was built (it has no cfg)"
+    return None
 
 
 def build_network(

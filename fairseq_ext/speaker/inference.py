@@ -9,13 +9,13 @@ is predicted with it. torch and fairseq are imported when first used.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ext_common.checkpoints import build_network, name_of, read_state, usable_device
+from ext_common.checkpoints import build_network, read_state, usable_device, why_unfit
 from ext_common.cli import UserError
 from fairseq_ext.speaker.features import FeatureSpec, audio_features
 
@@ -181,16 +181,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 def why_no_speaker_model(state: Any) -> str | None:
     """The second half of a sentence about a checkpoint's content; None for a speaker model."""
-    if not isinstance(state, Mapping) or not isinstance(state.get("model"), Mapping):
-        return "is not a checkpoint of fairseq-train"
-    task_state = state.get("task_state")
-    if not isinstance(task_state, Mapping) or not {"speakers", "spec"} <= set(task_state):
-        kind = name_of(state, "task")
-        return f"is of another task{f' ({kind})' if kind else ''}, not of speaker identification"
-    cfg = state.get("cfg")
-    if not isinstance(cfg, Mapping) or not {"task", "model"} <= set(cfg):
-        return "does not say how its model was built (it has no cfg)"
-    return None
+    return why_unfit(
+        state, lambda saved: {"speakers", "spec"} <= set(saved), "speaker identification"
+    )
 
 
 def rank(scores: np.ndarray, k: int) -> np.ndarray:

@@ -73,21 +73,20 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
 
 def why_no_translation_model(state: Any) -> str | None:
     """The second half of a sentence about a checkpoint's content; None for a translation model."""
-    if not isinstance(state, Mapping) or not isinstance(state.get("model"), Mapping):
-        return "is not a checkpoint of fairseq-train"
-    task_state = state.get("task_state")
-    saved = task_state.get("translation") if isinstance(task_state, Mapping) else None
-    if not isinstance(saved, Mapping) or not set(saved) >= _STATE:
-        kind = checkpoints.name_of(state, "task")
-        if kind == "translation":
-            return "is of fairseq's own --task translation, which keeps no vocabulary in its files"
-        return f"is of another task{f' ({kind})' if kind else ''}, not of translation_spm"
-    missing = {saved["source_lang"], saved["target_lang"]} - set(saved["spm"])
+
+    def saved(task_state):
+        found = task_state.get("translation")
+        return isinstance(found, Mapping) and set(found) >= _STATE
+
+    why = checkpoints.why_unfit(state, saved, "translation_spm")
+    if why:
+        own = isinstance(state, Mapping) and checkpoints.name_of(state, "task") == "translation"
+        kept = "is of fairseq's own --task translation, which keeps no vocabulary in its files"
+        return kept if own else why
+    found = state["task_state"]["translation"]
+    missing = {found["source_lang"], found["target_lang"]} - set(found["spm"])
     if missing:
         return f"has no SentencePiece model for {' and '.join(sorted(missing))}"
-    cfg = state.get("cfg")
-    if not isinstance(cfg, Mapping) or not {"task", "model"} <= set(cfg):
-        return "does not say how its model was built (it has no cfg)"
     return None
 
 
