@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from fairseq.data import iterators
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING, OmegaConf
@@ -19,6 +18,7 @@ from diffusion_ext.objectives import OBJECTIVES
 from diffusion_ext.preview import Preview
 from diffusion_ext.schedules import SCHEDULES, build_schedule
 from ext_common.cli import UserError
+from ext_common.epochs import epoch_of, full_batches, in_order, update_freq
 
 logger = logging.getLogger(__name__)
 
@@ -172,51 +172,37 @@ class DiffusionTask(FairseqTask):
         dataset,
         max_tokens=None,
         max_sentences=None,
-        max_positions=None,
-        ignore_invalid_inputs=False,
-        required_batch_size_multiple=1,
         seed=1,
         num_shards=1,
         shard_id=0,
         num_workers=0,
         epoch=1,
         data_buffer_size=0,
-        disable_iterator_cache=False,
-        skip_remainder_batch=False,
-        grouped_shuffling=False,
-        update_epoch_batch_itr=False,
+        **_,
     ):
         """fairseq's, but every update is full: all processes and accumulation steps together have the
         same images however many they are."""
         size = self._batch_size(max_sentences)
         if dataset.shuffle:
-            per_update = size * num_shards * self._update_freq(epoch)
-            dataset.set_epoch(epoch)
-            dataset.set_epoch_size(per_update * self.cfg.epoch_updates, per_update)
-        order = dataset.ordered_indices()
-        batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
-        return iterators.EpochBatchIterator(
-            dataset=dataset,
-            collate_fn=dataset.collater,
-            batch_sampler=batches,
+            freq = update_freq(self.cfg.update_freq, epoch)
+            batches = full_batches(dataset, size, num_shards, freq, epoch, self.cfg.epoch_updates)
+        else:
+            batches = in_order(dataset, size)
+        return epoch_of(
+            dataset,
+            batches,
+            data_buffer_size,
             seed=seed,
             num_shards=num_shards,
             shard_id=shard_id,
             num_workers=num_workers,
             epoch=epoch,
-            buffer_size=data_buffer_size,
-            reuse_dataloader=False,
-            persistent_workers=False,
         )
 
     def _batch_size(self, max_sentences: Optional[int]) -> int:
         if not max_sentences:
             raise UserError("--batch-size, the images of a batch, is missing")
         return max_sentences
-
-    def _update_freq(self, epoch: int) -> int:
-        values = list(self.cfg.update_freq or [1])
-        return values[min(epoch, len(values)) - 1]
 
     def begin_epoch(self, epoch, model):
         super().begin_epoch(epoch, model)
@@ -232,7 +218,7 @@ class DiffusionTask(FairseqTask):
         super().optimizer_step(optimizer, model, update_num)
         done = update_num + 1
         size = self._batch_size(self.cfg.batch_size)
-        images = size * self._update_freq(self._epoch) * self.cfg.world_size
+        images = size * update_freq(self.cfg.update_freq, self._epoch) * self.cfg.world_size
         model = unwrapped(model)
         # as if all updates had been like this one: only the ramp-up of the half-life asks
         model.ema.update(model.net, done * images, images)

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import numpy as np
-from fairseq.data import iterators
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING, open_dict
 
 from ext_common.cli import UserError
+from ext_common.epochs import epoch_of, full_batches, update_freq
 from fairseq_ext.speaker.augment import AUGMENTATIONS, Context, build_augmentation, mel_frequencies
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.dataset import CropDataset, UtteranceDataset, batches_by_frames
@@ -179,19 +179,13 @@ class SpeakerIdTask(FairseqTask):
         dataset,
         max_tokens=None,
         max_sentences=None,
-        max_positions=None,
-        ignore_invalid_inputs=False,
-        required_batch_size_multiple=1,
         seed=1,
         num_shards=1,
         shard_id=0,
         num_workers=0,
         epoch=1,
         data_buffer_size=0,
-        disable_iterator_cache=False,
-        skip_remainder_batch=False,
-        grouped_shuffling=False,
-        update_epoch_batch_itr=False,
+        **_,
     ):
         """fairseq's, without its traps: no utterance is dropped to round a batch to a multiple of 8,
         workers see the epoch they work for, and validation is bounded in padded frames."""
@@ -199,33 +193,21 @@ class SpeakerIdTask(FairseqTask):
             size = max_sentences or max(1, max_tokens // self.cfg.crop_frames)
             if max_tokens:
                 size = max(1, min(size, max_tokens // self.cfg.crop_frames))
-            # updates of all processes and accumulation steps are full, so that any number of processes
-            # trains on the same batches
-            per_update = size * num_shards * self._update_freq(epoch)
-            dataset.set_epoch(epoch)
-            dataset.set_epoch_size(per_update * self.cfg.epoch_updates, per_update)
-            order = dataset.ordered_indices()
-            batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
+            freq = update_freq(self.cfg.update_freq, epoch)
+            batches = full_batches(dataset, size, num_shards, freq, epoch, self.cfg.epoch_updates)
         else:
             frames = min(self.cfg.max_valid_frames, max_tokens or self.cfg.max_valid_frames)
             batches = batches_by_frames(dataset.sizes, frames, max_sentences)
-        return iterators.EpochBatchIterator(
-            dataset=dataset,
-            collate_fn=dataset.collater,
-            batch_sampler=batches,
+        return epoch_of(
+            dataset,
+            batches,
+            data_buffer_size,
             seed=seed,
             num_shards=num_shards,
             shard_id=shard_id,
             num_workers=num_workers,
             epoch=epoch,
-            buffer_size=data_buffer_size,
-            reuse_dataloader=False,
-            persistent_workers=False,
         )
-
-    def _update_freq(self, epoch: int) -> int:
-        values = list(self.cfg.update_freq or [1])
-        return values[min(epoch, len(values)) - 1]
 
     def train_step(
         self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs

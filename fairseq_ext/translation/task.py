@@ -6,11 +6,12 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from fairseq import utils
-from fairseq.data import Dictionary, data_utils, iterators
+from fairseq.data import Dictionary, data_utils
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationTask
 
 from ext_common.cli import UserError
+from ext_common.epochs import epoch_of
 from fairseq_ext.translation import metrics
 from fairseq_ext.translation.batching import batches, fitting, too_long
 from fairseq_ext.translation.checkpoint import codecs_of
@@ -220,17 +221,15 @@ class TranslationSpmTask(TranslationTask):
         max_sentences=None,
         max_positions=None,
         ignore_invalid_inputs=False,
-        required_batch_size_multiple=1,
         seed=1,
         num_shards=1,
         shard_id=0,
         num_workers=0,
         epoch=1,
         data_buffer_size=0,
-        disable_iterator_cache=False,
         skip_remainder_batch=False,
         grouped_shuffling=False,
-        update_epoch_batch_itr=False,
+        **_,
     ):
         """fairseq's, without its traps: no sentence is dropped to round a batch to a multiple of 8 or for
         being longer than --max-tokens, batches are those of the epoch after a resume too, and workers see
@@ -248,20 +247,17 @@ class TranslationSpmTask(TranslationTask):
         if about and about not in self._said:
             self._said.add(about)
             logger.warning(f"{about}: left out, the model cannot hold them")
-        return iterators.EpochBatchIterator(
-            dataset=dataset,
-            collate_fn=dataset.collater,
-            batch_sampler=batches(dataset, indices, max_tokens, max_sentences),
+        return epoch_of(
+            dataset,
+            batches(dataset, indices, max_tokens, max_sentences),
+            data_buffer_size,
             seed=seed,
             num_shards=num_shards,
             shard_id=shard_id,
             num_workers=num_workers,
             epoch=epoch,
-            buffer_size=data_buffer_size,
             skip_remainder_batch=skip_remainder_batch,
             grouped_shuffling=grouped_shuffling,
-            reuse_dataloader=False,
-            persistent_workers=False,
         )
 
     # --- text -----------------------------------------------------------------------------------
