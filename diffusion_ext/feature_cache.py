@@ -2,22 +2,20 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 
-from ext_common.manifest import atomic_write
+from ext_common.manifest import atomic_write, user_cache
 
 Arrays = dict[str, np.ndarray]
 
 
 def cache_folder() -> Path:
     """diffusion_ext/statistics in $XDG_CACHE_HOME or ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(root) / "diffusion_ext" / "statistics"
+    return user_cache("diffusion_ext", "statistics")
 
 
 def cache_key(kind: str, **parts) -> str:

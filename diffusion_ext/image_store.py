@@ -26,6 +26,7 @@ from diffusion_ext.image_build import (
 from diffusion_ext.image_options import ImageOptions, asked_size, check_split
 from diffusion_ext.images import Source, decode_image, list_images
 from ext_common.cli import UserError
+from ext_common.manifest import user_cache
 from ext_common.store import open_store
 
 SPLITS = ("train", "valid")
@@ -193,8 +194,7 @@ def folder_recipe(folder, options) -> Recipe:
 
 def store_folder(data, options, recipe: Recipe) -> Path:
     """Where the store of a folder of images is kept."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    root = Path(options.image_store or os.path.join(cache, "diffusion_ext")).resolve()
+    root = Path(options.image_store or user_cache("diffusion_ext")).resolve()
     check_outside(root, data, "--image-store")
     key = hashlib.sha256(json.dumps([printable(recipe.source), recipe.shape]).encode())
     return root / f"{Path(recipe.source).name or 'images'}-{key.hexdigest()[:12]}"

@@ -4,7 +4,6 @@ python -m diffusion_ext.prepare IMAGES DATA --image-size 64
 python -m diffusion_ext.prepare DATA --image-dataset digits --image-size 16
 """
 
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from diffusion_ext.image_datasets import IMAGE_DATASETS, dataset_recipe
 from diffusion_ext.image_options import ImageOptions
 from diffusion_ext.image_store import Images, check_outside, folder_recipe
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
+from ext_common.manifest import user_cache
 
 EXAMPLE_TEXT = """
 data sets for --image-dataset:
@@ -95,9 +95,7 @@ def prepare(source, dest, options=None, choices=None) -> Images:
     options, choices = options or ImageOptions(), choices or PrepareOptions()
     dest, began = Path(dest), time.monotonic()
     if source is None:
-        root = choices.dataset_root or os.path.join(
-            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torchvision"
-        )
+        root = choices.dataset_root or user_cache("torchvision")
         recipe = dataset_recipe(choices.image_dataset, options, root, choices.download)
     else:
         recipe = folder_recipe(source, options)

@@ -86,6 +86,12 @@ def atomic_json(path: str | os.PathLike, obj: Any) -> None:
         file.write(text + "\n")
 
 
+def user_cache(*parts: str) -> Path:
+    """The folder, or one below it, for what a user's programs can make again."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base, *parts)
+
+
 def sha256_file(path: str | os.PathLike) -> str:
     """Hex SHA-256 of a file's bytes, read in pieces."""
     with open(path, "rb") as file:

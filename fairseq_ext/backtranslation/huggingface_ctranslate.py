@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ext_common.cli import UserError
-from ext_common.manifest import atomic_json, versions
+from ext_common.manifest import atomic_json, user_cache, versions
 from fairseq_ext.backtranslation.huggingface import (
     HuggingFaceVocabulary,
     import_transformers,
@@ -47,7 +47,6 @@ from fairseq_ext.translation.ctranslate import (
     read_vocabulary,
     usable_device,
     usable_type,
-    user_cache,
     writable,
 )
 
@@ -240,7 +239,7 @@ def converted(
     base = folder.absolute().name if local else name.replace("/", "--")
     digest = fingerprint(folder)
     called = f"{base}.ctranslate2-{digest[:8]}-{compute_type}"
-    places = [*([folder.absolute().parent] if local else []), user_cache()]
+    places = [*([folder.absolute().parent] if local else []), user_cache("fairseq_ext")]
     for place in places:
         if is_whole(place / called, digest):
             return place / called

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ext_common.cli import UserError
-from ext_common.manifest import sha256_file
+from ext_common.manifest import sha256_file, user_cache
 from fairseq_ext.translation.checkpoint import Vocabulary
 from fairseq_ext.translation.decoding import Candidate, DecodeOptions, SampleOptions
 from fairseq_ext.translation.spm import SPECIALS, Codec
@@ -237,7 +237,7 @@ def converted(checkpoint: Path, compute_type: str, user_dir: str | None = None) 
         read_state(checkpoint)  # says why not
     digest = sha256_file(checkpoint)
     name = f"{checkpoint.name}.ctranslate2-{digest[:8]}-{compute_type}"
-    places = [checkpoint.absolute().parent, user_cache()]
+    places = [checkpoint.absolute().parent, user_cache("fairseq_ext")]
     for place in places:
         if is_whole(place / name, digest):
             return place / name
@@ -290,12 +290,6 @@ def move(temporary: Path, folder: Path) -> Path:
     os.replace(temporary, folder)
     shutil.rmtree(aside, ignore_errors=True)
     return folder
-
-
-def user_cache() -> Path:
-    """The folder for what a user's programs can make again."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "fairseq_ext"
 
 
 def is_whole(folder: Path, digest: str) -> bool:
