@@ -23,7 +23,7 @@ from diffusion_ext import counterpart
 from diffusion_ext.exported import import_safetensors, load_exported, write_exported
 from diffusion_ext.unet import UNet
 from ext_common.cli import Parser, UserError, add_dataclass, from_args, run
-from ext_common.manifest import MANIFEST_NAME, sync_folder, write_manifest
+from ext_common.manifest import MANIFEST_NAME, replace_folder, write_manifest
 
 __all__ = ["ExportOptions", "export", "load_exported"]
 
@@ -230,17 +230,12 @@ def making(dest: Path) -> Iterator[Path]:
     """A new folder that becomes `dest`, in the place of what is there, when the block ends well."""
     dest.parent.mkdir(parents=True, exist_ok=True)
     folder = dest.with_name(f".{dest.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    aside = folder.with_suffix(".old")
     folder.mkdir()
     try:
         yield folder
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(dest, aside)
-        os.replace(folder, dest)
+        replace_folder(folder, dest)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
-    sync_folder(dest.parent)
 
 
 def _packages() -> dict[str, str]:

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -73,6 +74,17 @@ def sync_folder(folder: str | os.PathLike) -> None:
         pass  # some network file systems cannot sync a folder; the rename itself still holds
     finally:
         os.close(descriptor)
+
+
+def replace_folder(whole: Path, folder: Path) -> Path:
+    """Give a folder that was written beside its place its name, in the stead of one that has it."""
+    aside = whole.with_name(whole.name + "-old")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(folder, aside)
+    os.replace(whole, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    sync_folder(folder.parent)
+    return folder
 
 
 def atomic_json(path: str | os.PathLike, obj: Any) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ext_common.cli import UserError
-from ext_common.manifest import atomic_json, user_cache, versions
+from ext_common.manifest import atomic_json, replace_folder, user_cache, versions
 from fairseq_ext.backtranslation.huggingface import (
     HuggingFaceVocabulary,
     import_transformers,
@@ -41,7 +41,6 @@ from fairseq_ext.translation.ctranslate import (
     CTranslate2Backend,
     import_ctranslate2,
     is_whole,
-    move,
     opener,
     read_description,
     read_vocabulary,
@@ -247,7 +246,7 @@ def converted(
     with writable(places) as (place, temporary):
         report = convert(folder, temporary, compute_type, digest, saying, name)
         print(report, file=sys.stderr)
-        return move(temporary, place / called)
+        return replace_folder(temporary, place / called)
 
 
 def convert(

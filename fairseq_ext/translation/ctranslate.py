@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ext_common.cli import UserError
-from ext_common.manifest import sha256_file, user_cache
+from ext_common.manifest import replace_folder, sha256_file, user_cache
 from fairseq_ext.translation.checkpoint import Vocabulary
 from fairseq_ext.translation.decoding import Candidate, DecodeOptions, SampleOptions
 from fairseq_ext.translation.spm import SPECIALS, Codec
@@ -250,7 +250,8 @@ def converted(checkpoint: Path, compute_type: str, user_dir: str | None = None) 
     with writable(places) as (place, temporary):
         report = convert(checkpoint, temporary, compute_type, digest, user_dir)
         print(report, file=sys.stderr)
-        folder = move(temporary, place / name)
+        # one that is there already is damaged, or was quicker
+        folder = replace_folder(temporary, place / name)
     for old in place.glob(f"{_glob_safe(checkpoint.name)}.ctranslate2-*-{compute_type}"):
         # of a file of this name that is no more
         if old.name != name and (old / DESCRIPTION).is_file():
@@ -280,16 +281,6 @@ def writable(places: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
         yield place, temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def move(temporary: Path, folder: Path) -> Path:
-    """Give a whole folder its name; one that is there already is damaged or was quicker."""
-    aside = temporary.with_name(temporary.name + "-old")
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(folder, aside)
-    os.replace(temporary, folder)
-    shutil.rmtree(aside, ignore_errors=True)
-    return folder
 
 
 def is_whole(folder: Path, digest: str) -> bool:
