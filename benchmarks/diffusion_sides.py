@@ -206,7 +206,7 @@ class OurReading:
     def start(self) -> Iterator[Tensor]:
         from fairseq import tasks
 
-        from diffusion_ext.dataset import to_float
+        from diffusion_ext.pictures import to_float
 
         task = tasks.setup_task(self.cfg.task)
         return (to_float(batch["image"]) for batch in our_batches(self.cfg, task))

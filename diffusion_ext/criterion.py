@@ -10,10 +10,10 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor
 
-from diffusion_ext.dataset import to_float
 from diffusion_ext.denoiser import split_output
 from diffusion_ext.model import unwrapped
 from diffusion_ext.objectives import OBJECTIVES, check_combination
+from diffusion_ext.pictures import to_float
 from diffusion_ext.randomness import generator, training_draws, validation_draws
 from diffusion_ext.variational import PosteriorTables, bound
 from diffusion_ext.weightings import WEIGHTINGS, loss_weights

@@ -95,8 +95,3 @@ def collate(samples: Sequence[Dict]) -> Dict:
     }
     batch["image"] = torch.stack([s["image"] for s in samples])
     return {**batch, "nsentences": len(samples), "ntokens": len(samples)}
-
-
-def to_float(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 → float32 in [-1, 1]: 0 is -1, 255 is 1."""
-    return pixels.float() / 127.5 - 1

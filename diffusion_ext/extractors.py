@@ -28,6 +28,7 @@ from diffusion_ext.classifier import (
 from diffusion_ext.feature_cache import cache_key, cached
 from diffusion_ext.image_sets import ImageSet
 from diffusion_ext.inception import InceptionOptions, load_inception
+from diffusion_ext.pictures import to_float
 from ext_common.cli import UserError, progress
 from ext_common.manifest import sha256_file
 from ext_common.registry import Registry
@@ -226,7 +227,7 @@ def torchscript(reals: ImageSet, cache: Path | None, path: str, input: str) -> E
     def compute(batch):
         images = torch.from_numpy(batch)
         if input == "signed":
-            images = images.float() / 127.5 - 1
+            images = to_float(images)
         return network(images).flatten(1).double().numpy()
 
     try:

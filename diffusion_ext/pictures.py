@@ -1,4 +1,4 @@
-"""Pixels on their way out: from [−1, 1] to 8 bits, single files, grids, strips and animations."""
+"""Pixels on their way in and out: 8 bits and [−1, 1], single files, grids, strips and animations."""
 
 import math
 import os
@@ -10,6 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from ext_common.manifest import atomic_write
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 → float32 in [−1, 1]: 0 is −1, 255 is 1."""
+    return pixels.float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> np.ndarray:

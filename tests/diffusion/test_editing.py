@@ -9,11 +9,10 @@ from PIL import Image
 
 pytest.importorskip("fairseq")
 
-from diffusion_ext.dataset import to_float
 from diffusion_ext.editing import inpainting, interpolation, invert, read, repaint, slerp
 from diffusion_ext.inference import DiffusionModel
 from diffusion_ext.objectives import Prediction
-from diffusion_ext.pictures import to_uint8
+from diffusion_ext.pictures import to_float, to_uint8
 from diffusion_ext.randomness import ImageNoise
 from diffusion_ext.sample import SampleOptions, main
 from diffusion_ext.samplers import ddim, ddpm, trajectory

@@ -10,8 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from diffusion_ext.dataset import to_float
-from diffusion_ext.pictures import display_scale, grid, pil_image, save_gif, save_png, to_uint8
+from diffusion_ext.pictures import (
+    display_scale,
+    grid,
+    pil_image,
+    save_gif,
+    save_png,
+    to_float,
+    to_uint8,
+)
 
 
 def pictures(n=5, channels=3, height=4, width=6, seed=0):
