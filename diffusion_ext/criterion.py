@@ -214,10 +214,18 @@ def uses_own_guess(model) -> bool:
 
 
 def autocast(precision: str, device: torch.device):
-    """A context in which networks compute in bfloat16, where `precision` and the processor say so."""
-    if precision == "fp32" or (precision == "auto" and not computes_bf16(device)):
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    """A context in which networks compute in bfloat16, where `uses_bf16` says so."""
+    # no disabled autocast: it would end the one of --amp
+    return (
+        torch.autocast(device.type, torch.bfloat16)
+        if uses_bf16(precision, device)
+        else nullcontext()
+    )
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether networks compute in bfloat16 with this --autocast on this processor."""
+    return precision == "bf16" or (precision == "auto" and computes_bf16(device))
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -70,6 +70,10 @@ class DiffusionModel:
     def classes(self) -> list[str]:
         return list(self.spec["classes"])
 
+    def classes_in_turn(self, numbers: Sequence[int]) -> list[int] | None:
+        """Class index of the images with these numbers; None for a model without classes."""
+        return [k % len(self.classes) for k in numbers] if self.classes else None
+
     def class_index(self, name: str) -> int:
         """Number of the class `name`; UserError for one that the model does not know."""
         if name not in self.classes:

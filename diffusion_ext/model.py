@@ -1,11 +1,13 @@
 """The U-Net as a fairseq model: `--arch ddpm_unet`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import List, Optional
+from typing import Any, List, Optional
 
 import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models import BaseFairseqModel, register_model
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -46,7 +48,7 @@ class DdpmUNet(BaseFairseqModel):
     @classmethod
     def build_model(cls, cfg, task):
         spec = task.spec
-        options = UNetOptions(**{f.name: _plain(cfg[f.name]) for f in fields(UNetOptions)})
+        options = options_of(UNetOptions, cfg)
         check_options(options, cfg, spec["height"], spec["width"])
         channels = spec["channels"]
         net = UNet(
@@ -122,5 +124,7 @@ def check_options(options: UNetOptions, cfg, height: int, width: int) -> None:
         )
 
 
-def _plain(value):
-    return list(value) if isinstance(value, (list, tuple)) or hasattr(value, "_content") else value
+def options_of(cls: type, cfg: Mapping) -> Any:
+    """The instance of an options dataclass that a part of fairseq's configuration describes."""
+    given = {f.name: cfg[f.name] for f in fields(cls)}
+    return cls(**{k: list(v) if OmegaConf.is_list(v) else v for k, v in given.items()})

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import torch
 
-from diffusion_ext.criterion import autocast
-from diffusion_ext.denoiser import Denoiser
-from diffusion_ext.pictures import display_scale, grid, save_png, to_uint8
-from diffusion_ext.randomness import ImageNoise
-from diffusion_ext.samplers import dpmpp_2m, trajectory
+from diffusion_ext.criterion import uses_bf16
+from diffusion_ext.inference import DiffusionModel
+from diffusion_ext.pictures import display_scale, grid, save_png
 
 logger = logging.getLogger(__name__)
 
@@ -44,20 +42,15 @@ class Preview:
         logger.info(f"samples at update {update}: {path}")
 
 
-@torch.no_grad()
 def draw_images(model, task, numbers, steps, device):
     """uint8 (B, C, H, W): the samples with these numbers, of all classes in turn."""
-    spec = task.spec
-    noise = ImageNoise(0, numbers, (spec["channels"], spec["height"], spec["width"]), device)
-    label = None
-    if spec["classes"]:
-        label = torch.tensor(numbers, device=device) % len(spec["classes"])
-
-    def network(x, t, label, x0):
-        with autocast(task.cfg.autocast, device):
-            return model(x, t, label, x0, average=0)
-
-    denoise = Denoiser(
-        network, task.schedule, task.cfg.objective, label=label, self_condition=model.self_condition
+    drawn = DiffusionModel(model, task.cfg, task.spec, device)
+    options = dict(
+        steps=steps,
+        seed=0,
+        batch_size=len(numbers),
+        labels=drawn.classes_in_turn(numbers),
+        bf16=uses_bf16(task.cfg.autocast, device),
     )
-    return to_uint8(dpmpp_2m(denoise, noise.start, trajectory(task.schedule, steps), noise))
+    ((_, images),) = drawn.batches(numbers, **options)
+    return images

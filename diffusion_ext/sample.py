@@ -253,12 +253,10 @@ def sampling(model, options: SampleOptions, numbers: List[int]) -> dict:
 
 def labels_of(model, options: SampleOptions, numbers: List[int]) -> Optional[List[int]]:
     """Class index of each number: the one asked for, else all in turn; None for a model without."""
-    if options.label is None and not model.classes:
-        if options.guidance != 1:
-            raise UsageError("--guidance needs a model trained with --class-labels")
-        return None
     if options.label is None:
-        return [k % len(model.classes) for k in numbers]
+        if options.guidance != 1 and not model.classes:
+            raise UsageError("--guidance needs a model trained with --class-labels")
+        return model.classes_in_turn(numbers)
     return [model.class_index(options.label)] * len(numbers)
 
 

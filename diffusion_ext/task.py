@@ -1,19 +1,19 @@
 """`--task diffusion`: images from a folder, a noise schedule, and pictures drawn while training."""
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from fairseq.dataclass import FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
-from omegaconf import II, MISSING, OmegaConf
+from omegaconf import II, MISSING
 
 from diffusion_ext.augment import AUGMENTATIONS, build_augmentations
 from diffusion_ext.dataset import ImageDataset
 from diffusion_ext.image_options import ImageOptions, SplitOptions
 from diffusion_ext.image_store import Images, open_images
-from diffusion_ext.model import unwrapped
+from diffusion_ext.model import options_of, unwrapped
 from diffusion_ext.objectives import OBJECTIVES
 from diffusion_ext.preview import Preview
 from diffusion_ext.schedules import SCHEDULES, build_schedule
@@ -104,8 +104,7 @@ class DiffusionTask(FairseqTask):
     @property
     def images(self) -> Images:
         if self._images is None:
-            given = {f.name: _plain(self.cfg[f.name]) for f in fields(ImageOptions)}
-            self._images = open_images(self.cfg.data, ImageOptions(**given))
+            self._images = open_images(self.cfg.data, options_of(ImageOptions, self.cfg))
         return self._images
 
     @property
@@ -268,7 +267,3 @@ def pipeline_of(hflip: float, color_jitter: List[float], more: str) -> str:
         pairs = (f"{name}={value}" for name, value in zip(names, color_jitter, strict=True))
         steps.append(f"color_jitter:{','.join(pairs)}")
     return ";".join([*steps, more] if more else steps)
-
-
-def _plain(value):
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
