@@ -20,8 +20,8 @@ import random
 from pathlib import Path
 
 from benchmarks.backtranslation_report import BITEXT, report
-from benchmarks.recorded import ROOT, run
-from benchmarks.translation_runs import SHARED, Runs, python
+from benchmarks.recorded import ROOT, SHARED, run
+from benchmarks.translation_runs import Runs, python
 from ext_common.manifest import atomic_write
 from fairseq_ext.translation.text import match_key, read_lines
 

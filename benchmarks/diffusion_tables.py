@@ -23,8 +23,7 @@ import numpy as np
 import yaml
 
 from benchmarks.diffusion_report import report
-from benchmarks.recorded import ROOT, changed_recipe, digest_of, is_recorded, run
-from benchmarks.translation_runs import SHARED
+from benchmarks.recorded import ROOT, SHARED, changed_recipe, digest_of, is_recorded, run
 from ext_common.manifest import atomic_json, versions
 
 RESULTS = ROOT / "benchmarks" / "results" / "diffusion_tables"

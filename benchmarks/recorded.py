@@ -16,6 +16,7 @@ import yaml
 from ext_common.manifest import atomic_json
 
 ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("FAIRSEQ_EXT_DATA") or ROOT.parent / "shared" / "data")
 
 
 def changed_recipe(path: Path, changes: dict[str, Any]) -> dict:

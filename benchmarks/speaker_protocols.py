@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get("FAIRSEQ_EXT_DATA", ROOT.parent / "shared" / "data"))
+from benchmarks.recorded import ROOT, SHARED
+
 GAIN_DB, TILT, SHIFT_SEED = 10.0, 0.5, 20261123
 FSDD_PATTERN = r"(?P<digit>\d)_(?P<speaker>\w+?)_(?:(?P<test>[0-4])|(?P<index>\d+))\.wav"
 

@@ -1,7 +1,6 @@
 """Trainings of translation models from recipes, averaged, scored and recorded: what its tables share."""
 
 import json
-import os
 import sys
 import threading
 from collections.abc import Mapping
@@ -10,12 +9,11 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from benchmarks.recorded import ROOT, changed_recipe, digest_of, is_recorded, run, train
+from benchmarks.recorded import changed_recipe, digest_of, is_recorded, run, train
 from ext_common.manifest import atomic_json, sha256_file, versions
 from fairseq_ext.translation.scoring import score
 from fairseq_ext.translation.text import read_lines
 
-SHARED = Path(os.environ.get("FAIRSEQ_EXT_DATA") or ROOT.parent / "shared" / "data")
 AVERAGED = 5
 ONE_AT_A_TIME = threading.Lock()
 

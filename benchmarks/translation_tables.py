@@ -16,9 +16,9 @@ translations of test in it. A run that has its file is not done again. `--jobs 2
 import argparse
 from pathlib import Path
 
-from benchmarks.recorded import ROOT, run
+from benchmarks.recorded import ROOT, SHARED, run
 from benchmarks.translation_report import best_of, report
-from benchmarks.translation_runs import SHARED, Runs, python
+from benchmarks.translation_runs import Runs, python
 
 RESULTS = ROOT / "benchmarks" / "results" / "translation_tables"
 CONFIGS = ROOT / "configs" / "translation"
