@@ -18,7 +18,7 @@ from diffusion_ext.image_store import Images, held_out, open_images
 from diffusion_ext.images import FORMATS, BadImage, decode_image, find_images
 from ext_common.cli import UserError, progress
 
-# What diffusion_ext.sample draws beside its samples.
+# Pictures of samples that somebody keeps among them.
 PICTURES = {"grid.png", "strip.png", "trajectory.gif"}
 _COLOURS = {1: "gray", 3: "colour"}
 
