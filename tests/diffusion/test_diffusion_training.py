@@ -3,7 +3,6 @@
 Each command is a process of its own (fairseq keeps state inside one).
 """
 
-import json
 import os
 import re
 import shlex
@@ -17,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from tests.trainings import assert_same_run, read, run_command, traced
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -44,18 +45,7 @@ def run(repo_root, tmp_path):
     """Run a command as a user would; returns its output, asserts its exit code."""
 
     def run(*command, code=0):
-        words = [w for part in command for w in (part.split() if isinstance(part, str) else [part])]
-        result = subprocess.run(
-            [str(w) for w in words],
-            cwd=repo_root,
-            env={**ENVIRONMENT, "XDG_CACHE_HOME": str(tmp_path / "cache")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-        )
-        assert result.returncode == code, result.stdout[-3000:]
-        return result.stdout
+        return run_command(command, repo_root, code, XDG_CACHE_HOME=str(tmp_path / "cache"))
 
     return run
 
@@ -67,27 +57,6 @@ def train(run, faces):
         return run(*command, "--save-dir", save_dir, SMALL, flags, code=code)
 
     return train
-
-
-def read(path):
-    from ext_common.compat.files import allow_namespace
-
-    allow_namespace()
-    return torch.load(path, weights_only=True)
-
-
-def traced(log, key):
-    lines = re.findall(r"\| train_inner \| (\{.*\})", log)
-    return {int(row["num_updates"]): row[key] for row in map(json.loads, lines)}
-
-
-def assert_same_run(a, b):
-    assert a["model"].keys() == b["model"].keys()
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    theirs = b["last_optimizer_state"]["state"]
-    for key, state in a["last_optimizer_state"]["state"].items():
-        for name in ("exp_avg", "exp_avg_sq", "step"):
-            assert torch.as_tensor(state[name]).equal(torch.as_tensor(theirs[key][name]))
 
 
 def last(folder):

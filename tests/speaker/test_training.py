@@ -4,9 +4,7 @@ Each command is a process of its own, as a user types it (fairseq keeps state in
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+
+from tests.trainings import assert_same_run, read, run_command, traced
 
 BIN = Path(sys.executable).parent
 SMALL = "--d-model 16 --nhead 2 --d-ffn 32 --layers 1 --kernel-size 7 --embedding-dim 16"
@@ -29,18 +29,7 @@ def run(repo_root):
     """Run a command as a user would; returns its output, asserts its exit code."""
 
     def run(*command, code=0):
-        words = [w for part in command for w in (part.split() if isinstance(part, str) else [part])]
-        result = subprocess.run(
-            [str(w) for w in words],
-            cwd=repo_root,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-        )
-        assert result.returncode == code, result.stdout[-3000:]
-        return result.stdout
+        return run_command(command, repo_root, code)
 
     return run
 
@@ -54,30 +43,8 @@ def train(run, tiny_data):
     return train
 
 
-def read(path):
-    from ext_common.compat.files import allow_namespace
-
-    allow_namespace()
-    return torch.load(path, weights_only=True)
-
-
 def losses(log):
-    lines = re.findall(r"\| train_inner \| (\{.*\})", log)
-    return {int(row["num_updates"]): row["loss"] for row in map(json.loads, lines)}
-
-
-def traced(log, key):
-    lines = re.findall(r"\| train_inner \| (\{.*\})", log)
-    return {int(row["num_updates"]): row[key] for row in map(json.loads, lines)}
-
-
-def assert_same_run(a, b):
-    assert a["model"].keys() == b["model"].keys()
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    theirs = b["last_optimizer_state"]["state"]
-    for key, state in a["last_optimizer_state"]["state"].items():
-        for name in ("exp_avg", "exp_avg_sq", "step"):
-            assert torch.as_tensor(state[name]).equal(torch.as_tensor(theirs[key][name]))
+    return traced(log, "loss")
 
 
 @pytest.mark.slow
