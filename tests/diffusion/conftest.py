@@ -97,3 +97,13 @@ def build(small_images):
 
     build.task = task_of
     return build
+
+
+@pytest.fixture
+def fresh_samplers(monkeypatch):
+    """SAMPLERS; what a test enters is out of it afterwards."""
+    from diffusion_ext.samplers import SAMPLERS
+
+    for table in ("_entries", "_options"):
+        monkeypatch.setattr(SAMPLERS, table, dict(getattr(SAMPLERS, table)))
+    return SAMPLERS

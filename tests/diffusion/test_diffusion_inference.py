@@ -299,7 +299,7 @@ def gray(denoise, x, path, noise, watch=None):
 '''
 
 
-def test_a_sampler_of_ones_own(tiny_checkpoint, tmp_path):
+def test_a_sampler_of_ones_own(tiny_checkpoint, tmp_path, fresh_samplers):
     (tmp_path / "my_diffusion_plugin").mkdir()
     (tmp_path / "my_diffusion_plugin" / "__init__.py").write_text(PLUGIN)
     folder = str(tmp_path / "my_diffusion_plugin")
