@@ -30,10 +30,20 @@ SPEC = {"height", "width", "channels", "classes", "condition_size"}
 class DiffusionModel:
     """A network with one of its averages of weights, and how it was trained.
 
-    average: number of the average (order of --ema-half-life), None for the weights themselves.
+    average: number of the average (order of --ema-half-life), None for the weights themselves;
+    label_dropout: what it was trained with, None where that is not known.
     """
 
-    def __init__(self, model, cfg: Mapping, spec: Mapping, device="cpu", average: int | None = 0):
+    def __init__(
+        self,
+        model,
+        cfg: Mapping,
+        spec: Mapping,
+        device="cpu",
+        average: int | None = 0,
+        label_dropout: float | None = None,
+    ):
+        self.label_dropout = label_dropout
         self.model, self.device = model.to(device).eval(), torch.device(device)
         self.spec = dict(spec)
         self.schedule = build_schedule(
@@ -59,7 +69,8 @@ class DiffusionModel:
         device = usable_device(device)
         state = read_checkpoint(path)
         model = build_network(state, path, PARTS, user_dir)
-        return cls(model, state["cfg"]["task"], state["task_state"]["spec"], device, average)
+        spec, dropout = state["task_state"]["spec"], state["cfg"]["criterion"].get("label_dropout")
+        return cls(model, state["cfg"]["task"], spec, device, average, dropout)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,6 +91,16 @@ class DiffusionModel:
             known = ", ".join(self.classes) or "none, it was trained without --class-labels"
             raise UserError(f"--label {name} is no class of the model; known: {known}")
         return self.classes.index(name)
+
+    def check_classes(self, labelled: bool, guidance: float) -> None:
+        """UserError where the model cannot draw without a class (not `labelled`), or with guidance."""
+        if guidance != 1 and not self.classes:
+            raise UserError("--guidance needs a model trained with --class-labels")
+        if self.classes and self.label_dropout == 0 and (guidance != 1 or not labelled):
+            raise UserError(
+                "the model never saw an image without its class (it was trained with --label-dropout 0): give"
+                " --label without --guidance, or train with --label-dropout 0.1"
+            )
 
     def denoiser(
         self, label: Tensor | None = None, guidance: float = 1.0, clip=True, bf16=False
@@ -120,6 +141,7 @@ class DiffusionModel:
         sampler: registered name, or "name:option=value,…"; labels: class index of each number. UserError at
         once, before anything is drawn, for names and steps that there are not.
         """
+        self.check_classes(labels is not None, guidance)
         run = SAMPLERS.bind(sampler)
         if watch is not None:
             run = partial(run, watch=watch)

@@ -1,5 +1,6 @@
 """The U-Net as a fairseq model: `--arch ddpm_unet`."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, List, Optional
@@ -14,6 +15,8 @@ from torch.func import functional_call
 from diffusion_ext.ema import WeightAverages
 from diffusion_ext.unet import UNet, UNetOptions, divisor
 from ext_common.cli import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,6 +53,12 @@ class DdpmUNet(BaseFairseqModel):
         spec = task.spec
         options = options_of(UNetOptions, cfg)
         check_options(options, cfg, spec["height"], spec["width"])
+        heights = [spec["height"] >> level for level in range(len(options.channel_mults))]
+        if any(options.attention_resolutions) and not set(options.attention_resolutions) & set(heights):
+            logger.warning(
+                f"--attention-resolutions {options.attention_resolutions} is none of the heights {heights} of"
+                " this network: only its middle attends"
+            )
         channels = spec["channels"]
         net = UNet(
             options,

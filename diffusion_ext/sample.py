@@ -19,7 +19,7 @@ from typing import List, Optional
 
 import numpy as np
 
-from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, progress, run
+from ext_common.cli import Parser, UserError, add_dataclass, from_args, progress, run
 from ext_common.manifest import MANIFEST_NAME, atomic_json, sha256_file, write_manifest
 
 SAMPLER = "dpmpp_2m"
@@ -254,14 +254,14 @@ def sampling(model, options: SampleOptions, numbers: List[int]) -> dict:
 def labels_of(model, options: SampleOptions, numbers: List[int]) -> Optional[List[int]]:
     """Class index of each number: the one asked for, else all in turn; None for a model without."""
     if options.label is None:
-        if options.guidance != 1 and not model.classes:
-            raise UsageError("--guidance needs a model trained with --class-labels")
         return model.classes_in_turn(numbers)
     return [model.class_index(options.label)] * len(numbers)
 
 
 def drawer(model, options: SampleOptions, numbers: List[int]):
     """draw(numbers) → batches of (numbers, uint8 images); UserError at once for what cannot be drawn."""
+    if options.interpolate or options.inpaint:
+        model.check_classes(options.label is not None, options.guidance)
     if options.interpolate:
         from diffusion_ext.editing import interpolation
 

@@ -33,7 +33,8 @@ PRESET = {
     "--log-format": "simple",
     "--no-epoch-checkpoints": None,
 }
-# By the larger side, pixels: what fits, trained for about this many updates.
+# By the larger side, pixels: what fits, trained for about this many updates. `fitted` cuts the multiples where
+# a side cannot be halved so often, and takes the largest height the network has up to the one that attends.
 SIZES = {
     16: ("32", "1,2,2", "1", "8", "0.001", "64", "2500"),
     32: ("64", "1,2,2", "2", "16", "0.0005", "64", "50000"),
@@ -49,6 +50,7 @@ SIZE_FLAGS = (
     "--batch-size",
     "--max-update",
 )
+DEEPEST = 16  # pixels; a network that ends above would attend over too many of them in its middle
 EPILOG = """\
 the flags asked for most (--all-help explains them, and lists those of fairseq-train):
   images     --image-size --channels --class-labels --valid-fraction
@@ -117,11 +119,24 @@ def main(argv: Sequence[str]) -> None:
 def arguments(images: str, recipe: Sequence[str], rest: Sequence[str]) -> list[str]:
     """Flags of fairseq-train: presets, those of the size, the recipe, what was typed; the last counts."""
     given = [*recipe, *rest]
-    size = image_size(images, value_of(given, "--image-size"))
-    fitting = next(values for limit, values in SIZES.items() if size <= limit)
-    return last_of_each(
-        [*flags_of(PRESET), *flags_of(dict(zip(SIZE_FLAGS, fitting, strict=True))), *given]
-    )
+    height, width = image_size(images, value_of(given, "--image-size"))
+    mults = value_of(given, "--channel-mults")
+    return last_of_each([*flags_of(PRESET), *flags_of(fitted(height, width, mults)), *given])
+
+
+def fitted(height: int, width: int, mults: str | None) -> dict[str, str]:
+    """Flags of a network for images of this size; mults: the --channel-mults asked for."""
+    values = next(values for limit, values in SIZES.items() if max(height, width) <= limit)
+    flags = dict(zip(SIZE_FLAGS, values, strict=True))
+    levels = flags["--channel-mults"].split(",")
+    while any(side % 2 ** (len(levels) - 1) for side in (height, width)):
+        levels.pop()
+    if max(height, width) >> (len(levels) - 1) <= DEEPEST:
+        flags["--channel-mults"] = ",".join(levels)
+    heights = [height >> i for i in range(len((mults or flags["--channel-mults"]).split(",")))]
+    attends = int(flags["--attention-resolutions"])
+    flags["--attention-resolutions"] = str(max((h for h in heights if h <= attends), default=0))
+    return flags
 
 
 def last_of_each(arguments: Sequence[str]) -> list[str]:
@@ -152,11 +167,12 @@ def value_of(arguments: Sequence[str], flag: str) -> str | None:
     return found
 
 
-def image_size(images: str, given: str | None) -> int:
-    """The larger side in pixels, from --image-size or from a prepared folder."""
+def image_size(images: str, given: str | None) -> tuple[int, int]:
+    """(height, width) in pixels, from --image-size or from a prepared folder."""
     if given:
         try:
-            return max(int(part) for part in given.split(","))
+            sides = [int(part) for part in given.split(",")]
+            return sides[0], sides[-1]
         except ValueError:
             raise UsageError(
                 f"--image-size {given!r} is no size: give pixels, as 64 or 48,64 (height,width)"
@@ -170,7 +186,7 @@ def image_size(images: str, given: str | None) -> int:
             f"--image-size is missing, and {images} {what}: give the pixels images are brought to, as"
             " 64 or 48,64"
         )
-    return max(meta["shape"][1:])
+    return tuple(meta["shape"][1:])
 
 
 def read_recipe(path: str) -> list[str]:
@@ -233,8 +249,8 @@ def train(command: list[str]) -> None:
             cli_main()
         except FloatingPointError as error:
             raise UserError(
-                f"training stops: {str(error).rstrip('.')}; the last good checkpoint is checkpoint_last.pt in"
-                " --save-dir; lower --lr or --clip-norm, or train with --autocast fp32"
+                f"training stops: {str(error).rstrip('.')}; any checkpoint in --save-dir is from before;"
+                " lower --lr or --clip-norm, or train with --autocast fp32"
             ) from None
 
 

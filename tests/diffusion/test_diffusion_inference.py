@@ -38,8 +38,10 @@ def with_classes(build):
     with torch.no_grad():
         made.model.ema.weights[1].mul_(0.5)
 
-    def open_with(average=0):
-        return DiffusionModel(made.model, made.task.cfg, made.task.spec, "cpu", average)
+    def open_with(average=0, label_dropout=None):
+        return DiffusionModel(
+            made.model, made.task.cfg, made.task.spec, "cpu", average, label_dropout
+        )
 
     return open_with
 
@@ -151,6 +153,21 @@ def test_seed_label_and_steps_matter(with_classes):
         {"sampler": "ddim:eta=1"},
     ):
         assert not np.array_equal(model.sample(2, **{**usual, **change}), images), change
+
+
+@pytest.mark.parametrize("options", [{"guidance": 2.0, "labels": [0, 1]}, {"labels": None}])
+def test_a_class_that_was_never_hidden_in_training_cannot_be_left_out(with_classes, options):
+    """What stands for `no class` would be as random as at the beginning."""
+    with pytest.raises(UserError, match="--label-dropout 0"):
+        with_classes(label_dropout=0.0).sample(2, steps=2, **options)
+    assert len(with_classes(label_dropout=0.1).sample(2, steps=2, **options)) == 2
+    assert len(with_classes(label_dropout=0.0).sample(2, steps=2, labels=[0, 1])) == 2
+
+
+def test_the_label_dropout_is_in_the_checkpoint(model, saved):
+    assert model.label_dropout == 0.1
+    path = saved(lambda state: state["cfg"]["criterion"].update(label_dropout=0.0))
+    assert DiffusionModel.from_checkpoint(path, "cpu").label_dropout == 0
 
 
 def test_sampling_leaves_model_and_random_numbers_alone(with_classes):

@@ -531,3 +531,11 @@ def test_flags_that_help_names_exist(build, monkeypatch, capsys):
     # --warmup-updates is the LR schedule's
     known = {*parser._option_string_actions, "--all-help", "--warmup-updates"}
     assert set(named) <= known, set(named) - known
+
+
+@pytest.mark.parametrize(
+    "heights, said", [([4], False), ([0], False), ([16], True), ([16, 8], False), ([], False)]
+)
+def test_attention_at_a_height_that_there_is_not_is_said(build, caplog, heights, said):
+    build(model={"attention_resolutions": heights})
+    assert ("none of the heights [8, 4]" in caplog.text) == said
