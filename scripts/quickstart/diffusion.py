@@ -43,7 +43,7 @@ class QuickstartOptions:
         metadata={"help": f"folder to write; none: {OUT}, and {OUT}-NAME with --data NAME"},
     )
     updates: Optional[int] = field(
-        default=None, metadata={"help": "updates to train for; none: 1500, 3000 with --data"}
+        default=None, metadata={"help": "updates to train for; none: 1200, 3000 with --data"}
     )
     fresh: bool = field(default=False, metadata={"help": "start over"})
 
@@ -59,7 +59,7 @@ def main(argv):
     parser = Parser(prog="bash scripts/quickstart.sh diffusion", description=__doc__)
     add_dataclass(parser, QuickstartOptions)
     options = from_args(QuickstartOptions, parser.parse_args(argv))
-    options.updates = options.updates or (3000 if options.data else 1500)
+    options.updates = options.updates or (3000 if options.data else 1200)
     try:
         quickstart(options)
     except KeyboardInterrupt:
