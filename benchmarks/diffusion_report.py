@@ -20,7 +20,7 @@ def report(results: Path) -> str:
         sampler_table([r for rs in runs.values() for r in rs if "sampler" in r]),
         ablation_table(runs),
         table(
-            ["emoji 32 × 32, 500 samples", *COLUMNS],
+            ["emoji 32 × 32, 898 images", *COLUMNS],
             [
                 [name, *cells(runs[name])]
                 for name in ("emoji_default", "emoji_cosine_eps")
@@ -47,47 +47,62 @@ def cells(records: list[dict]) -> list[str]:
 
 
 def digits_table(records: list[dict], controls: dict) -> str:
-    def more(found: dict) -> list[str]:
-        near = next(iter(found["memorisation"].values()))
-        missing = found["classes"]["missing"]
-        return [f"{near['median']:.3g} / {near['median_held_out']:.3g}", str(10 - len(missing))]
+    def more(found: list[dict]) -> list[str]:
+        near = [f["memorisation"]["pixels"] for f in found]
+        distances = spread([n["median"] for n in near]), f"{near[0]['median_held_out']:.3g}"
+        return [" / ".join(distances), str(min(10 - len(f["classes"]["missing"]) for f in found))]
 
     rows = []
     if records:
-        first = records[0]["evaluation"]
-        rows.append(["samples", *cells(records), *more(first)])
+        rows.append(["samples", *cells(records), *more([r["evaluation"] for r in records])])
     for title, found in controls.items():
         record = {"evaluation": found}
-        rows.append([title, *cells([record]), *more(found)])
-    heads = ["digits, 500 images", *COLUMNS, "nearest training image / of held-out", "classes"]
+        rows.append([title, *cells([record]), *more([found])])
+    heads = ["digits, 898 images", *COLUMNS, "nearest training image / of held-out", "classes"]
     return table(heads, rows)
 
 
 def sampler_table(records: list[dict]) -> str:
+    """A row each sampler and spacing, a column each number of steps."""
     steps = sorted({record["steps"] for record in records})
-    rows = defaultdict(dict)
+    rows = defaultdict(lambda: defaultdict(list))
     for record in records:
-        value = record["evaluation"]["metrics"]["frechet"]["value"]
-        rows[record["sampler"], record["spacing"]][record["steps"]] = f"{value:.3g}"
+        rows[record["sampler"], record["spacing"]][record["steps"]].append(record)
+
     lines = [
-        [name, spacing, *[row.get(s, "") for s in steps]] for (name, spacing), row in rows.items()
+        [name, spacing, *[scores(row[s]) if s in row else "" for s in steps]]
+        for (name, spacing), row in rows.items()
     ]
-    return table(["Fréchet distance, 500 digits", "spacing", *[f"{s} steps" for s in steps]], lines)
+    heads = ["Fréchet distance × floor (precision, recall), 500 digits", "spacing"]
+    heads += [f"{s} steps" for s in steps]
+    return table(heads, lines)
 
 
 def ablation_table(runs: dict) -> str:
+    """Fréchet distance in floors, with precision and recall."""
     rows = []
     for schedule in ("sigmoid", "cosine", "linear"):
         for objective in ("v", "eps"):
             row = [f"{schedule}, {objective}"]
             for augmentation in ("none", "leaky", "nonleaky"):
-                records = runs.get(f"{schedule}_{objective}_{augmentation}")
-                row.append(cells(records)[1] if records else "")
+                records = runs.get(f"{schedule}_{objective}_{augmentation}", [])
+                row.append(scores(records) if records else "")
             if any(row[1:]):
                 rows.append(row)
-    return table(
-        ["Fréchet distance × floor, digits", "no augmentation", "leaky", "non-leaky"], rows
-    )
+    heads = [
+        "Fréchet distance × floor (precision, recall), digits",
+        "no augmentation",
+        "leaky",
+        "non-leaky",
+    ]
+    return table(heads, rows)
+
+
+def scores(records: list[dict]) -> str:
+    """Fréchet distance in floors, and (precision, recall)."""
+    metrics = [record["evaluation"]["metrics"] for record in records]
+    others = [mean(m[name]["value"] for m in metrics) for name in ("precision", "recall")]
+    return f"{spread([m['frechet']['ratio'] for m in metrics])} ({others[0]:.2f}, {others[1]:.2f})"
 
 
 def spread(values: list[float]) -> str:

@@ -9,7 +9,8 @@ beside it. A run that has its file is not done again. `--jobs 2` does two at a t
     ablation   digits: 3 schedules × eps and v × no, leaky and non-leaky augmentation, 2 seeds
     emoji      ../shared/data/emoji64 at 32 × 32: the default beside cosine and eps, 2 seeds
 
-Samples are judged 898 at a time, for more than half of the 1,797 digits have no floor; samplers 500 at a time.
+Samples are judged 898 at a time, for more than half of the 1,797 digits have no floor; those of samplers in
+sets of 500.
 """
 
 import argparse
@@ -48,7 +49,10 @@ SAMPLERS = {
     "dpmpp_2m": (5, 10, 20, 50),
 }
 SPACINGS = {"dpmpp_2m": ("trailing", "logsnr")}
-SETS = {("ddpm:variance=small", 1000): 2, ("ddpm:variance=large", 1000): 1}  # of images; 3 of all others
+SETS = {
+    ("ddpm:variance=small", 1000): 2,
+    ("ddpm:variance=large", 1000): 1,
+}  # of images; 3 of all others
 
 
 @dataclass(frozen=True)

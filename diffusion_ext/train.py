@@ -33,8 +33,8 @@ PRESET = {
     "--log-format": "simple",
     "--no-epoch-checkpoints": None,
 }
-# By the larger side, pixels: what fits, trained for about this many updates. `fitted` cuts the multiples where
-# a side cannot be halved so often, and takes the largest height the network has up to the one that attends.
+# By the larger side, pixels: what fits, trained for about this many updates. `fitted` cuts the multiples
+# where a side cannot be halved so often, and attends at the largest height there is up to that one.
 SIZES = {
     16: ("32", "1,2,2", "1", "8", "0.001", "64", "2500"),
     32: ("64", "1,2,2", "2", "16", "0.0005", "64", "50000"),
