@@ -16,7 +16,9 @@ def report(results: Path) -> str:
     controls = results / "controls.json"
     known = json.loads(controls.read_text()) if controls.exists() else {}
     tables = [
-        digits_table(runs.get("digits", []), known),
+        digits_table(
+            {n: r for n, r in runs.items() if n.startswith(("digits", "guidance"))}, known
+        ),
         sampler_table([r for rs in runs.values() for r in rs if "sampler" in r]),
         ablation_table(runs),
         table(
@@ -46,15 +48,16 @@ def cells(records: list[dict]) -> list[str]:
     ]
 
 
-def digits_table(records: list[dict], controls: dict) -> str:
+def digits_table(runs: dict, controls: dict) -> str:
     def more(found: list[dict]) -> list[str]:
         near = [f["memorisation"]["pixels"] for f in found]
         distances = spread([n["median"] for n in near]), f"{near[0]['median_held_out']:.3g}"
         return [" / ".join(distances), str(min(10 - len(f["classes"]["missing"]) for f in found))]
 
     rows = []
-    if records:
-        rows.append(["samples", *cells(records), *more([r["evaluation"] for r in records])])
+    for name, records in runs.items():
+        title = name.replace("digits", "samples").replace("guidance_", "by class, guidance ")
+        rows.append([title, *cells(records), *more([r["evaluation"] for r in records])])
     for title, found in controls.items():
         record = {"evaluation": found}
         rows.append([title, *cells([record]), *more([found])])

@@ -5,6 +5,7 @@ one JSON file under benchmarks/results/diffusion_tables/, written when it is don
 beside it. A run that has its file is not done again. `--jobs 2` does two at a time.
 
     digits     configs/diffusion/digits.yaml, 3 seeds, and controls that must score clearly worse
+    guidance   the same with --class-labels, drawn with several weights of the class
     samplers   samplers × steps on the first of them, sets of 500 images
     ablation   digits: 3 schedules × eps and v × no, leaky and non-leaky augmentation, 2 seeds
     emoji      ../shared/data/emoji64 at 32 × 32: the default beside cosine and eps, 2 seeds
@@ -33,6 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "diffusion_tables"
 CONFIGS = ROOT / "configs" / "diffusion"
 SAMPLES = 898
 SAMPLER_SET = 500
+GUIDANCE = (1, 1.5, 2, 3)
 AUGMENTED = {"task.hflip": 0.5, "task.color_jitter": [0.5, 0.5, 0.5, 0.1]}
 AUGMENTATIONS = {
     "none": {},
@@ -73,6 +75,16 @@ def digits_runs() -> dict:
     return {f"digits-{seed}": (DIGITS, "digits", {"common.seed": seed}) for seed in (1, 2, 3)}
 
 
+def guidance_runs() -> dict:
+    """Name → (data, recipe, changes, flags of `sample` by suffix)."""
+    labels = {"task.class_labels": True}
+    flags = {f"_{weight:g}": ["--guidance", weight] for weight in GUIDANCE}
+    return {
+        f"guidance-{seed}": (DIGITS, "digits", {"common.seed": seed, **labels}, flags)
+        for seed in (1, 2, 3)
+    }
+
+
 def ablation_runs() -> dict:
     """Name → (data, recipe, changes)."""
     runs = {}
@@ -105,12 +117,19 @@ def emoji_runs() -> dict:
     return runs
 
 
-def one(name: str, data: Data, recipe: str, changes: dict, work: Path) -> None:
-    """Train, sample and judge one run, unless that is recorded."""
+def one(
+    name: str, data: Data, recipe: str, changes: dict, flags: dict | None = None, *, work: Path
+) -> None:
+    """Train, sample and judge one run, unless that is recorded.
+
+    flags: of `sample`, by what they add to the name of the record.
+    """
     config = changed_recipe(CONFIGS / f"{recipe}.yaml", changes)
     digest = digest_of(config, data.name, data.size, SAMPLES)
-    path = RESULTS / f"{name}.json"
-    if is_recorded(path, digest):
+    stem, _, seed = name.rpartition("-")
+    ways = {f"{stem}{suffix}-{seed}": more for suffix, more in (flags or {"": []}).items()}
+    missing = [way for way in ways if not is_recorded(RESULTS / f"{way}.json", digest)]
+    if not missing:
         print(f"{name}: done before", flush=True)
         return
     folder = work / name
@@ -121,20 +140,24 @@ def one(name: str, data: Data, recipe: str, changes: dict, work: Path) -> None:
     store, checkpoints = work / data.name, folder / "checkpoints"
     command = [*python("train"), store, "--config", recipe_file, "--save-dir", checkpoints]
     seconds = run(command, folder / "train.log")
-    result = {"run": name, "date": date.today().isoformat(), "recipe_sha256": digest}
-    result.update(cpu_seconds=round(seconds, 1), threads=1, recipe=config)
-    result["evaluation"] = judge(folder, data, store, checkpoints / "checkpoint_last.pt")
-    shutil.copyfile(folder / "samples.grid.png", RESULTS / f"{name}.png")
-    atomic_json(path, {**result, "versions": versions()})
-    frechet = result["evaluation"]["metrics"]["frechet"]
-    print(
-        f"{name}: Fréchet {frechet['value']:.3g}, {frechet['ratio']:.2f} × floor, {seconds:.0f} CPU s",
-        flush=True,
-    )
+    for way in missing:
+        result = {"run": way, "date": date.today().isoformat(), "recipe_sha256": digest}
+        result.update(cpu_seconds=round(seconds, 1), threads=1, recipe=config)
+        checkpoint = checkpoints / "checkpoint_last.pt"
+        found = judge(folder, data, store, checkpoint, *ways[way], name=way)
+        shutil.copyfile(folder / f"{way}.grid.png", RESULTS / f"{way}.png")
+        atomic_json(
+            RESULTS / f"{way}.json", {**result, "evaluation": found, "versions": versions()}
+        )
+        frechet = found["metrics"]["frechet"]
+        print(
+            f"{way}: Fréchet {frechet['value']:.3g}, {frechet['ratio']:.2f} × floor, {seconds:.0f} CPU s",
+            flush=True,
+        )
 
 
 def judge(
-    folder: Path, data: Data, store: Path, checkpoint: Path, *flags, name="samples", num=SAMPLES
+    folder: Path, data: Data, store: Path, checkpoint: Path, *flags, name: str, num=SAMPLES
 ) -> dict:
     """`sample`, then `evaluate`, whose JSON this is."""
     samples = folder / name
@@ -238,8 +261,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--report", action="store_true", help="print the tables of what is done")
     args = parser.parse_args()
-    wanted = args.groups or ["digits", "samplers", "ablation", "emoji"]
-    groups = {"digits": digits_runs, "ablation": ablation_runs, "emoji": emoji_runs}
+    groups = {"digits": digits_runs, "guidance": guidance_runs, "ablation": ablation_runs}
+    groups["emoji"] = emoji_runs
+    wanted = args.groups or [*groups, "samplers"]
     unknown = set(wanted) - {*groups, "samplers"}
     if unknown:
         parser.error(f"unknown group {', '.join(sorted(unknown))}")
@@ -255,7 +279,7 @@ def main() -> None:
                 controls(args.work)
             with ThreadPoolExecutor(args.jobs) as pool:
                 done = [
-                    pool.submit(one, name, *what, args.work)
+                    pool.submit(one, name, *what, work=args.work)
                     for name, what in groups[group]().items()
                 ]
             for future in done:
