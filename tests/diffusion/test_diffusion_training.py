@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from tests.trainings import assert_same_run, read, run_command, traced
@@ -146,6 +147,26 @@ def test_a_recipe_is_the_same_as_its_flags(train, tmp_path, repo_root):
     )
     read_from = train(tmp_path / "x", f"--config {recipe} --max-update 9 --print-command")
     assert sorted(shlex.split(typed)) == sorted(shlex.split(read_from))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits", "emoji32", "faces64", "cifar10"])
+def test_the_recipes_of_the_project_train(run, faces, repo_root, tmp_path, name):
+    """Two updates as each recipe says, but with small batches; the checkpoint holds what it said."""
+    recipe = repo_root / "configs" / "diffusion" / f"{name}.yaml"
+    command = [sys.executable, "-m", "diffusion_ext.train", faces, "--config", recipe]
+    run(*command, "--save-dir", tmp_path, "--batch-size 2 --max-update 2 --sample-interval 0")
+    cfg, said = last(tmp_path)["cfg"], yaml.safe_load(recipe.read_text())
+    for group, options in said.items():
+        for key, value in options.items():
+            # what the command line above gives is not the recipe's
+            if value != "???" and key not in (
+                "user_dir",
+                "batch_size",
+                "max_update",
+                "sample_interval",
+            ):
+                assert cfg[group][key] == value, (group, key)
 
 
 def test_a_number_that_is_none_stops_training_in_one_sentence(train, tmp_path):
