@@ -17,7 +17,7 @@ def report(results: Path) -> str:
     known = json.loads(controls.read_text()) if controls.exists() else {}
     tables = [
         digits_table(
-            {n: r for n, r in runs.items() if n.startswith(("digits", "guidance"))}, known
+            {n: r for n, r in runs.items() if n.startswith(("digits", "unlabelled"))}, known
         ),
         sampler_table([r for rs in runs.values() for r in rs if "sampler" in r]),
         ablation_table(runs),
@@ -56,7 +56,7 @@ def digits_table(runs: dict, controls: dict) -> str:
 
     rows = []
     for name, records in runs.items():
-        title = name.replace("digits", "samples").replace("guidance_", "by class, guidance ")
+        title = name.replace("digits", "samples").replace("_guidance_", ", guidance ")
         rows.append([title, *cells(records), *more([r["evaluation"] for r in records])])
     for title, found in controls.items():
         record = {"evaluation": found}
