@@ -152,7 +152,10 @@ def closing(steps, options, data, checkpoint, samples):
     )
     if options.data is None:
         missing = found["classes"]["missing"]
-        print(f"digits among the samples: {10 - len(missing)} of 10")
+        print(
+            f"digits among the samples: {10 - len(missing)} of 10, in equal numbers, which random real images are"
+            " not: so the ratio can be below 1"
+        )
     print(
         "A few minutes of training show that all parts work; the number gets better with --updates."
     )
@@ -183,8 +186,10 @@ def next_commands(options, checkpoint, folder):
     sample = ["python", "-m", "diffusion_ext.sample"]
     more = [*sample, folder / "more", "--path", checkpoint, "--num", 1000]
     ancestral = [*sample, folder / "ancestral", "--path", checkpoint]
+    sevens = [*sample, folder / "sevens", "--path", checkpoint, "--label", 7]
     export = ["python", "-m", "diffusion_ext.export", checkpoint, folder / "diffusers"]
     return [
+        *([] if options.data else [("sevens only", sevens)]),
         ("train on", [*quickstart, *own, "--updates", 4 * options.updates]),
         ("a thousand images, other noise", [*more, "--seed", 2]),
         ("with the original sampler", [*ancestral, "--sampler", "ddpm", "--steps", 1000]),
