@@ -153,8 +153,8 @@ def closing(steps, options, data, checkpoint, samples):
     if options.data is None:
         missing = found["classes"]["missing"]
         print(
-            f"digits among the samples: {10 - len(missing)} of 10, in equal numbers, which random real images are"
-            " not: so the ratio can be below 1"
+            f"digits among the samples: {10 - len(missing)} of 10, in equal numbers; random real images have"
+            " them in unequal ones, so the ratio can be below 1"
         )
     print(
         "A few minutes of training show that all parts work; the number gets better with --updates."
