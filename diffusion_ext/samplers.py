@@ -10,9 +10,11 @@ denoise(x, timestep) → `Prediction` (or a `LearnedPrediction`); x: (B, C, H, W
 standard normal of x's shape for step i; watch(i, x, x0) is called after each step. Returns x_0 of x's shape.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ from diffusion_ext.schedules import NoiseSchedule
 from ext_common.cli import UserError
 from ext_common.registry import Registry
 
+logger = logging.getLogger(__name__)
 SAMPLERS = Registry("sampler")
 SPACINGS = Registry("spacing")
 
@@ -128,6 +131,8 @@ def ddpm(denoise, x, path, noise, watch=no_watch, variance="auto"):
 
     The last step adds no noise. `large` is better with all 1,000 steps and ruinous with few.
     """
+    if variance == "large":
+        warn_of_large(len(path.steps), path.levels[0].timestep + 1)
     for i, now, then in path.steps:
         predicted = denoise(x, now.timestep)
         kept, fresh = transition(now, then)
@@ -147,6 +152,16 @@ def transition(now: Level, then: Level) -> tuple[float, float]:
     # not (now.sigma² − then.sigma²) / then.alpha²: between two levels of little but noise that is 0/0
     fresh = (1 - kept) * (1 + kept) if then.sigma > 0 else now.sigma**2
     return kept, fresh
+
+
+@cache
+def warn_of_large(steps: int, total: int) -> None:
+    """Once, for fewer steps than timesteps."""
+    if steps < total:
+        logger.warning(
+            f"ddpm:variance=large is for all {total} timesteps: with {steps} it leaves much noise in the"
+            " images, variance=small does not"
+        )
 
 
 def _ancestral_std(predicted, large: float, small: float, variance: str):

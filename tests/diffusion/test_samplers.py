@@ -26,6 +26,7 @@ from diffusion_ext.samplers import (
     evaluations,
     trajectory,
     transition,
+    warn_of_large,
 )
 from diffusion_ext.schedules import SCHEDULES, build_schedule
 from ext_common.cli import UserError
@@ -511,3 +512,17 @@ def test_a_spacing_of_ones_own(monkeypatch):
 
     levels = trajectory(build_schedule("linear", 30), 5, "squares").levels
     assert [level.timestep for level in levels] == [29, 28, 25, 20, 13, -1]
+
+
+@pytest.mark.parametrize(
+    "steps, variance, said", [(7, "large", 1), (8, "large", 0), (7, "small", 0), (8, "auto", 0)]
+)
+def test_too_much_variance_is_said_once(caplog, steps, variance, said):
+    warn_of_large.cache_clear()
+    path = trajectory(build_schedule("linear", 8, False), steps)
+    x = torch.zeros(1, 1, 2, 2)
+    for _ in range(2):
+        SAMPLERS.bind(f"ddpm:variance={variance}")(
+            lambda x, t: SimpleNamespace(x0=x, eps=x), x, path, lambda i: x
+        )
+    assert len([r for r in caplog.records if "all 8 timesteps: with 7" in r.message]) == said
