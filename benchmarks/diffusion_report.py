@@ -25,7 +25,7 @@ def report(results: Path) -> str:
             ["emoji 32 × 32, 898 images", *COLUMNS],
             [
                 [name, *cells(runs[name])]
-                for name in ("emoji_default", "emoji_cosine_eps")
+                for name in ("emoji_default", "emoji_augmented", "emoji_cosine_eps")
                 if name in runs
             ],
         ),
