@@ -1,0 +1,94 @@
+"""The diffusion tables: every recorded run is one of the recipes as they are now."""
+
+import json
+
+import pytest
+
+from benchmarks import diffusion_report as report
+from benchmarks import diffusion_tables as tables
+from benchmarks.recorded import changed_recipe, digest_of
+
+RUNS = {
+    **tables.digits_runs(),
+    **tables.unlabelled_runs(),
+    **tables.ablation_runs(),
+    **tables.emoji_runs(),
+}
+
+
+def record(name, frechet, precision=0.5, **more):
+    numbers = {"frechet": (frechet, frechet / 2), "precision": (precision, 1), "recall": (0.25, 1)}
+    metrics = {key: {"value": v, "ratio": ratio} for key, (v, ratio) in numbers.items()}
+    return {"run": name, "evaluation": {"metrics": metrics}, **more}
+
+
+def test_the_ablation_is_every_combination_twice():
+    ablation = tables.ablation_runs()
+    assert len(ablation) == 36
+    seen = {json.dumps(changes, sort_keys=True) for _, _, changes in ablation.values()}
+    assert len(seen) == 36
+
+
+@pytest.mark.parametrize("name", sorted(RUNS))
+def test_what_is_recorded_is_of_the_recipe_as_it_is(name):
+    """A figure of the README is reproduced by the recipe in the repository, or is not there."""
+    data, recipe, changes, *flags = RUNS[name]
+    config = changed_recipe(tables.CONFIGS / f"{recipe}.yaml", changes)
+    digest = digest_of(config, data.name, data.size, tables.SAMPLES)
+    stem, _, seed = name.rpartition("-")
+    ways = [f"{stem}{suffix}-{seed}" for suffix in (flags[0] if flags else {"": []})]
+    for way in ways:
+        path = tables.RESULTS / f"{way}.json"
+        assert path.exists(), f"run: python -m benchmarks.diffusion_tables (for {way})"
+        found = json.loads(path.read_text())
+        assert found["run"] == way and found["recipe_sha256"] == digest
+        assert found["evaluation"]["metrics"]["frechet"]["n"] == tables.SAMPLES
+
+
+def test_a_run_that_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
+    """And one whose training is done is only judged."""
+    trained, judged = [], []
+
+    def train(command, log):
+        trained.append(command)
+        return 1.5
+
+    def judge(folder, *_, name, **__):
+        judged.append(name)
+        (folder / f"{name}.grid.png").write_bytes(b"")
+        return record(name, 3.0)["evaluation"]
+
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(tables, "run", train)
+    monkeypatch.setattr(tables, "judge", judge)
+    (tmp_path / "results").mkdir()
+    what = tables.digits_runs()["digits-1"]
+    for _ in range(2):
+        tables.one("digits-1", *what, work=tmp_path)
+    assert len(trained) == 1
+    assert judged == ["digits-1", "digits_guidance_1.25-1", "digits_guidance_1.5-1"]
+    assert "done before" in capsys.readouterr().out
+    (tmp_path / "results" / "digits_guidance_1.5-1.json").unlink()
+    tables.one("digits-1", *what, work=tmp_path)
+    assert len(trained) == 1 and judged[3:] == ["digits_guidance_1.5-1"]
+
+
+def test_scores_are_means_over_records():
+    two = [record("x-1", 2.0, 0.4), record("x-2", 4.0, 0.6)]
+    assert report.scores(two) == "1.5 ± 0.71 (0.50, 0.25)"
+    assert report.scores(two[:1]) == "1 (0.40, 0.25)"
+
+
+def test_the_table_of_samplers_has_sets_of_a_cell_in_one():
+    records = [
+        record(f"sampler-a-{n}", 2.0 * n, sampler="a", spacing="trailing", steps=10) for n in (1, 2)
+    ]
+    records.append(record("sampler-b-1", 8.0, sampler="b", spacing="logsnr", steps=5))
+    lines = report.sampler_table(records).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
+        "a",
+        "trailing",
+        "",
+        "1.5 ± 0.71 (0.50, 0.25)",
+    ]
+    assert lines[0].endswith("| 5 steps | 10 steps |")
