@@ -60,21 +60,26 @@ def compare(
     )
     real = arrays["features"]
     size = max(2, min(options.kid_subset_size, min(len(features), *rows.floor) // 2))
-    settings = {
-        "subsets": max(1, options.kid_subsets // options.draws),
-        "subset_size": size,
-        "neighbours": options.neighbours,
+    settings = {"subset_size": size, "neighbours": options.neighbours}
+    subsets = {
+        "subsets": options.kid_subsets,
         "seed": options.seed,
+        "each_draw": "subsets of its own",
     }
-    keys = {**parts, **settings, "draws": options.draws, "sizes": rows.floor}
+    keys = {**parts, **settings, **subsets, "draws": options.draws, "sizes": rows.floor}
+
+    def averages(sets: list, pair: Callable, what: str, unit: str) -> dict[str, np.ndarray]:
+        share = max(1, options.kid_subsets // len(sets))
+        pairs = (pair(chosen) for chosen in progress(sets, what, unit))
+        return averaged(pairs, options.seed, subsets=share, **settings)
 
     def floor():
-        pairs = progress(list(rows.pairs()), "floor", "pairs of sets")
-        return averaged(((real[a], real[b]) for a, b in pairs), settings)
+        pairs = list(rows.pairs())
+        return averages(pairs, lambda ab: (real[ab[0]], real[ab[1]]), "floor", "pairs of sets")
 
     floors, _ = cached(cache, "floor", keys, floor)
-    references = progress(rows.references(), "distances", "draws")
-    found = averaged(((features, real[chosen]) for chosen in references), settings)
+    references = rows.references()
+    found = averages(references, lambda chosen: (features, real[chosen]), "distances", "draws")
     labels = {
         "frechet": extractor.label,
         "kid": f"KID ({extractor.name})",
@@ -110,9 +115,12 @@ def beside_floor(label: str, found: np.ndarray, floor: np.ndarray, rows: Rows) -
     }
 
 
-def averaged(pairs: Pairs, settings: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The distances of each pair (fake, real) of features, by name, each float64 (pairs,)."""
-    rows = [distances(fake, real, **settings) for fake, real in pairs]
+def averaged(pairs: Pairs, seed: int, **settings: Any) -> dict[str, np.ndarray]:
+    """The distances of each pair (fake, real) of features, by name, each float64 (pairs,).
+
+    settings: of `distances`. Each pair has a seed of its own, or KID would see one part of the samples only.
+    """
+    rows = [distances(*pair, seed=seed + i, **settings) for i, pair in enumerate(pairs)]
     return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
 

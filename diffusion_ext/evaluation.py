@@ -14,7 +14,7 @@ from diffusion_ext.detectors import (
 )
 from diffusion_ext.extractors import build_extractor
 from diffusion_ext.feature_cache import cache_folder
-from diffusion_ext.image_options import SplitOptions
+from diffusion_ext.image_options import SplitOptions, StoreOptions
 from diffusion_ext.image_sets import ImageSet, open_reals, open_samples
 from diffusion_ext.leakage import leak_report
 from diffusion_ext.metrics import floor_note, floor_sizes
@@ -28,7 +28,7 @@ MAX_HELD_OUT = 2000  # images that memorisation is compared with; percentiles ne
 
 
 @dataclass
-class EvaluationOptions(DetectionOptions, SplitOptions):
+class EvaluationOptions(DetectionOptions, SplitOptions, StoreOptions):
     """How samples are judged."""
 
     extractor: str = field(
@@ -84,6 +84,7 @@ class EvaluationOptions(DetectionOptions, SplitOptions):
     def __post_init__(self):
         DetectionOptions.__post_init__(self)
         SplitOptions.__post_init__(self)
+        StoreOptions.__post_init__(self)
         least = {"num": 2, "reference": 2, "draws": 1, "kid_subsets": 1, "kid_subset_size": 2}
         for name, limit in (least | {"neighbours": 1, "seed": 0}).items():
             value = getattr(self, name)
@@ -102,10 +103,10 @@ def evaluate(real, fake, options: Optional[EvaluationOptions] = None, train=None
     """
     options = options or EvaluationOptions()
     samples = open_samples(fake)
-    reals = open_reals(real, samples, options)
-    source = (
-        None if train is None else reals if train is real else open_reals(train, samples, options)
-    )
+    reals = open_reals(real, samples, options, options)
+    source = reals if train is real else None
+    if train is not None and train is not real:
+        source = open_reals(train, samples, options, options)
     rows = choose_rows(samples, reals, options)
     cache = cache_folder() if options.cache else None
     # Both before anything that takes long: they may be missing.

@@ -7,7 +7,31 @@ from ext_common.cli import OptionError
 
 
 @dataclass
-class ImageOptions:
+class StoreOptions:
+    """How the images of a folder are decoded, and where to."""
+
+    max_bad: float = field(
+        default=0.01,
+        metadata={
+            "help": "share of files that may be unusable: they are reported and skipped, more than "
+            "this is an error"
+        },
+    )
+    image_store: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "folder to keep decoded images in, a sub-folder for each data and size; none: "
+            "diffusion_ext in $XDG_CACHE_HOME or ~/.cache"
+        },
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.max_bad <= 1:
+            raise OptionError(f"max_bad {self.max_bad} must lie in [0, 1]")
+
+
+@dataclass
+class ImageOptions(StoreOptions):
     """What is made of the images in a folder, and what is asked of a finished store."""
 
     image_size: List[int] = field(
@@ -27,27 +51,12 @@ class ImageOptions:
     class_labels: bool = field(
         default=False, metadata={"help": "the sub-folder an image lies in is its class"}
     )
-    max_bad: float = field(
-        default=0.01,
-        metadata={
-            "help": "share of files that may be unusable: they are reported and skipped, more than "
-            "this is an error"
-        },
-    )
-    image_store: Optional[str] = field(
-        default=None,
-        metadata={
-            "help": "folder to keep decoded images in, a sub-folder for each data and size; none: "
-            "diffusion_ext in $XDG_CACHE_HOME or ~/.cache"
-        },
-    )
 
     def __post_init__(self):
+        super().__post_init__()
         asked_size(self)
         if self.channels not in (0, 1, 3):
             raise OptionError(f"channels {self.channels} must be 1 (gray) or 3 (colour)")
-        if not 0 <= self.max_bad <= 1:
-            raise OptionError(f"max_bad {self.max_bad} must lie in [0, 1]")
 
 
 @dataclass

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion_ext.image_build import content_hash, image_hash, read_meta
-from diffusion_ext.image_options import ImageOptions, SplitOptions
+from diffusion_ext.image_options import ImageOptions, SplitOptions, StoreOptions
 from diffusion_ext.image_store import Images, held_out, open_images
 from diffusion_ext.images import FORMATS, BadImage, decode_image, find_images
 from ext_common.cli import UserError, progress
@@ -83,11 +83,13 @@ def open_samples(source) -> ImageSet:
     return _sample_folder(path)
 
 
-def open_reals(source, like: ImageSet, split: SplitOptions) -> ImageSet:
+def open_reals(
+    source, like: ImageSet, split: SplitOptions, store: StoreOptions | None = None
+) -> ImageSet:
     """Real images in the size and colours of ``like``; ``split`` says which are held out.
 
-    source: path or uint8 array (N, C, H, W). Raises UserError, also where what is decoded already has another
-    size.
+    source: path or uint8 array (N, C, H, W); store: for a folder that is not prepared. Raises UserError,
+    also where what is decoded already has another size.
     """
     if isinstance(source, ImageSet):
         return _check_shape(source, like)
@@ -104,6 +106,7 @@ def open_reals(source, like: ImageSet, split: SplitOptions) -> ImageSet:
         image_size=[height, width],
         channels=channels,
         class_labels=bool(names) and all("/" in name for name in names),
+        **({"max_bad": store.max_bad, "image_store": store.image_store} if store else {}),
     )
     return _store_set(path, open_images(path, options), split)
 

@@ -1,11 +1,10 @@
 """How far samples are from real images, on features (N, D): Fréchet distance, KID, precision and recall.
 
 All in float64 and in blocks, so that memory is bounded. A number means little without the same number between
-two sets of real images of the same size, which :func:`half_split_floor` gives.
+two sets of real images of the same size: its floor, see `comparison`.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -25,29 +24,6 @@ class PrecisionRecall(NamedTuple):
 
     precision: float
     recall: float
-
-
-@dataclass(frozen=True)
-class Floor:
-    """What a metric gives between disjoint sets of real images.
-
-    values: one a split. n, reference: sizes of the two sets. note: how they fall short of the sizes asked
-    for, or an empty string.
-    """
-
-    values: tuple[float, ...]
-    n: int
-    reference: int
-    note: str
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.values))
-
-    @property
-    def std(self) -> float:
-        """Between splits; they share images, so it is no standard error."""
-        return float(np.std(self.values))
 
 
 def frechet_distance(mean1, cov1, mean2, cov2) -> float:
@@ -132,31 +108,6 @@ def precision_recall(real, fake, k: int = 3) -> PrecisionRecall:
         float(_inside(fake, real, _radii(real, k)).mean()),
         float(_inside(real, fake, _radii(fake, k)).mean()),
     )
-
-
-def half_split_floor(
-    features,
-    n: int,
-    seed: int = 1,
-    metric: Callable[[np.ndarray, np.ndarray], float] = frechet_of,
-    splits: int = 5,
-    reference: int | None = None,
-) -> Floor:
-    """``metric`` between disjoint random sets of real images: what a perfect model would score.
-
-    features: (N, D) of real images. n: rows of the set that plays the samples, reference: of the other one
-    (None: n). Where there are not so many, both shrink in proportion, and the note says so.
-    """
-    features = np.asarray(features)
-    asked = (n, reference or n)
-    sizes = floor_sizes(len(features), *asked)
-    if min(sizes) < 2:
-        raise ValueError(f"{len(features)} rows are too few for two sets with a covariance")
-    values = [
-        float(metric(features[first], features[second]))
-        for first, second in disjoint_sets(len(features), *sizes, seed, splits)
-    ]
-    return Floor(tuple(values), *sizes, floor_note(len(features), asked, sizes))
 
 
 def disjoint_sets(

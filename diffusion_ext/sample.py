@@ -138,10 +138,13 @@ def sample(output: str, options: SampleOptions) -> None:
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give a folder to write the images into")
+    before = Path(options.path).is_file() and sha256_file(options.path)
     model = DiffusionModel.from_checkpoint(
         options.path, options.device, None if options.ema < 0 else options.ema, options.user_dir
     )
     plan = plan_of(options)
+    if plan["checkpoint"] != before:
+        raise UserError(f"{options.path} was replaced while it was read: run the command again")
     numbers = list(range(options.first, options.first + options.num))
     draw = drawer(model, options, numbers)
     begin(folder, plan, options.overwrite)
@@ -174,6 +177,9 @@ def sample(output: str, options: SampleOptions) -> None:
     )
     _, height, width = model.shape
     print(f"{folder}: {len(numbers)} images of {height} × {width}, {picture} shows {len(shown)}")
+    others = sum(path.stem.isdigit() for path in folder.glob("*.png")) - len(numbers)
+    if others:
+        print(f"{others} other images of this model, drawn before, lie there too")
 
 
 def plan_of(options: SampleOptions) -> dict:

@@ -12,7 +12,6 @@ standard normal of x's shape for step i; watch(i, x, x0) is called after each st
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
@@ -20,7 +19,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_ext.objectives import Prediction
 from diffusion_ext.schedules import NoiseSchedule
 from ext_common.cli import UserError
 from ext_common.registry import Registry
@@ -246,18 +244,3 @@ def dpmpp_2m(denoise, x, path, noise, watch=no_watch):
         before = x0, h
         watch(i, x, x0)
     return x
-
-
-def evaluations(name: str, path: Trajectory) -> int:
-    """How many times a registered sampler asks the network, by counting."""
-    count = 0
-
-    def denoise(x: Tensor, timestep: int) -> Prediction:
-        nonlocal count
-        count += 1
-        return Prediction(x, x)
-
-    sampler: Callable = SAMPLERS.get(name)
-    nothing = torch.zeros(())
-    sampler(denoise, nothing, path, lambda i: nothing)
-    return count

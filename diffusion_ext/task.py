@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from fairseq.dataclass import FairseqDataclass
+from fairseq.distributed.utils import get_data_parallel_world_size
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING
 
 from diffusion_ext.augment import AUGMENTATIONS, build_augmentations
 from diffusion_ext.dataset import ImageDataset
+from diffusion_ext.image_build import read_meta
 from diffusion_ext.image_options import ImageOptions, SplitOptions
-from diffusion_ext.image_store import Images, open_images
+from diffusion_ext.image_store import Images, check_outside, open_images
 from diffusion_ext.model import options_of, unwrapped
 from diffusion_ext.objectives import OBJECTIVES
 from diffusion_ext.preview import Preview
@@ -76,7 +78,6 @@ class DiffusionConfig(ImageOptions, SplitOptions, FairseqDataclass):
     train_subset: str = II("dataset.train_subset")
     batch_size: Any = II("dataset.batch_size")
     update_freq: Any = II("optimization.update_freq")
-    world_size: int = II("distributed_training.distributed_world_size")
     autocast: str = II("criterion.autocast")
 
 
@@ -97,13 +98,15 @@ class DiffusionTask(FairseqTask):
             pipeline_of(cfg.hflip, list(cfg.color_jitter), cfg.augment)
         )
         self._images: Optional[Images] = None
-        self._epoch = 1
+        self._epoch, self._done = 1, 0
         self.state.add_factory("spec", self._spec)
         self.preview = Preview(self)
 
     @property
     def images(self) -> Images:
         if self._images is None:
+            if read_meta(Path(self.cfg.data)) is None:
+                check_outside(self.cfg.save_dir, self.cfg.data, "--save-dir")
             self._images = open_images(self.cfg.data, options_of(ImageOptions, self.cfg))
         return self._images
 
@@ -216,8 +219,13 @@ class DiffusionTask(FairseqTask):
     def optimizer_step(self, optimizer, model, update_num):
         super().optimizer_step(optimizer, model, update_num)
         done = update_num + 1
+        if done == self._done:
+            # --amp: a step that overflowed and is tried again
+            return
+        self._done = done
         size = self._batch_size(self.cfg.batch_size)
-        images = size * update_freq(self.cfg.update_freq, self._epoch) * self.cfg.world_size
+        images = size * update_freq(self.cfg.update_freq, self._epoch)
+        images *= get_data_parallel_world_size()
         model = unwrapped(model)
         # as if all updates had been like this one: only the ramp-up of the half-life asks
         model.ema.update(model.net, done * images, images)

@@ -94,8 +94,9 @@ def main(argv: Sequence[str]) -> None:
         return train(["fairseq-train", *flags_of(PRESET), "--help"])
     if own.images is None:
         parser.error("IMAGES, the folder of images, is missing")
-    if not own.images or own.images.startswith("-"):
-        raise UsageError(f"IMAGES comes first, got {own.images!r}")
+    # the values of fairseq's flags are not told from it here
+    if not argv[0] or argv[0].startswith("-"):
+        raise UsageError(f"IMAGES, the folder of images, comes before all flags, got {argv[0]!r}")
     recipe = read_recipe(own.config) if own.config else []
     images, lines = own.images, []
     if own.image_dataset:
@@ -239,12 +240,7 @@ def train(command: list[str]) -> None:
         leave_out_harmless_warnings()
         from fairseq_cli.train import cli_main
 
-        from ext_common import compat
-
-        # this package was imported before fairseq, and fairseq imports no --user-dir twice
-        compat.apply()
-        from diffusion_ext import criterion, model, task  # noqa: F401
-
+        register()
         try:
             cli_main()
         except FloatingPointError as error:
@@ -254,5 +250,18 @@ def train(command: list[str]) -> None:
             ) from None
 
 
+def register() -> None:
+    """Enter this plugin into fairseq, which imports no --user-dir a second time: it was imported before."""
+    import fairseq  # noqa: F401
+
+    from ext_common import compat
+
+    compat.apply()
+    from diffusion_ext import criterion, model, task  # noqa: F401
+
+
 if __name__ == "__main__":
     run(main)
+elif __name__ == "__mp_main__":
+    # a process that fairseq spawned, one a GPU, begins with the main module
+    register()

@@ -18,10 +18,12 @@ from typing import Optional
 from steps import ROOT, Steps, relative, show_command
 from training import train_shown
 
+from diffusion_ext.image_build import read_meta
 from ext_common.cli import Parser, UserError, add_dataclass, from_args, run
 
 OUT = "quickstart-diffusion"
 SAMPLES = 500
+LEAST = 8  # images: diffusion_ext.evaluate compares two sets of four
 OWNED = (
     "data checkpoints train.log learning_curve.png samples samples.grid.png samples.strip.png samples.gif "
     "metrics.json"
@@ -96,6 +98,11 @@ def prepare(steps, source, size):
     except UserError as error:
         again = "; if the images have changed, start over with --fresh" if source else ""
         raise UserError(f"{error}{again}") from None
+    count = read_meta(data)["images"]
+    if count < LEAST:
+        raise UserError(
+            f"{source} holds {count} usable images: at least {LEAST} are needed to judge samples"
+        )
     return data
 
 
@@ -103,7 +110,7 @@ def train(steps, data, source, updates):
     """The last checkpoint."""
     folder, log = steps.folder / "checkpoints", steps.folder / "train.log"
     last = folder / "checkpoint_last.pt"
-    recipe = ROOT / "configs" / "diffusion" / ("emoji32.yaml" if source else "digits.yaml")
+    recipe = ROOT / "configs" / "diffusion" / "digits.yaml"
     command = ["python", "-m", "diffusion_ext.train", data, "--save-dir", folder]
     if source:
         command += ["--lr", "5e-4", "--warmup-updates", 200, "--epoch-updates", 250]

@@ -70,7 +70,6 @@ def build(small_images):
             train_subset="train",
             batch_size=4,
             update_freq=[1],
-            world_size=1,
             autocast="fp32",
         )
         return DiffusionTask(OmegaConf.structured(DiffusionConfig(**{**common, **changes})))

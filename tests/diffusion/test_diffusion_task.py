@@ -238,9 +238,12 @@ def steps(made, count, first=0, wrap=lambda model: model):
 
 
 @pytest.mark.parametrize("freq, world, size", [(1, 1, 4), (3, 2, 4), (2, 1, 8)])
-def test_averages_count_the_images_of_all_processes_and_batches(build, freq, world, size):
+def test_averages_count_the_images_of_all_processes_and_batches(
+    build, freq, world, size, monkeypatch
+):
     """Closed form: a = w_0 + k − Σ_{j<k} Π_{i>j} d_i for weights that grow by 1 an update."""
-    options = {"update_freq": [freq], "world_size": world, "batch_size": size}
+    monkeypatch.setattr("diffusion_ext.task.get_data_parallel_world_size", lambda: world)
+    options = {"update_freq": [freq], "batch_size": size}
     halves = [30.0, 1000.0]
     made = build(
         {**options, "sample_interval": 0}, model={"ema_half_life": halves, "ema_ramp_up": 0.5}
@@ -256,6 +259,25 @@ def test_averages_count_the_images_of_all_processes_and_batches(build, freq, wor
             assert share == pytest.approx(decay(half_life, update * images, images, 0.5))
             behind = share * (behind + 1)
         torch.testing.assert_close(made.model.ema.weights[row], before[row] + 12 - behind)
+
+
+def test_a_step_that_is_tried_again_counts_once(build):
+    """As --amp does after an overflow, with the same number of the update."""
+    made = build({"sample_interval": 0}, model={"ema_half_life": [30.0]})
+    steps(made, 3)
+    kept = made.model.ema.weights.clone()
+    steps(made, 1, first=2)
+    assert torch.equal(made.model.ema.weights, kept)
+    steps(made, 1, first=3)
+    assert not torch.equal(made.model.ema.weights, kept)
+
+
+def test_checkpoints_do_not_go_into_the_images(build, small_images, tmp_path):
+    """The grids of samples in --save-dir would be trained on by the next start."""
+    for place in (small_images, small_images / "checkpoints"):
+        with pytest.raises(UserError, match="--save-dir .* lies in the folder of images"):
+            len(build.task({"save_dir": str(place)}).images)
+    assert len(build.task({"save_dir": str(small_images.parent / "checkpoints")}).images) == 24
 
 
 def test_averages_of_weights_that_stand_still_are_the_weights(build):

@@ -109,8 +109,12 @@ def test_two_processes_equal_accumulation(train, tmp_path):
     log = train(tmp_path / "two", flags, before=torchrun)
     assert "training on 2 devices" in log
     train(tmp_path / "large", f"{flags} --batch-size 16")
-    one, two, large = (last(tmp_path / name)["model"] for name in ("one", "two", "large"))
+    # without torchrun fairseq spawns the processes, as it does on a machine with several GPUs
+    train(tmp_path / "spawned", f"{flags} --distributed-world-size 2")
+    runs = ("one", "two", "large", "spawned")
+    one, two, large, spawned = (last(tmp_path / name)["model"] for name in runs)
     for key in one:
+        assert torch.equal(two[key], spawned[key])
         # Adam divides by the root of the second moment, which blows up rounding of tiny gradients
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-4)
         torch.testing.assert_close(large[key], one[key], rtol=1e-3, atol=2e-4)
@@ -214,5 +218,7 @@ def test_mistakes_in_data_are_one_sentence(train, tmp_path, faces):
     (single / "b.png").write_text("no picture")
     assert "b.png" in one_error(train(tmp_path / "x", data=single, code=1))
     assert "does not exist" in one_error(train(tmp_path / "x", data=tmp_path / "none", code=1))
+    inside = train(faces / "checkpoints", code=1)
+    assert "lies in the folder of images" in one_error(inside)
     log = train(tmp_path / "x", "--image-size eight", code=2)
     assert "'eight' is no size" in one_error(log)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from diffusion_ext import evaluation
-from diffusion_ext.comparison import statistics_parts, total_variation
+from diffusion_ext.comparison import averaged, statistics_parts, total_variation
 from diffusion_ext.controls import averaged_images, copies, covariance_gaussian
 from diffusion_ext.detectors import DETECTORS
 from diffusion_ext.evaluate import main
@@ -508,3 +508,26 @@ def test_digits_and_their_controls(capsys):
         memory["held-out"]["median_held_out"], rel=0.05
     )
     assert found["held-out"]["classes"]["missing"] == []
+
+
+def test_each_draw_has_other_subsets_for_kid():
+    """Or a tenth of the samples would stand for all of them."""
+    random = np.random.default_rng(1)
+    fake, real = random.normal(size=(90, 4)), random.normal(size=(80, 4))
+    settings = dict(subsets=2, subset_size=10, neighbours=3)
+    found = averaged([(fake, real)] * 4, 7, **settings)
+    assert len(set(found["kid"])) == 4 and len(set(found["frechet"])) == 1
+    again = averaged([(fake, real)] * 3, 8, **settings)
+    assert found["kid"][1:].tolist() == again["kid"].tolist()
+
+
+def test_broken_files_are_allowed_for_as_in_training(folders, tmp_path):
+    reals, samples = folders
+    for k in range(6):
+        (tmp_path / "reals" / f"broken{k}.png").write_text("no image")
+    with pytest.raises(UserError, match="--max-bad"):
+        evaluate(reals, samples)
+    store = tmp_path / "store"
+    options = EvaluationOptions(max_bad=0.1, image_store=str(store))
+    assert evaluate(reals, samples, options)["reals"]["images"] == 120
+    assert any(store.iterdir())

@@ -300,3 +300,9 @@ def test_the_cache_lies_where_xdg_says(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     assert str(cache_folder()) == "/x/diffusion_ext/statistics"
     assert EvaluationOptions().cache
+
+
+@pytest.mark.parametrize("option", ["updates=0", "features=0", "seed=-1"])
+def test_a_classifier_that_cannot_be_trained(reals, option):
+    with pytest.raises(UserError, match=f"{option.partition('=')[0]} must be at least"):
+        build_extractor(f"classifier:{option}", reals, None)

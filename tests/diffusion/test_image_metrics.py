@@ -20,10 +20,11 @@ from diffusion_ext.leakage import (
     mirror_difference,
 )
 from diffusion_ext.metrics import (
+    disjoint_sets,
+    floor_note,
     floor_sizes,
     frechet_distance,
     frechet_of,
-    half_split_floor,
     kid,
     mmd2,
     precision_recall,
@@ -197,39 +198,29 @@ def test_precision_and_recall_of_sets_made_for_it():
 # --- the floor ----------------------------------------------------------------------------------
 
 
-def test_the_floor_is_between_disjoint_halves():
-    rows = np.arange(100.0)[:, None]
-    seen = []
-
-    def metric(a, b):
-        assert not set(a[:, 0]) & set(b[:, 0])
-        seen.append((len(a), len(b)))
-        return len(seen)
-
-    floor = half_split_floor(rows, 30, seed=1, metric=metric, splits=3, reference=60)
-    assert seen == [(30, 60)] * 3 and (floor.n, floor.reference, floor.note) == (30, 60, "")
-    assert (floor.values, floor.mean) == ((1, 2, 3), 2)
-    assert floor.std == pytest.approx(math.sqrt(2 / 3))
+def test_the_floor_is_between_disjoint_sets():
+    pairs = list(disjoint_sets(100, 30, 60, seed=1, splits=3))
+    assert [(len(a), len(b)) for a, b in pairs] == [(30, 60)] * 3
+    for a, b in pairs:
+        assert len({*a.tolist(), *b.tolist()}) == 90
+    assert len({tuple(a.tolist()) for a, _ in pairs}) == 3
 
 
 def test_too_few_real_images_for_the_floor_are_told():
-    features = gaussian_set(101, 4, 1)
-    floor = half_split_floor(features, 80)
-    assert (floor.n, floor.reference) == (50, 50)
-    assert floor.note == (
+    assert floor_sizes(101, 80, 80) == (50, 50)
+    assert floor_note(101, (80, 80), (50, 50)) == (
         "101 real images are not enough: the floor is of 50 against 50 instead of 80 against 80"
     )
-    assert floor == half_split_floor(features, 80) != half_split_floor(features, 80, seed=2)
     assert floor_sizes(100, 90, 30) == (75, 25) and floor_sizes(100, 30, 70) == (30, 70)
-    with pytest.raises(ValueError, match="too few"):
-        half_split_floor(features[:3], 80)
+    assert floor_note(200, (80, 80), floor_sizes(200, 80, 80)) == ""
 
 
 def test_a_perfect_model_scores_the_floor():
     floors, scores = [], []
     for seed in range(60):
         draws = np.random.default_rng(seed).normal(size=(300, 4)) * [1, 2, 3, 4]
-        floors.append(half_split_floor(draws[:200], 100, splits=3).mean)
+        pairs = disjoint_sets(200, 100, 100, seed=1, splits=3)
+        floors.append(np.mean([frechet_of(draws[a], draws[b]) for a, b in pairs]))
         scores.append(frechet_of(draws[200:], draws[:100]))
     error = np.std(scores) / math.sqrt(60)
     assert abs(np.mean(scores) - np.mean(floors)) < 3 * error < 0.3 * np.mean(floors)

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_ext.train import DEEPEST, SIZES, fitted
+from diffusion_ext.train import DEEPEST, SIZES, fitted, main
+from ext_common.cli import UsageError
 
 
 def numbers(flags, name):
@@ -49,3 +50,10 @@ def test_a_cut_network_fits_and_one_that_is_not_cut_is_the_preset(height, width)
 def test_attention_follows_the_multiples_asked_for():
     assert fitted(64, 64, "1,2")["--attention-resolutions"] == "0"
     assert fitted(48, 48, "1,2,2")["--attention-resolutions"] == "12"
+
+
+@pytest.mark.parametrize("first", [["--save-dir", "CKPT"], ["--hflip", "0.5"], [""]])
+def test_the_images_come_first(first):
+    """`--save-dir CKPT faces` would write checkpoints into the images, and train on what is in CKPT."""
+    with pytest.raises(UsageError, match="comes before all flags"):
+        main([*first, "faces", "--image-size", "64"])

@@ -258,6 +258,22 @@ def test_foreign_folders_and_files_stay(draw, tmp_path):
     assert len(draw("--num 1", name="empty")) == 1
 
 
+def test_fewer_images_than_before_leave_the_others_and_say_so(draw, capsys):
+    draw("--num 3")
+    assert "other images" not in capsys.readouterr().out
+    assert len(draw("--num 2")) == 3
+    assert "1 other images of this model, drawn before, lie there too" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read(draw, monkeypatch):
+    """The weights of one would go under the name of the other."""
+    hashes = iter(["before", "after"])
+    monkeypatch.setattr("diffusion_ext.sample.sha256_file", lambda path: next(hashes))
+    with pytest.raises(UserError, match="was replaced while it was read"):
+        draw("--num 1")
+    assert not draw.folder.exists()
+
+
 # --- mistakes ------------------------------------------------------------------------------------
 
 

@@ -505,5 +505,9 @@ def test_diffusion_quickstart_on_own_images(tmp_path):
     done = quickstart(tmp_path / "out", *flags, job="diffusion")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["size"] == "8x8 colour"
+    for k in range(7, 40):
+        (own / f"{k}.jpg").unlink()
+    few = quickstart(tmp_path / "y", *flags, job="diffusion")
+    assert "holds 7 usable images: at least 8" in one_sentence(few, 1)
     missing = quickstart(tmp_path / "x", "--data", tmp_path / "none", job="diffusion")
     assert "is not a folder" in one_sentence(missing, 1)
