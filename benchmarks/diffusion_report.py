@@ -87,7 +87,7 @@ def ablation_table(runs: dict) -> str:
     for schedule in ("sigmoid", "cosine", "linear"):
         for objective in ("v", "eps"):
             row = [f"{schedule}, {objective}"]
-            for augmentation in ("none", "leaky", "nonleaky"):
+            for augmentation in ("none", "leaky", "nonleaky", "rarely"):
                 records = runs.get(f"{schedule}_{objective}_{augmentation}", [])
                 row.append(scores(records) if records else "")
             if any(row[1:]):
@@ -97,6 +97,7 @@ def ablation_table(runs: dict) -> str:
         "no augmentation",
         "leaky",
         "non-leaky",
+        "non-leaky, 15 %",
     ]
     return table(heads, rows)
 
