@@ -217,31 +217,8 @@ def controls(work: Path) -> None:
     atomic_json(path, found)
 
 
-def samplers(work: Path, jobs: int) -> None:
-    """Samplers × steps on the checkpoint of digits-1."""
-    checkpoint = work / "digits-1" / "checkpoints" / "checkpoint_last.pt"
-    if not checkpoint.exists():
-        raise SystemExit(
-            f"error: {checkpoint} is not there: run the group digits first (and keep --work)"
-        )
-    folder = work / "samplers"
-    folder.mkdir(exist_ok=True)
-
-    def one_set(sampler: str, spacing: str, steps: int, number: int) -> None:
-        name = f"sampler-{sampler.replace(':', '_').replace('=', '')}-{spacing}-{steps}-{number}"
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            print(f"{name}: done before", flush=True)
-            return
-        flags = ["--sampler", sampler, "--spacing", spacing, "--steps", steps]
-        flags += ["--first", number * SAMPLER_SET]
-        shutil.rmtree(folder / name, ignore_errors=True)
-        store = work / DIGITS.name
-        found = judge(folder, DIGITS, store, checkpoint, *flags, name=name, num=SAMPLER_SET)
-        record = {"run": name, "sampler": sampler, "spacing": spacing, "steps": steps}
-        atomic_json(path, {**record, "evaluation": found})
-        print(f"{name}: {found['metrics']['frechet']['ratio']:.2f} × floor", flush=True)
-
+def sampler_cells() -> list[tuple]:
+    """(sampler, spacing, steps, number of the set of images), in the order they are worth having."""
     cells = [
         (sampler, spacing, steps, number)
         for sampler, counts in SAMPLERS.items()
@@ -251,9 +228,31 @@ def samplers(work: Path, jobs: int) -> None:
     ]
     # the one that only rounds off the table goes last; of the others the first set of each goes first
     cells.sort(key=lambda cell: (cell[0].endswith("large") and cell[2] == 1000, cell[3]))
-    with ThreadPoolExecutor(jobs) as pool:
-        for done in [pool.submit(one_set, *cell) for cell in cells]:
-            done.result()
+    return cells
+
+
+def sampler_set(sampler: str, spacing: str, steps: int, number: int, *, work: Path) -> None:
+    """500 images from the checkpoint of digits-1, judged, unless that is recorded."""
+    name = f"sampler-{sampler.replace(':', '_').replace('=', '')}-{spacing}-{steps}-{number}"
+    path = RESULTS / f"{name}.json"
+    if path.exists():
+        print(f"{name}: done before", flush=True)
+        return
+    checkpoint = work / "digits-1" / "checkpoints" / "checkpoint_last.pt"
+    if not checkpoint.exists():
+        raise SystemExit(
+            f"error: {checkpoint} is not there: run the group digits first (and keep --work)"
+        )
+    folder = work / "samplers"
+    shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    flags = ["--sampler", sampler, "--spacing", spacing, "--steps", steps]
+    flags += ["--first", number * SAMPLER_SET]
+    store = work / DIGITS.name
+    found = judge(folder, DIGITS, store, checkpoint, *flags, name=name, num=SAMPLER_SET)
+    record = {"run": name, "sampler": sampler, "spacing": spacing, "steps": steps}
+    atomic_json(path, {**record, "evaluation": found})
+    print(f"{name}: {found['metrics']['frechet']['ratio']:.2f} × floor", flush=True)
 
 
 def python(noun: str) -> list:
@@ -286,17 +285,19 @@ def main() -> None:
         args.work.mkdir(parents=True, exist_ok=True)
         RESULTS.mkdir(parents=True, exist_ok=True)
         for group in wanted:
-            if group == "samplers":
-                samplers(args.work, args.jobs)
-                continue
             prepare(EMOJI if group == "emoji" else DIGITS, args.work)
             if group == "digits":
                 controls(args.work)
             with ThreadPoolExecutor(args.jobs) as pool:
-                done = [
-                    pool.submit(one, name, *what, work=args.work)
-                    for name, what in groups[group]().items()
-                ]
+                if group == "samplers":
+                    done = [
+                        pool.submit(sampler_set, *cell, work=args.work) for cell in sampler_cells()
+                    ]
+                else:
+                    done = [
+                        pool.submit(one, name, *what, work=args.work)
+                        for name, what in groups[group]().items()
+                    ]
             for future in done:
                 future.result()
     print(report(RESULTS))
