@@ -6,6 +6,7 @@ Each command is a process of its own (fairseq keeps state inside one).
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,9 +159,17 @@ def test_a_recipe_is_the_same_as_its_flags(train, tmp_path, repo_root):
 def test_the_recipes_of_the_project_train(run, faces, repo_root, tmp_path, name):
     """Two updates as each recipe says, but with small batches; the checkpoint holds what it said."""
     recipe = repo_root / "configs" / "diffusion" / f"{name}.yaml"
-    command = [sys.executable, "-m", "diffusion_ext.train", faces, "--config", recipe]
-    run(*command, "--save-dir", tmp_path, "--batch-size 2 --max-update 2 --sample-interval 0")
-    cfg, said = last(tmp_path)["cfg"], yaml.safe_load(recipe.read_text())
+    shutil.copytree(
+        faces, tmp_path / "images" / "face"
+    )  # a folder of its own: the recipe may ask for classes
+    command = [sys.executable, "-m", "diffusion_ext.train", tmp_path / "images", "--config", recipe]
+    run(
+        *command,
+        "--save-dir",
+        tmp_path / "run",
+        "--batch-size 2 --max-update 2 --sample-interval 0",
+    )
+    cfg, said = last(tmp_path / "run")["cfg"], yaml.safe_load(recipe.read_text())
     for group, options in said.items():
         for key, value in options.items():
             # what the command line above gives is not the recipe's
