@@ -10,8 +10,8 @@ beside it. A run that has its file is not done again. `--jobs 2` does two at a t
     samplers   samplers × steps on the first of them, sets of 500 images
     ablation   digits: 3 schedules × eps and v × no, leaky and non-leaky augmentation, 2 seeds; and sigmoid
                with v where 15 % of the images are changed, non-leaky
-    emoji      ../shared/data/emoji64 at 32 × 32: the default with and without non-leaky augmentation, beside
-               cosine and eps without, 2 seeds
+    emoji      ../shared/data/emoji64 at 32 × 32: the default beside cosine and eps, both without augmentation,
+               2 seeds; the default with it, 1 seed
 
 Samples are judged 898 at a time, for more than half of the 1,797 digits have no floor; those of samplers in
 sets of 500.
@@ -117,8 +117,9 @@ def emoji_runs() -> dict:
     runs = {}
     for seed in (1, 2):
         base = {"common.seed": seed, "optimization.max_update": EMOJI_UPDATES}
-        runs[f"emoji_augmented-{seed}"] = (EMOJI, "emoji32", {**base, **AUGMENTED})
         runs[f"emoji_default-{seed}"] = (EMOJI, "emoji32", base)
+        if seed == 1:
+            runs["emoji_augmented-1"] = (EMOJI, "emoji32", {**base, **AUGMENTED})
         runs[f"emoji_cosine_eps-{seed}"] = (EMOJI, "emoji32", {**base, **other})
     return runs
 
