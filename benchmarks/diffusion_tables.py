@@ -10,8 +10,8 @@ beside it. A run that has its file is not done again. `--jobs 2` does two at a t
     samplers   samplers × steps on the first of them, sets of 500 images
     ablation   digits: 3 schedules × eps and v × no, leaky and non-leaky augmentation, 2 seeds; and sigmoid
                with v where 15 % of the images are changed, non-leaky
-    emoji      ../shared/data/emoji64 at 32 × 32: the default beside cosine and eps, both without augmentation,
-               2 seeds; the default with it, 1 seed
+    emoji      ../shared/data/emoji64 at 32 × 32: the default beside cosine and eps, without augmentation,
+               2 seeds; the default with augmentation, 1 seed
 
 Samples are judged 898 at a time, for more than half of the 1,797 digits have no floor; those of samplers in
 sets of 500.
