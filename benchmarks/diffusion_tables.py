@@ -27,10 +27,9 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from benchmarks.diffusion_report import report
-from benchmarks.recorded import ROOT, SHARED, changed_recipe, digest_of, is_recorded, run
+from benchmarks.recorded import ROOT, SHARED, changed_recipe, digest_of, is_recorded, run, train_by
 from ext_common.manifest import atomic_json, versions
 
 RESULTS = ROOT / "benchmarks" / "results" / "diffusion_tables"
@@ -56,10 +55,8 @@ SAMPLERS = {
     "dpmpp_2m": (5, 10, 20, 50),
 }
 SPACINGS = {"dpmpp_2m": ("trailing", "logsnr")}
-SETS = {
-    ("ddpm:variance=small", 1000): 2,
-    ("ddpm:variance=large", 1000): 1,
-}  # of images; 3 of all others
+# of images; 3 of all others
+SETS = {("ddpm:variance=small", 1000): 2, ("ddpm:variance=large", 1000): 1}
 
 
 @dataclass(frozen=True)
@@ -124,6 +121,14 @@ def emoji_runs() -> dict:
     return runs
 
 
+GROUPS = {
+    "digits": digits_runs,
+    "ablation": ablation_runs,
+    "emoji": emoji_runs,
+    "unlabelled": unlabelled_runs,
+}
+
+
 def one(
     name: str, data: Data, recipe: str, changes: dict, flags: dict | None = None, *, work: Path
 ) -> None:
@@ -140,11 +145,14 @@ def one(
         print(f"{name}: done before", flush=True)
         return
     folder, store = work / name, work / data.name
-    seconds = trained(config, digest, store, folder)
+    checkpoints = folder / "checkpoints"
+    command = [*python("train"), store, "--config", folder / "recipe.yaml"]
+    command += ["--save-dir", checkpoints]
+    seconds = train_by(command, config, digest, folder)["cpu_seconds"]
     for way in missing:
         result = {"run": way, "date": date.today().isoformat(), "recipe_sha256": digest}
-        result.update(cpu_seconds=round(seconds, 1), threads=1, recipe=config)
-        checkpoint = folder / "checkpoints" / "checkpoint_last.pt"
+        result.update(cpu_seconds=seconds, threads=1, recipe=config)
+        checkpoint = checkpoints / "checkpoint_last.pt"
         found = judge(folder, data, store, checkpoint, *ways[way], name=way)
         shutil.copyfile(folder / f"{way}.grid.png", RESULTS / f"{way}.png")
         atomic_json(
@@ -155,21 +163,6 @@ def one(
             f"{way}: Fréchet {frechet['value']:.3g}, {frechet['ratio']:.2f} × floor, {seconds:.0f} CPU s",
             flush=True,
         )
-
-
-def trained(config: dict, digest: str, store: Path, folder: Path) -> float:
-    """CPU seconds of the training, which is done unless the folder holds it."""
-    done = folder / "train.json"
-    if not is_recorded(done, digest):
-        # half a training begins again: the seconds are those of one process
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        recipe = folder / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(config))
-        command = [*python("train"), store, "--config", recipe]
-        seconds = run([*command, "--save-dir", folder / "checkpoints"], folder / "train.log")
-        atomic_json(done, {"recipe_sha256": digest, "cpu_seconds": seconds})
-    return json.loads(done.read_text())["cpu_seconds"]
 
 
 def judge(
@@ -256,6 +249,13 @@ def sampler_set(sampler: str, spacing: str, steps: int, number: int, *, work: Pa
     print(f"{name}: {found['metrics']['frechet']['ratio']:.2f} × floor", flush=True)
 
 
+def jobs_of(group: str) -> list[tuple]:
+    """A function and its arguments each, but for `work`."""
+    if group == "samplers":
+        return [(sampler_set, *cell) for cell in sampler_cells()]
+    return [(one, name, *what) for name, what in GROUPS[group]().items()]
+
+
 def python(noun: str) -> list:
     return [sys.executable, "-m", f"diffusion_ext.{noun}"]
 
@@ -276,10 +276,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--report", action="store_true", help="print the tables of what is done")
     args = parser.parse_args()
-    groups = {"digits": digits_runs, "ablation": ablation_runs, "emoji": emoji_runs}
-    groups["unlabelled"] = unlabelled_runs
-    wanted = args.groups or [*groups, "samplers"]
-    unknown = set(wanted) - {*groups, "samplers"}
+    wanted = args.groups or [*GROUPS, "samplers"]
+    unknown = set(wanted) - {*GROUPS, "samplers"}
     if unknown:
         parser.error(f"unknown group {', '.join(sorted(unknown))}")
     if not args.report:
@@ -290,15 +288,7 @@ def main() -> None:
             if group == "digits":
                 controls(args.work)
             with ThreadPoolExecutor(args.jobs) as pool:
-                if group == "samplers":
-                    done = [
-                        pool.submit(sampler_set, *cell, work=args.work) for cell in sampler_cells()
-                    ]
-                else:
-                    done = [
-                        pool.submit(one, name, *what, work=args.work)
-                        for name, what in groups[group]().items()
-                    ]
+                done = [pool.submit(*job, work=args.work) for job in jobs_of(group)]
             for future in done:
                 future.result()
     print(report(RESULTS))

@@ -46,20 +46,29 @@ def train(config: dict, data: Path, digest: str, folder: Path, models: Path) -> 
 
     models: the folder of the model groups in the recipe's ``defaults:``.
     """
+    config = copy.deepcopy(config)
+    config["task"]["data"] = str(data)
+    config["checkpoint"]["save_dir"] = str(folder / "checkpoints")
+    program = Path(sys.executable).parent / "fairseq-hydra-train"
+    command = [program, "--config-dir", folder, "--config-name", "recipe"]
+    return train_by(command, config, digest, folder, models)
+
+
+def train_by(
+    command: list, config: dict, digest: str, folder: Path, models: Path | None = None
+) -> dict:
+    """Write ``folder``/recipe.yaml and run the command, unless that was done; returns seconds."""
     done = folder / "train.json"
     if is_recorded(done, digest):
         return json.loads(done.read_text())
     # seconds are those of one process from the first update: a half-trained run begins again
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    config = copy.deepcopy(config)
-    config["task"]["data"] = str(data)
-    config["checkpoint"]["save_dir"] = str(folder / "checkpoints")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(config))
-    (folder / "model").symlink_to(models)
-    command = ["fairseq-hydra-train", "--config-dir", folder, "--config-name", "recipe"]
+    if models:
+        (folder / "model").symlink_to(models)
     start = time.time()
-    usage = run([Path(sys.executable).parent / command[0], *command[1:]], folder / "train.log")
+    usage = run(command, folder / "train.log")
     seconds = {"seconds": round(time.time() - start, 1), "cpu_seconds": round(usage, 1)}
     atomic_json(done, {"recipe_sha256": digest, **seconds})
     return json.loads(done.read_text())

@@ -68,18 +68,18 @@ def compare(
     }
     keys = {**parts, **settings, **subsets, "draws": options.draws, "sizes": rows.floor}
 
-    def averages(sets: list, pair: Callable, what: str, unit: str) -> dict[str, np.ndarray]:
-        share = max(1, options.kid_subsets // len(sets))
-        pairs = (pair(chosen) for chosen in progress(sets, what, unit))
+    def averages(pairs: Pairs, draws: int) -> dict[str, np.ndarray]:
+        share = max(1, options.kid_subsets // draws)
         return averaged(pairs, options.seed, subsets=share, **settings)
 
     def floor():
-        pairs = list(rows.pairs())
-        return averages(pairs, lambda ab: (real[ab[0]], real[ab[1]]), "floor", "pairs of sets")
+        pairs = progress(list(rows.pairs()), "floor", "pairs of sets")
+        return averages(((real[a], real[b]) for a, b in pairs), rows.draws)
 
     floors, _ = cached(cache, "floor", keys, floor)
     references = rows.references()
-    found = averages(references, lambda chosen: (features, real[chosen]), "distances", "draws")
+    pairs = ((features, real[chosen]) for chosen in progress(references, "distances", "draws"))
+    found = averages(pairs, len(references))
     labels = {
         "frechet": extractor.label,
         "kid": f"KID ({extractor.name})",

@@ -17,6 +17,7 @@ from diffusion_ext.pictures import to_float
 from diffusion_ext.randomness import generator, training_draws, validation_draws
 from diffusion_ext.variational import PosteriorTables, bound
 from diffusion_ext.weightings import WEIGHTINGS, loss_weights
+from ext_common.checkpoints import last_checkpoint
 from ext_common.cli import UserError
 
 QUARTERS = 4
@@ -186,7 +187,7 @@ class DdpmCriterion(FairseqCriterion):
             )
             raise UserError(
                 f"training stops: the loss of {int(bad.sum())} of {len(loss)} images is not finite at update"
-                f" {self.num_updates + 1} ({at}); {self.task.last_checkpoint()}; lower --lr or"
+                f" {self.num_updates + 1} ({at}); {last_checkpoint(self.task.cfg.save_dir)}; lower --lr or"
                 " --clip-norm, or train with --autocast fp32"
             )
 

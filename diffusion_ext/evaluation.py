@@ -104,9 +104,9 @@ def evaluate(real, fake, options: Optional[EvaluationOptions] = None, train=None
     options = options or EvaluationOptions()
     samples = open_samples(fake)
     reals = open_reals(real, samples, options, options)
-    source = reals if train is real else None
-    if train is not None and train is not real:
-        source = open_reals(train, samples, options, options)
+    source = reals
+    if train is not real:
+        source = None if train is None else open_reals(train, samples, options, options)
     rows = choose_rows(samples, reals, options)
     cache = cache_folder() if options.cache else None
     # Both before anything that takes long: they may be missing.

@@ -93,6 +93,11 @@ def build(dest, recipe: Recipe, max_bad: float, workers: int | None = None) -> N
         ) from error
 
 
+def is_prepared(folder) -> bool:
+    """Whether a folder is a store, whole or damaged; nothing of it is read."""
+    return (Path(folder) / META_NAME).is_file()
+
+
 def read_meta(folder) -> dict | None:
     """images.meta.json of a folder, None where there is none; UserError where it is unusable."""
     path = Path(folder) / META_NAME

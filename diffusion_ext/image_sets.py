@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 from PIL import Image
 
-from diffusion_ext.image_build import content_hash, image_hash, read_meta
+from diffusion_ext.image_build import content_hash, image_hash, is_prepared
 from diffusion_ext.image_options import ImageOptions, SplitOptions, StoreOptions
 from diffusion_ext.image_store import Images, held_out, open_images
 from diffusion_ext.images import FORMATS, BadImage, decode_image, find_images
@@ -78,7 +78,7 @@ def open_samples(source) -> ImageSet:
     path = Path(source)
     if path.suffix.lower() in (".npy", ".npz"):
         return array_set(*read_array(path))
-    if path.is_dir() and read_meta(path) is not None:
+    if is_prepared(path):
         return _store_set(path, Images.open(path), SplitOptions())
     return _sample_folder(path)
 
@@ -98,15 +98,17 @@ def open_reals(
     path = Path(source)
     if path.suffix.lower() in (".npy", ".npz"):
         return _check_shape(array_set(*read_array(path), split=split), like)
-    if path.is_dir() and read_meta(path) is not None:
+    if is_prepared(path):
         return _check_shape(_store_set(path, Images.open(path), split), like)
     names = find_images(path)
     channels, height, width = like.shape
+    store = store or StoreOptions()
     options = ImageOptions(
         image_size=[height, width],
         channels=channels,
         class_labels=bool(names) and all("/" in name for name in names),
-        **({"max_bad": store.max_bad, "image_store": store.image_store} if store else {}),
+        max_bad=store.max_bad,
+        image_store=store.image_store,
     )
     return _store_set(path, open_images(path, options), split)
 

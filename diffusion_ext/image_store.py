@@ -19,6 +19,7 @@ from diffusion_ext.image_build import (
     build,
     check_bad,
     fingerprint_of,
+    is_prepared,
     part_of,
     printable,
     read_meta,
@@ -124,7 +125,7 @@ def open_images(data, options) -> Images:
     """
     data = Path(data)
     ImageOptions(**{name: getattr(options, name) for name in ImageOptions.__dataclass_fields__})
-    if data.is_dir() and read_meta(data) is not None:
+    if is_prepared(data):
         images = Images.open(data)
         check_asked(images, options)
     else:

@@ -54,9 +54,8 @@ class DdpmUNet(BaseFairseqModel):
         options = options_of(UNetOptions, cfg)
         check_options(options, cfg, spec["height"], spec["width"])
         heights = [spec["height"] >> level for level in range(len(options.channel_mults))]
-        if any(options.attention_resolutions) and not set(options.attention_resolutions) & set(
-            heights
-        ):
+        attends = set(options.attention_resolutions) - {0}
+        if attends and attends.isdisjoint(heights):
             logger.warning(
                 f"--attention-resolutions {options.attention_resolutions} is none of the heights {heights} of"
                 " this network: only its middle attends"

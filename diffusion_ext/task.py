@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from fairseq.dataclass import FairseqDataclass
@@ -12,7 +11,7 @@ from omegaconf import II, MISSING
 
 from diffusion_ext.augment import AUGMENTATIONS, build_augmentations
 from diffusion_ext.dataset import ImageDataset
-from diffusion_ext.image_build import read_meta
+from diffusion_ext.image_build import is_prepared
 from diffusion_ext.image_options import ImageOptions, SplitOptions
 from diffusion_ext.image_store import Images, check_outside, open_images
 from diffusion_ext.model import options_of, unwrapped
@@ -105,7 +104,7 @@ class DiffusionTask(FairseqTask):
     @property
     def images(self) -> Images:
         if self._images is None:
-            if read_meta(Path(self.cfg.data)) is None:
+            if not is_prepared(self.cfg.data):
                 check_outside(self.cfg.save_dir, self.cfg.data, "--save-dir")
             self._images = open_images(self.cfg.data, options_of(ImageOptions, self.cfg))
         return self._images
@@ -231,15 +230,6 @@ class DiffusionTask(FairseqTask):
         model.ema.update(model.net, done * images, images)
         if self.cfg.sample_interval and done % self.cfg.sample_interval == 0:
             self.preview.draw(model, done)
-
-    def last_checkpoint(self) -> str:
-        """What is left of a training that stops, in words."""
-        path = Path(self.cfg.save_dir) / "checkpoint_last.pt"
-        return (
-            f"the last good checkpoint is {path}"
-            if path.exists()
-            else "no checkpoint was written yet"
-        )
 
     def max_positions(self):
         return None

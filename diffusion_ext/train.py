@@ -240,13 +240,16 @@ def train(command: list[str]) -> None:
         leave_out_harmless_warnings()
         from fairseq_cli.train import cli_main
 
+        from ext_common.checkpoints import last_checkpoint
+
         register()
         try:
             cli_main()
         except FloatingPointError as error:
+            left = last_checkpoint(value_of(command, "--save-dir"))
             raise UserError(
-                f"training stops: {str(error).rstrip('.')}; any checkpoint in --save-dir is from before;"
-                " lower --lr or --clip-norm, or train with --autocast fp32"
+                f"training stops: {str(error).rstrip('.')}; {left}; lower --lr or --clip-norm, or train"
+                " with --autocast fp32"
             ) from None
 
 

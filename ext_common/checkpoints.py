@@ -173,3 +173,11 @@ def usable_device(device: str) -> str:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used ({reason}): try cpu") from error
     return device
+
+
+def last_checkpoint(save_dir: str | os.PathLike) -> str:
+    """What is left of a training that stops, in words."""
+    path = Path(save_dir) / "checkpoint_last.pt"
+    return (
+        f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
+    )

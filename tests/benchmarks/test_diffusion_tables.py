@@ -6,14 +6,10 @@ import pytest
 
 from benchmarks import diffusion_report as report
 from benchmarks import diffusion_tables as tables
+from benchmarks import recorded
 from benchmarks.recorded import changed_recipe, digest_of
 
-RUNS = {
-    **tables.digits_runs(),
-    **tables.unlabelled_runs(),
-    **tables.ablation_runs(),
-    **tables.emoji_runs(),
-}
+RUNS = {name: run for runs in tables.GROUPS.values() for name, run in runs().items()}
 
 
 def record(name, frechet, precision=0.5, **more):
@@ -59,7 +55,7 @@ def test_a_run_that_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
         return record(name, 3.0)["evaluation"]
 
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(tables, "run", train)
+    monkeypatch.setattr(recorded, "run", train)
     monkeypatch.setattr(tables, "judge", judge)
     (tmp_path / "results").mkdir()
     what = tables.digits_runs()["digits-1"]

@@ -159,9 +159,8 @@ def test_a_recipe_is_the_same_as_its_flags(train, tmp_path, repo_root):
 def test_the_recipes_of_the_project_train(run, faces, repo_root, tmp_path, name):
     """Two updates as each recipe says, but with small batches; the checkpoint holds what it said."""
     recipe = repo_root / "configs" / "diffusion" / f"{name}.yaml"
-    shutil.copytree(
-        faces, tmp_path / "images" / "face"
-    )  # a folder of its own: the recipe may ask for classes
+    # in a folder of their own, for the recipe may ask for classes
+    shutil.copytree(faces, tmp_path / "images" / "face")
     command = [sys.executable, "-m", "diffusion_ext.train", tmp_path / "images", "--config", recipe]
     run(
         *command,
