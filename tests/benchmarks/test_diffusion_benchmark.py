@@ -20,6 +20,7 @@ from benchmarks import diffusion as benchmark  # noqa: E402
 from benchmarks import diffusion_cases as cases  # noqa: E402
 from benchmarks import diffusion_curves as curves  # noqa: E402
 from benchmarks import diffusion_sides as sides  # noqa: E402
+from ext_common.checkpoints import untouched_logging  # noqa: E402
 from ext_common.cli import UserError  # noqa: E402
 
 
@@ -36,7 +37,9 @@ def folder(tmp_path_factory):
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    # as a program of its own the benchmark silences the root logger, and with it the tests that follow
+    with untouched_logging():
+        yield
     torch.set_num_threads(before)
 
 
