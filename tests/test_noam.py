@@ -278,7 +278,7 @@ def speakers(tmp_path_factory):
     """Two voices, prepared for --task speaker_id."""
     import numpy as np
 
-    from fairseq_ext.speaker.prepare import PrepareOptions, prepare
+    from fairseq_ext.speaker.prepare.__main__ import PrepareOptions, prepare
 
     folder = tmp_path_factory.mktemp("voices")
     rng = np.random.default_rng(1)

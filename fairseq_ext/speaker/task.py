@@ -18,7 +18,7 @@ from fairseq_ext.speaker.dataset import CropDataset, UtteranceDataset, batches_b
 from fairseq_ext.speaker.features import FeatureSpec, audio_features, log_mel
 from fairseq_ext.speaker.inference import MAX_FRAMES
 from fairseq_ext.speaker.model import complete
-from fairseq_ext.speaker.tables import AUDIO_ENDINGS, audio_files
+from fairseq_ext.speaker.prepare.tables import AUDIO_ENDINGS, audio_files
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ def tiny_recordings(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_data(tiny_recordings):
     """The recordings prepared: train 24, valid 8, test 8 utterances."""
-    from fairseq_ext.speaker.prepare import PrepareOptions, prepare
+    from fairseq_ext.speaker.prepare.__main__ import PrepareOptions, prepare
 
     data = tiny_recordings.parent / "data"
     options = PrepareOptions(workers=1, valid_fraction=0.2, test_fraction=0.2)

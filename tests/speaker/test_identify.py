@@ -17,7 +17,7 @@ from fairseq_ext.speaker.features import FeatureSpec
 from fairseq_ext.speaker.identify import main
 from fairseq_ext.speaker.inference import SpeakerModel
 from fairseq_ext.speaker.metrics import wilson_interval
-from fairseq_ext.speaker.prepare import PrepareOptions, prepare
+from fairseq_ext.speaker.prepare.__main__ import PrepareOptions, prepare
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from ext_common.cli import UsageError, UserError
-from fairseq_ext.speaker.layouts import LAYOUTS, Bad
+from fairseq_ext.speaker.prepare.layouts import LAYOUTS, Bad
 
 MAPPING = {"speaker2id": {"id2": 0, "id1": 1}, "id2speaker": {"0": "id2", "1": "id1"}}
 

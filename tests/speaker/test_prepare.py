@@ -16,10 +16,10 @@ import pytest
 import soundfile
 
 from ext_common.cli import UsageError, UserError
-from fairseq_ext.speaker import prepare as command
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.features import FeatureSpec, audio_features
-from fairseq_ext.speaker.prepare import PrepareOptions, main, prepare
+from fairseq_ext.speaker.prepare import __main__ as command
+from fairseq_ext.speaker.prepare.__main__ import PrepareOptions, main, prepare
 
 RATE = 16000
 PRODUCTS = ("features.bin", "features.json", "utterances.csv", "corpus.json")
@@ -247,7 +247,7 @@ def test_cuts_in_any_order_keep_the_order_of_the_table(tmp_path, capsys, monkeyp
     source = cuts(tmp_path, [*lines, "b.flac,,valid,2,4,"])
     opened = []
     monkeypatch.setattr(
-        "fairseq_ext.speaker.extract.Recording", counting_opener(opened), raising=True
+        "fairseq_ext.speaker.prepare.extract.Recording", counting_opener(opened), raising=True
     )
     corpus = prepare(source, tmp_path / "data", one(layout="csv"))
     assert corpus.ids == ["a.flac#0.0-1.0", "b.flac#0-2", "a.flac#2.50-3.5", "b.flac#2-4"]
@@ -626,7 +626,7 @@ def test_the_place_of_the_recordings_does_not_show(tmp_path, source):
 
 
 def test_a_worker_that_dies_is_named(tmp_path, source, monkeypatch):
-    monkeypatch.setattr("fairseq_ext.speaker.extract.start_worker", partial(os._exit, 3))
+    monkeypatch.setattr("fairseq_ext.speaker.prepare.extract.start_worker", partial(os._exit, 3))
     with pytest.raises(UserError, match=r"worker process died.*s0/0\.wav"):
         prepare(source, tmp_path / "data", one(workers=2))
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_ext.speaker.splits import (
+from fairseq_ext.speaker.prepare.splits import (
     assign_splits,
     check_fractions,
     overlapping_groups,

@@ -100,7 +100,7 @@ def test_an_epoch_is_defined_by_duration(train, tmp_path):
 @pytest.mark.slow
 def test_other_speakers_from_a_checkpoint(train, run, tiny_recordings, tmp_path):
     """--init-from takes the encoder and its sizes, makes new class weights, and can freeze."""
-    from fairseq_ext.speaker.prepare import PrepareOptions, prepare
+    from fairseq_ext.speaker.prepare.__main__ import PrepareOptions, prepare
 
     train(tmp_path / "first", "--max-update 5 --pooling statistics")
     other = tmp_path / "other"

@@ -6,8 +6,8 @@ from hashlib import sha256
 from pathlib import PurePosixPath
 
 from ext_common.cli import UsageError, UserError
-from fairseq_ext.speaker.layouts import Bad
-from fairseq_ext.speaker.splits import (
+from fairseq_ext.speaker.prepare.layouts import Bad
+from fairseq_ext.speaker.prepare.splits import (
     TRAIN,
     assign_splits,
     overlapping_groups,

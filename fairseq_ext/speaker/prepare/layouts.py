@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from ext_common.cli import UsageError, UserError
 from ext_common.registry import Registry
-from fairseq_ext.speaker.tables import (
+from fairseq_ext.speaker.prepare.tables import (
     audio_files,
     check_cut,
     csv_rows,

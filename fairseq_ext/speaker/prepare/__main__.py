@@ -24,11 +24,12 @@ from ext_common.manifest import sha256_file, write_manifest
 from ext_common.registry import UnknownName
 from ext_common.store import StoreWriter, discard, interrupted_key, store_paths
 from fairseq_ext.speaker.corpus import Corpus, write_corpus
-from fairseq_ext.speaker.extract import extract_all
 from fairseq_ext.speaker.features import FeatureSpec
-from fairseq_ext.speaker.layouts import LAYOUTS
-from fairseq_ext.speaker.prepare_report import report_bad, report_duplicates, table, warn
-from fairseq_ext.speaker.prepare_steps import (
+from fairseq_ext.speaker.prepare.extract import extract_all
+from fairseq_ext.speaker.prepare.layouts import LAYOUTS
+from fairseq_ext.speaker.prepare.report import report_bad, report_duplicates, table, warn
+from fairseq_ext.speaker.prepare.splits import check_fractions
+from fairseq_ext.speaker.prepare.steps import (
     check_given_splits,
     check_grouping,
     difference,
@@ -38,7 +39,6 @@ from fairseq_ext.speaker.prepare_steps import (
     ready_spec,
     usable_records,
 )
-from fairseq_ext.speaker.splits import check_fractions
 
 GROUPINGS = ("auto", "group", "recording", "directory", "none")
 OWN_FILES = ("corpus.json", "utterances.csv", "manifest.json")
