@@ -48,8 +48,8 @@ class Size:
 
 def write_case(folder: Path, corpus, size: Size, count: int, generated: int) -> dict:
     """FOLDER with ``count`` lines, the first ``generated`` of them in `data`; returns statistics."""
-    from fairseq_ext.translation.spm import Codec, train_model
-    from fairseq_ext.translation.text import normalise
+    from fairseq_ext.translation.text.normalise import normalise
+    from fairseq_ext.translation.text.spm import Codec, train_model
 
     (folder / "data").mkdir(parents=True)
     pairs = [

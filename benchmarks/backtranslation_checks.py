@@ -67,9 +67,9 @@ def run_generate(folder: Path) -> None:
 def measure_quality(folder: Path, options) -> dict:
     """BLEU of the test split of --data by each back end, and the differences to fairseq's."""
     from fairseq_ext.translation.corpus import Corpus
-    from fairseq_ext.translation.decoding import DecodeOptions
-    from fairseq_ext.translation.scoring import ScoringOptions, score
-    from fairseq_ext.translation.translator import Translator
+    from fairseq_ext.translation.decode.options import DecodeOptions
+    from fairseq_ext.translation.decode.translator import Translator
+    from fairseq_ext.translation.score.scoring import ScoringOptions, score
 
     quiet_imports()
     corpus = Corpus.open(options.data)

@@ -81,7 +81,7 @@ class HuggingFace:
 def ours(name: str, folder: Path, threads: int) -> Side:
     """One of our back ends, with its own batches."""
     from fairseq_ext.backtranslation.backends import ModelOptions, open_model
-    from fairseq_ext.translation.decoding import DecodeOptions
+    from fairseq_ext.translation.decode.options import DecodeOptions
 
     backend, compute_type, path = OURS[name]
     options = ModelOptions(

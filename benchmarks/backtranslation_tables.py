@@ -23,7 +23,7 @@ from benchmarks.backtranslation_report import BITEXT, report
 from benchmarks.recorded import ROOT, SHARED, run
 from benchmarks.translation_runs import Runs, python
 from ext_common.manifest import atomic_write
-from fairseq_ext.translation.text import match_key, read_lines
+from fairseq_ext.translation.text.normalise import match_key, read_lines
 
 RESULTS = ROOT / "benchmarks" / "results" / "backtranslation_tables"
 CONFIGS = ROOT / "configs" / "backtranslation"

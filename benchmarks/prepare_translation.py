@@ -25,7 +25,7 @@ from benchmarks.common import machine
 from benchmarks.prepare_scale import watched
 from ext_common.cli import Parser, UserError, add_dataclass, from_args, progress, run
 from ext_common.manifest import atomic_json, versions
-from fairseq_ext.translation.text import read_pairs
+from fairseq_ext.translation.text.normalise import read_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = (2, 3)

@@ -247,7 +247,7 @@ def measure_quality(folder, options):
 def bleu(hypotheses, references, lang):
     import sacrebleu
 
-    from fairseq_ext.translation.metrics import tokenizer_for
+    from fairseq_ext.translation.score.metrics import tokenizer_for
 
     return sacrebleu.corpus_bleu(hypotheses, [references], tokenize=tokenizer_for(lang)).score
 
@@ -258,7 +258,7 @@ def same(a, b):
 
 
 def languages_of(path):
-    from fairseq_ext.translation.checkpoint import read_state
+    from fairseq_ext.translation.decode.checkpoint import read_state
 
     saved = read_state(path)["task_state"]["translation"]
     return saved["source_lang"], saved["target_lang"]
@@ -301,7 +301,7 @@ def in_process(side, folder, checkpoint, decode, options):
 
 def run_ours(options):
     """Translate the test split of --folder: lines of text in, lines of text out."""
-    from fairseq_ext.translation.translator import DecodeOptions, Translator
+    from fairseq_ext.translation.decode.translator import DecodeOptions, Translator
 
     decode = json.loads(options.decode)
     lang = decode.pop("lang", None) or "en"

@@ -30,7 +30,7 @@ class Size:
 def read_corpus(path):
     """Pairs of a tab-separated file, or of an invented language where there is none."""
     if path and os.path.exists(path):
-        from fairseq_ext.translation.text import read_pairs
+        from fairseq_ext.translation.text.normalise import read_pairs
 
         return [(source, target) for _, source, target in read_pairs([path])]
     draw = random.Random(1)
@@ -47,8 +47,8 @@ def write_case(folder: Path, corpus, size: Size) -> dict:
     import torch
     from fairseq.data import indexed_dataset
 
-    from fairseq_ext.translation.spm import Codec, train_model
-    from fairseq_ext.translation.text import normalise
+    from fairseq_ext.translation.text.normalise import normalise
+    from fairseq_ext.translation.text.spm import Codec, train_model
 
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [

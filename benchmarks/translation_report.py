@@ -111,9 +111,9 @@ def significance_table(
     outputs of all seeds is what is resampled or exchanged (their statistics are summed).
     """
     from ext_common.manifest import sha256_file
-    from fairseq_ext.translation.metrics import tokenizer_for
-    from fairseq_ext.translation.scoring import Metric, ScoringOptions, compare
-    from fairseq_ext.translation.text import read_lines
+    from fairseq_ext.translation.score.metrics import tokenizer_for
+    from fairseq_ext.translation.score.scoring import Metric, ScoringOptions, compare
+    from fairseq_ext.translation.text.normalise import read_lines
 
     if not pairs or not references.exists():
         return ""

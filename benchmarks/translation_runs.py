@@ -11,8 +11,8 @@ from pathlib import Path
 
 from benchmarks.recorded import changed_recipe, digest_of, is_recorded, run, train
 from ext_common.manifest import atomic_json, sha256_file, versions
-from fairseq_ext.translation.scoring import score
-from fairseq_ext.translation.text import read_lines
+from fairseq_ext.translation.score.scoring import score
+from fairseq_ext.translation.text.normalise import read_lines
 
 AVERAGED = 5
 ONE_AT_A_TIME = threading.Lock()

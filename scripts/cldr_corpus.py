@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from ext_common.cli import Parser, UserError, add_dataclass, from_args, run
 from ext_common.manifest import atomic_write, write_manifest
-from fairseq_ext.translation.text import match_key
+from fairseq_ext.translation.text.normalise import match_key
 
 SPLITS = ("train", "valid", "test", "mono")
 # The small ones first, mono last: what is alike but for punctuation is left out of the later one.

@@ -34,12 +34,12 @@ from fairseq_ext.backtranslation.assemble_build import TRAIN, fill
 from fairseq_ext.backtranslation.guards import check_direction, check_one_direction, hash_files
 from fairseq_ext.backtranslation.synthetic import Synthetic
 from fairseq_ext.backtranslation.synthetic_filters import DEFAULT_SYNTHETIC_FILTERS, Context
-from fairseq_ext.translation.checkpoint import split_paths
 from fairseq_ext.translation.corpus import Corpus
-from fairseq_ext.translation.filters import FILTERS, FilterChain
-from fairseq_ext.translation.prepare import load_plugin
-from fairseq_ext.translation.prepare_folder import already_made, making
-from fairseq_ext.translation.prepare_report import next_command, share
+from fairseq_ext.translation.decode.checkpoint import split_paths
+from fairseq_ext.translation.prepare.__main__ import load_plugin
+from fairseq_ext.translation.prepare.filter_chain import FILTERS, FilterChain
+from fairseq_ext.translation.prepare.folder import already_made, making
+from fairseq_ext.translation.prepare.report import next_command, share
 
 KIND = "assembled"
 # What may differ between two runs that write the same bytes; forward counts by its content.

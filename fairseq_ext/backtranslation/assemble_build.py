@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ext_common.cli import UserError
+from ext_common.parallel import cpus
 from fairseq_ext.backtranslation.assemble_clean import (
     LEAK,
     Cleaner,
@@ -21,14 +22,13 @@ from fairseq_ext.backtranslation.assemble_clean import (
 from fairseq_ext.backtranslation.guards import check_scripts
 from fairseq_ext.backtranslation.synthetic import SourceEncoder, Synthetic
 from fairseq_ext.translation.corpus import Corpus
-from fairseq_ext.translation.filters import FilterChain, sample
-from fairseq_ext.translation.leaks import LeakGuard
-from fairseq_ext.translation.parallel import cpus
-from fairseq_ext.translation.prepare_folder import WORK
-from fairseq_ext.translation.prepare_report import short
-from fairseq_ext.translation.prepare_settings import held_out_splits
-from fairseq_ext.translation.prepare_steps import open_lines, open_rejects
-from fairseq_ext.translation.text import read_lines
+from fairseq_ext.translation.prepare.filter_chain import FilterChain, sample
+from fairseq_ext.translation.prepare.folder import WORK
+from fairseq_ext.translation.prepare.leaks import LeakGuard
+from fairseq_ext.translation.prepare.report import short
+from fairseq_ext.translation.prepare.settings import held_out_splits
+from fairseq_ext.translation.prepare.steps import open_lines, open_rejects
+from fairseq_ext.translation.text.normalise import read_lines
 
 TRAIN = "train"
 
@@ -115,7 +115,7 @@ def check_enough(found: list[Found]) -> None:
 
 def copy_vocabulary(corpus: Corpus, folder: Path, direction: tuple[str, str]) -> None:
     """Models and dictionaries of the bitext, byte for byte; UserError where they do not belong together."""
-    from fairseq_ext.translation.binarise import check_dictionary
+    from fairseq_ext.translation.prepare.binarise import check_dictionary
 
     for lang in direction:
         check_dictionary(corpus.codec(lang), corpus.dictionary_path(lang))
@@ -172,7 +172,7 @@ def write_ids(
 
     Returns language → tokens of one copy of the "bitext", of "synthetic" and, among these, "fillers".
     """
-    from fairseq_ext.translation.binarise import (
+    from fairseq_ext.translation.prepare.binarise import (
         binarise,
         check_counts,
         concatenate,

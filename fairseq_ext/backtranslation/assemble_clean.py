@@ -17,6 +17,7 @@ import numpy as np
 import regex
 
 from ext_common.cli import progress
+from ext_common.parallel import in_order
 from fairseq_ext.backtranslation.synthetic import (
     Pair,
     Synthetic,
@@ -24,12 +25,11 @@ from fairseq_ext.backtranslation.synthetic import (
     with_gaps,
     without_gaps,
 )
-from fairseq_ext.translation.filters import FilterChain, sample
-from fairseq_ext.translation.hashes import text_hash
-from fairseq_ext.translation.leaks import LeakGuard
-from fairseq_ext.translation.parallel import in_order
-from fairseq_ext.translation.prepare_steps import BATCH, batches, open_lines, reject_line
-from fairseq_ext.translation.text import normalise
+from fairseq_ext.translation.prepare.filter_chain import FilterChain, sample
+from fairseq_ext.translation.prepare.hashes import text_hash
+from fairseq_ext.translation.prepare.leaks import LeakGuard
+from fairseq_ext.translation.prepare.steps import BATCH, batches, open_lines, reject_line
+from fairseq_ext.translation.text.normalise import normalise
 
 UNUSABLE, LEAK, DRAW = "unusable", "leak", "max_synthetic"
 SAMPLED = 2000

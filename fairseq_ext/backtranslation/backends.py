@@ -18,12 +18,12 @@ from typing import Any, NamedTuple, Optional
 
 from ext_common.cli import UserError
 from ext_common.manifest import sha256_file
+from ext_common.random import line_seed
 from ext_common.registry import Registry
 from fairseq_ext.backtranslation.modes import Mode
-from fairseq_ext.translation.checkpoint import read_state, split_paths
-from fairseq_ext.translation.decoding import Source
-from fairseq_ext.translation.draws import line_seed
-from fairseq_ext.translation.translator import Translator
+from fairseq_ext.translation.decode.checkpoint import read_state, split_paths
+from fairseq_ext.translation.decode.options import Source
+from fairseq_ext.translation.decode.translator import Translator
 
 BACKENDS = Registry("backend")
 
@@ -281,7 +281,7 @@ class CTranslate2:
 
     @staticmethod
     def describe(path: str, options: ModelOptions) -> dict[str, Any]:
-        from fairseq_ext.translation.ctranslate import import_ctranslate2, usable_device
+        from fairseq_ext.translation.decode.ctranslate import import_ctranslate2, usable_device
 
         if _is_checkpoint(path):
             found = Fairseq.describe(path, options)
@@ -295,7 +295,7 @@ class CTranslate2:
 
     @staticmethod
     def open(path: str, options: ModelOptions) -> ReverseModel:
-        from fairseq_ext.translation import ctranslate
+        from fairseq_ext.translation.decode import ctranslate
 
         device, _ = ctranslate.usable_device(options.device, ctranslate.import_ctranslate2())
         kind = _quantised(options, device)

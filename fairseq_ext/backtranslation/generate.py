@@ -38,7 +38,7 @@ from fairseq_ext.backtranslation.generate_work import Worker
 from fairseq_ext.backtranslation.guards import LEAST, typical_share
 from fairseq_ext.backtranslation.modes import MODES, Mode, make_mode
 from fairseq_ext.backtranslation.ranks import device_of_rank, is_first_rank
-from fairseq_ext.translation.text import language
+from fairseq_ext.translation.text.normalise import language
 
 # These change how fast DEST comes about, or are part of what describe_model says.
 _NOT_IN_PLAN = ("device", "threads", "max_tokens", "user_dir", "backend", "compute_type")
@@ -285,7 +285,7 @@ def load_plugin(folder: str | None) -> None:
         return
     path = Path(folder).resolve()
     if not path.is_dir() or any((path / sub).exists() for sub in ("tasks", "models")):
-        from fairseq_ext.translation import prepare
+        from fairseq_ext.translation.prepare import __main__ as prepare
 
         prepare.load_plugin(folder)
         return

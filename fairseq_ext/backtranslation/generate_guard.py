@@ -7,9 +7,9 @@ from pathlib import Path
 from ext_common.cli import UserError
 from ext_common.manifest import sha256_file
 from fairseq_ext.translation.corpus import Corpus
-from fairseq_ext.translation.leaks import LeakGuard
-from fairseq_ext.translation.prepare_settings import held_out_splits
-from fairseq_ext.translation.text import language, normalise
+from fairseq_ext.translation.prepare.leaks import LeakGuard
+from fairseq_ext.translation.prepare.settings import held_out_splits
+from fairseq_ext.translation.text.normalise import language, normalise
 
 
 class Guard:

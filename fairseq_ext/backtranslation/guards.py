@@ -13,7 +13,7 @@ import regex
 from ext_common.cli import UserError, progress
 from ext_common.manifest import MANIFEST_NAME, sha256_file
 from fairseq_ext.backtranslation.synthetic import Synthetic
-from fairseq_ext.translation.text import language, script_share, unit
+from fairseq_ext.translation.text.normalise import language, script_share, unit
 
 LEAST = 0.5
 """The part of its letters that a typical line has in the scripts of its language, at least, as long as

@@ -29,7 +29,7 @@ from fairseq_ext.backtranslation.huggingface_folder import (
     read_json,
     short_code,
 )
-from fairseq_ext.translation.text import detokenise, normalise, written
+from fairseq_ext.translation.text.normalise import detokenise, normalise, written
 
 __all__ = [
     "HuggingFaceVocabulary",

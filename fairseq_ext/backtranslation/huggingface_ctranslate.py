@@ -35,7 +35,7 @@ from fairseq_ext.backtranslation.huggingface_folder import (
     model_files,
     read_json,
 )
-from fairseq_ext.translation.ctranslate import (
+from fairseq_ext.translation.decode.ctranslate import (
     DESCRIPTION,
     VERSION,
     CTranslate2Backend,
@@ -266,7 +266,7 @@ def convert(
     ctranslate2 = import_ctranslate2()
     import_transformers()
     from fairseq_ext.backtranslation.huggingface_decoder import HuggingFaceBackend
-    from fairseq_ext.translation.ctranslate_convert import compare, decode_greedily
+    from fairseq_ext.translation.decode.ctranslate_convert import compare, decode_greedily
 
     vocabulary = load_vocabulary(folder, *saying, name=name)
     if getattr(vocabulary.tokenizer, "separate_vocabs", False):

@@ -18,9 +18,10 @@ from transformers.generation import (
 )
 
 from ext_common.cli import UserError
+from ext_common.random import uniforms
 from fairseq_ext.backtranslation.huggingface import HuggingFaceVocabulary, positions
-from fairseq_ext.translation.decoding import Candidate, DecodeOptions, SampleOptions
-from fairseq_ext.translation.draws import draw, uniforms
+from fairseq_ext.translation.decode.draws import draw
+from fairseq_ext.translation.decode.options import Candidate, DecodeOptions, SampleOptions
 
 _TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _KEPT = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")

@@ -10,7 +10,7 @@ import regex
 
 from ext_common.cli import UserError
 from ext_common.manifest import sha256_file
-from fairseq_ext.translation.text import language
+from fairseq_ext.translation.text.normalise import language
 
 INSTALL = "pip install -e '.[huggingface]'"
 # Of ISO 639-3 (and 639-2/B) to 639-1, beside those that `text.language` knows.

@@ -18,10 +18,10 @@ import numpy as np
 import regex
 
 from ext_common.cli import OptionError
+from ext_common.random import generator
 from ext_common.registry import Registry
-from fairseq_ext.translation.decoding import DecodeOptions, SampleOptions
-from fairseq_ext.translation.draws import generator
-from fairseq_ext.translation.text import unit
+from fairseq_ext.translation.decode.options import DecodeOptions, SampleOptions
+from fairseq_ext.translation.text.normalise import unit
 
 MODES = Registry("mode")
 FILLER = "<BLANK>"

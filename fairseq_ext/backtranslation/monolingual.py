@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ext_common.cli import UsageError, UserError, progress
-from fairseq_ext.translation.files import blocks, raw_lines
+from fairseq_ext.translation.text.files import blocks, raw_lines
 
 _BOM = b"\xef\xbb\xbf"
 

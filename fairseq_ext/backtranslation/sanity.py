@@ -11,8 +11,8 @@ from itertools import islice
 import regex
 
 from ext_common.cli import UserError
-from fairseq_ext.translation.pair_filters import longest_loop
-from fairseq_ext.translation.text import script_share, unit
+from fairseq_ext.translation.prepare.filters import longest_loop
+from fairseq_ext.translation.text.normalise import script_share, unit
 
 LINES = 20
 # More than this share of the lines is garbage, not bad luck; of fewer than FEW lines, all of them.

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from ext_common.cli import UserError
 from ext_common.manifest import MANIFEST_NAME
 from fairseq_ext.backtranslation.modes import FILLER
-from fairseq_ext.translation.spm import UNK, Codec
-from fairseq_ext.translation.text import normalise, read_lines
+from fairseq_ext.translation.text.normalise import normalise, read_lines
+from fairseq_ext.translation.text.spm import UNK, Codec
 
 KIND = "synthetic"
 WORK = ".work"

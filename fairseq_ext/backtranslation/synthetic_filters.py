@@ -22,9 +22,9 @@ import regex
 from ext_common.cli import OptionError, UsageError, UserError
 from fairseq_ext.backtranslation.modes import FILLER
 from fairseq_ext.backtranslation.synthetic import without_gaps
-from fairseq_ext.translation.hashes import HashSet, text_hash
-from fairseq_ext.translation.pair_filters import FILTERS, LengthRatio
-from fairseq_ext.translation.text import match_key
+from fairseq_ext.translation.prepare.filters import FILTERS, LengthRatio
+from fairseq_ext.translation.prepare.hashes import HashSet, text_hash
+from fairseq_ext.translation.text.normalise import match_key
 
 DEFAULT_SYNTHETIC_FILTERS = (
     "empty; leftovers; length; script; identical; repetition; length_ratio; "
@@ -224,7 +224,7 @@ class RoundTrip:
     def setup(self, context: Context) -> None:
         if context.forward is None:
             raise UsageError("the filter round_trip needs a forward model: give --forward CKPT")
-        from fairseq_ext.translation.translator import Translator
+        from fairseq_ext.translation.decode.translator import Translator
 
         translator = Translator.from_checkpoint(
             context.forward, device="auto", user_dir=context.user_dir

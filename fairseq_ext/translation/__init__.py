@@ -6,7 +6,7 @@ __all__ = ["Translator"]
 def __getattr__(name: str):
     # fairseq is imported only when a model is wanted
     if name == "Translator":
-        from fairseq_ext.translation.translator import Translator
+        from fairseq_ext.translation.decode.translator import Translator
 
         return Translator
     raise AttributeError(name)

@@ -16,10 +16,15 @@ import numpy as np
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
 from ext_common.manifest import atomic_write
-from fairseq_ext.translation.checkpoint import Vocabulary, build_model, read_state, vocabulary_of
+from fairseq_ext.translation.decode.checkpoint import (
+    Vocabulary,
+    build_model,
+    read_state,
+    vocabulary_of,
+)
+from fairseq_ext.translation.decode.translator import Translator
 from fairseq_ext.translation.fonts import fonts_for
-from fairseq_ext.translation.text import normalise
-from fairseq_ext.translation.translator import Translator
+from fairseq_ext.translation.text.normalise import normalise
 
 EPILOG = """
 A row is a piece of the target, a column a piece of the source ("▁" is a space, </s> the end), and the
@@ -105,7 +110,7 @@ def attention(
     """
     import torch
 
-    from fairseq_ext.translation.spm import EOS
+    from fairseq_ext.translation.text.spm import EOS
 
     ids = {
         "source": vocabulary.encode(vocabulary.clean(source)),

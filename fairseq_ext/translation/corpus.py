@@ -17,7 +17,7 @@ from typing import Any
 
 from ext_common.cli import UserError
 from ext_common.manifest import atomic_json, sha256_file
-from fairseq_ext.translation.spm import Codec
+from fairseq_ext.translation.text.spm import Codec
 
 KIND, VERSION = "translation", 1
 _REMEDY = "run fairseq_ext.translation.prepare"

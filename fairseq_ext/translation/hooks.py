@@ -5,8 +5,8 @@ from collections.abc import Callable
 from fairseq import scoring
 
 from ext_common.compat.patching import replace
-from fairseq_ext.translation import metrics
-from fairseq_ext.translation.vocabulary import SpmDictionary
+from fairseq_ext.translation.score import metrics
+from fairseq_ext.translation.text.vocabulary import SpmDictionary
 
 
 def score_by_language() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from fairseq.data import BaseWrapperDataset
 
 from ext_common.cli import UserError
-from fairseq_ext.translation.spm import SPECIALS, Codec
+from fairseq_ext.translation.text.spm import SPECIALS, Codec
 
 _SPACE = "\u2581"
 _CACHED_WORDS = 1 << 16

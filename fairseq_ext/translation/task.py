@@ -12,22 +12,22 @@ from fairseq.tasks.translation import TranslationTask
 
 from ext_common.cli import UserError
 from ext_common.epochs import epoch_of
-from fairseq_ext.translation import metrics
 from fairseq_ext.translation.batching import batches, fitting, too_long
-from fairseq_ext.translation.checkpoint import codecs_of
 from fairseq_ext.translation.config import TranslationSpmConfig, check_options
 from fairseq_ext.translation.corpus import Corpus
+from fairseq_ext.translation.decode.checkpoint import codecs_of
 from fairseq_ext.translation.hooks import score_by_language
 from fairseq_ext.translation.sampling import SampledPairs, SubwordSampler
-from fairseq_ext.translation.spm import Codec
-from fairseq_ext.translation.validation import TextValidation, log_scores
-from fairseq_ext.translation.vocabulary import (
+from fairseq_ext.translation.score import metrics
+from fairseq_ext.translation.text.spm import Codec
+from fairseq_ext.translation.text.vocabulary import (
     SpmBpe,
     SpmDictionary,
     direction,
     refuse_other_direction,
     to_state,
 )
+from fairseq_ext.translation.validation import TextValidation, log_scores
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from typing import IO, Optional
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, progress, run
 from ext_common.manifest import atomic_json, atomic_write, sha256_file, versions
-from fairseq_ext.translation.checkpoint import split_paths
-from fairseq_ext.translation.decoding import DecodeOptions
-from fairseq_ext.translation.text import read_lines
-from fairseq_ext.translation.translator import BACKENDS, WINDOW, Translation, Translator
+from fairseq_ext.translation.decode.checkpoint import split_paths
+from fairseq_ext.translation.decode.options import DecodeOptions
+from fairseq_ext.translation.decode.translator import BACKENDS, WINDOW, Translation, Translator
+from fairseq_ext.translation.text.normalise import read_lines
 
 EPILOG = """
 INPUT is UTF-8 text (.gz and .zst are unpacked), - the standard input: lines that are typed are translated

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from fairseq.logging import metrics as logged
 
-from fairseq_ext.translation import metrics
+from fairseq_ext.translation.score import metrics
 
 # Hypotheses end here at the latest, in pieces: 2 · source + 10. Models repeat themselves early in
 # training, and fairseq's 200 would make the first validations the dearest.

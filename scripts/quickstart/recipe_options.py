@@ -166,7 +166,7 @@ def check_text(path, lang, corpus):
     """UserError where there is no text, or by its letters none of ``lang``."""
     from fairseq_ext.backtranslation import monolingual
     from fairseq_ext.backtranslation.guards import LEAST, typical_share
-    from fairseq_ext.translation.text import read_lines
+    from fairseq_ext.translation.text.normalise import read_lines
 
     if path == "-":
         raise UserError("MONO must be a file: what stops and continues cannot read a pipe again")
@@ -194,7 +194,7 @@ def check_model(options):
     if not options.reverse:
         return None, []
     from fairseq_ext.backtranslation.backends import ModelOptions, describe_model
-    from fairseq_ext.translation.text import language
+    from fairseq_ext.translation.text.normalise import language
 
     known = {"backend": options.backend} if options.backend else {}
     described = describe_model(options.reverse, ModelOptions(prefix=options.prefix, **known))

@@ -26,7 +26,7 @@ from steps import ROOT, Steps, relative, show_command
 from translation_steps import train, translate
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
-from fairseq_ext.translation.text import language, read_lines
+from fairseq_ext.translation.text.normalise import language, read_lines
 
 OUT = "quickstart-translation"
 OWNED = (
@@ -289,7 +289,7 @@ def type_and_translate(checkpoint, options):
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history for input()
     print(f"\n== type a line of {language(options.source_lang)}, Ctrl-D ends")
-    from fairseq_ext.translation.translator import Translator
+    from fairseq_ext.translation.decode.translator import Translator
 
     translator = Translator.from_checkpoint([checkpoint])
     while True:

@@ -18,10 +18,10 @@ from fairseq_ext.backtranslation import assemble_build, assemble_clean
 from fairseq_ext.backtranslation.assemble import AssembleOptions, assemble, main
 from fairseq_ext.backtranslation.modes import FILLER
 from fairseq_ext.translation.corpus import Corpus, partial_folder
-from fairseq_ext.translation.filters import FILTERS
-from fairseq_ext.translation.prepare import PrepareOptions, prepare
-from fairseq_ext.translation.spm import EOS, UNK
-from fairseq_ext.translation.text import normalise
+from fairseq_ext.translation.prepare.__main__ import PrepareOptions, prepare
+from fairseq_ext.translation.prepare.filter_chain import FILTERS
+from fairseq_ext.translation.text.normalise import normalise
+from fairseq_ext.translation.text.spm import EOS, UNK
 
 from .test_guards import change_manifest, toy_pairs, write_lines, write_synth
 
@@ -387,7 +387,7 @@ def test_filter_of_a_plugin_with_every_hook(data, tmp_path, monkeypatch):
     plugin.mkdir()
     (plugin / "__init__.py").write_text(
         '''
-from fairseq_ext.translation.filters import FILTERS
+from fairseq_ext.translation.prepare.filter_chain import FILTERS
 
 @FILTERS.register("hooks")
 class Hooks:
@@ -412,7 +412,7 @@ class Hooks:
 def test_round_trip_goes_through_what_the_others_leave(data, tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from fairseq_ext.translation.translator import Translator
+    from fairseq_ext.translation.decode.translator import Translator
 
     pairs = fresh(12)
     answers = dict(pairs)
@@ -537,7 +537,7 @@ def test_draw_is_random_and_grows(data, tmp_path):
 
 
 def test_any_number_of_workers_writes_the_same_bytes(data, tmp_path, monkeypatch):
-    from fairseq_ext.translation import binarise
+    from fairseq_ext.translation.prepare import binarise
 
     pairs = [([en, en], zh) for en, zh in fresh(150)] + [(["", "x"], "好")] * 7
     folders = [

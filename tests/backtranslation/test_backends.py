@@ -4,6 +4,7 @@ import pytest
 
 from ext_common.cli import UserError
 from ext_common.manifest import sha256_file
+from ext_common.random import line_seed
 from fairseq_ext.backtranslation import back_translate
 from fairseq_ext.backtranslation.backends import (
     BACKENDS,
@@ -15,10 +16,9 @@ from fairseq_ext.backtranslation.backends import (
     open_model,
 )
 from fairseq_ext.backtranslation.modes import FILLER, make_mode
-from fairseq_ext.translation.checkpoint import Vocabulary
-from fairseq_ext.translation.decoding import Candidate
-from fairseq_ext.translation.draws import line_seed
-from fairseq_ext.translation.translator import Translator
+from fairseq_ext.translation.decode.checkpoint import Vocabulary
+from fairseq_ext.translation.decode.options import Candidate
+from fairseq_ext.translation.decode.translator import Translator
 
 
 class Letters:

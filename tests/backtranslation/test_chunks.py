@@ -20,7 +20,7 @@ from fairseq_ext.backtranslation import monolingual
 from fairseq_ext.backtranslation.backends import Line
 from fairseq_ext.backtranslation.chunks import Chunks, Offsets, sweep
 from fairseq_ext.backtranslation.claims import Claims, Heart, Owner, start_time
-from fairseq_ext.translation.text import read_lines
+from fairseq_ext.translation.text.normalise import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 ME = Owner.this()

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fairseq_ext.translation.decoding import DecodeOptions, SampleOptions, Source
-from fairseq_ext.translation.spm import EOS, PAD, UNK
-from fairseq_ext.translation.translator import Translator
+from fairseq_ext.translation.decode.options import DecodeOptions, SampleOptions, Source
+from fairseq_ext.translation.decode.translator import Translator
+from fairseq_ext.translation.text.spm import EOS, PAD, UNK
 
 pytest.importorskip("transformers", reason="pip install -e '.[huggingface]'")
 pytest.importorskip("ctranslate2", reason="pip install -e '.[ctranslate2]'")

@@ -32,7 +32,7 @@ from fairseq_ext.backtranslation.claims import Owner
 from fairseq_ext.backtranslation.generate import GenerateOptions, generate
 from fairseq_ext.backtranslation.generate_merge import checked
 from fairseq_ext.backtranslation.ranks import device_of_rank
-from fairseq_ext.translation.text import read_lines
+from fairseq_ext.translation.text.normalise import read_lines
 
 PLUGIN = Path(__file__).with_name("stub_plugin")
 TEXT = "你好。\n\n我们 see\u2028that\x85\nuntranslatable 7\n  \n最后一行\r\n再见"

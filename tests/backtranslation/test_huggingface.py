@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
 from ext_common.cli import UserError
+from ext_common.random import line_seed
 from fairseq_ext.backtranslation import huggingface, huggingface_folder
 from fairseq_ext.backtranslation.huggingface import open_model
-from fairseq_ext.translation.decoding import DecodeOptions, SampleOptions
-from fairseq_ext.translation.draws import line_seed
-from fairseq_ext.translation.translator import Translator
+from fairseq_ext.translation.decode.options import DecodeOptions, SampleOptions
+from fairseq_ext.translation.decode.translator import Translator
 
 _marian = runpy.run_path(str(Path(__file__).with_name("tiny_marian.py")))
 make_marian, LENGTH = _marian["make_marian"], _marian["LENGTH"]

@@ -17,9 +17,9 @@ from ext_common.cli import UserError
 from fairseq_ext.backtranslation import huggingface_ctranslate as wing
 from fairseq_ext.backtranslation.huggingface import fingerprint
 from fairseq_ext.backtranslation.huggingface import open_model as open_huggingface
-from fairseq_ext.translation import ctranslate
-from fairseq_ext.translation.decoding import DecodeOptions, SampleOptions
-from fairseq_ext.translation.translator import Translator
+from fairseq_ext.translation.decode import ctranslate
+from fairseq_ext.translation.decode.options import DecodeOptions, SampleOptions
+from fairseq_ext.translation.decode.translator import Translator
 
 ctranslate2 = pytest.importorskip("ctranslate2")
 _marian = runpy.run_path(str(Path(__file__).with_name("tiny_marian.py")))
@@ -242,7 +242,7 @@ def test_another_process_draws_the_same(trained, exact, batch):
 
     code = f"""
 from fairseq_ext.backtranslation.huggingface_ctranslate import open_model
-from fairseq_ext.translation.decoding import SampleOptions
+from fairseq_ext.translation.decode.options import SampleOptions
 backend, _ = open_model({str(trained)!r}, compute_type="float32", threads=2)
 found = backend.sample({batch[:20]!r}, range(20), SampleOptions(temperature=1.3), 25)
 print([one.ids for one in found])

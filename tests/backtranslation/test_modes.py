@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ext_common.cli import OptionError
 from ext_common.registry import UnknownName
 from fairseq_ext.backtranslation.modes import FILLER, MODES, add_noise, make_mode
-from fairseq_ext.translation.decoding import DecodeOptions, SampleOptions
+from fairseq_ext.translation.decode.options import DecodeOptions, SampleOptions
 
 WORDS = [f"w{n}" for n in range(200)]
 

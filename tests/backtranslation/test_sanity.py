@@ -150,8 +150,8 @@ def test_a_model_that_drops_lines_is_a_bug():
 def translate_with(folder):
     """By greedy search; as in a run, what did not end is no output."""
     from fairseq_ext.backtranslation.huggingface import open_model
-    from fairseq_ext.translation.decoding import DecodeOptions
-    from fairseq_ext.translation.translator import Translator
+    from fairseq_ext.translation.decode.options import DecodeOptions
+    from fairseq_ext.translation.decode.translator import Translator
 
     translator = Translator(*open_model(folder))
 
@@ -171,7 +171,7 @@ def test_a_model_of_random_weights_is_refused(tmp_path):
 def test_a_model_of_random_weights_is_refused_even_where_its_output_ends(tmp_path):
     folder = _marian["make_marian"](tmp_path / "random")
     from fairseq_ext.backtranslation.huggingface import open_model
-    from fairseq_ext.translation.translator import Translator
+    from fairseq_ext.translation.decode.translator import Translator
 
     translator = Translator(*open_model(folder))
     with pytest.raises(UserError, match="writes garbage"):
@@ -189,7 +189,7 @@ def test_scrambled_weights_are_refused(tmp_path):
     import torch
 
     from fairseq_ext.backtranslation.huggingface import open_model
-    from fairseq_ext.translation.translator import Translator
+    from fairseq_ext.translation.decode.translator import Translator
 
     folder = _marian["make_marian"](tmp_path / "trained", updates=150)
     backend, vocabulary = open_model(folder)

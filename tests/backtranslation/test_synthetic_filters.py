@@ -23,9 +23,9 @@ from fairseq_ext.backtranslation.synthetic_filters import (
     Context,
     RoundTrip,
 )
-from fairseq_ext.translation.filters import FILTERS, FilterChain
-from fairseq_ext.translation.spm import UNK
-from fairseq_ext.translation.text import length, normalise
+from fairseq_ext.translation.prepare.filter_chain import FILTERS, FilterChain
+from fairseq_ext.translation.text.normalise import length, normalise
+from fairseq_ext.translation.text.spm import UNK
 
 from .test_guards import toy_pairs
 
@@ -263,7 +263,7 @@ def test_round_trip_needs_a_model():
 def test_round_trip_refuses_a_model_of_the_other_direction(monkeypatch):
     from types import SimpleNamespace
 
-    from fairseq_ext.translation.translator import Translator
+    from fairseq_ext.translation.decode.translator import Translator
 
     model = SimpleNamespace(vocabulary=SimpleNamespace(source_lang="zh", target_lang="en"))
     monkeypatch.setattr(Translator, "from_checkpoint", lambda *_, **__: model)
@@ -299,7 +299,7 @@ def test_fillers_stay_what_they_are(words):
 
 
 def test_fillers_outlive_a_convention_that_folds_case(monkeypatch):
-    from fairseq_ext.translation.text import CONVENTIONS
+    from fairseq_ext.translation.text.normalise import CONVENTIONS
 
     monkeypatch.setitem(CONVENTIONS._entries, "lower", lambda text, lang: text.lower())
     assert clean_synthetic(f"I {FILLER} IT", "en", "lower", True) == f"i {FILLER} it"

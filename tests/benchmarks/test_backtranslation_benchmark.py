@@ -18,7 +18,7 @@ from benchmarks import backtranslation_checks as checks
 from benchmarks import backtranslation_figures as figures
 from benchmarks import backtranslation_sides as sides
 from ext_common.cli import UsageError
-from fairseq_ext.translation.spm import Codec, train_model
+from fairseq_ext.translation.text.spm import Codec, train_model
 
 
 def test_lines_have_the_mean_length_and_are_different():
@@ -118,8 +118,8 @@ def tiny_case(tmp_path_factory):
 
 @pytest.mark.slow
 def test_every_side_reads_the_same_pieces_and_writes_as_many(tiny_case):
-    from fairseq_ext.translation.decoding import DecodeOptions, Source
-    from fairseq_ext.translation.translator import Translator
+    from fairseq_ext.translation.decode.options import DecodeOptions, Source
+    from fairseq_ext.translation.decode.translator import Translator
 
     folder, size, case = tiny_case
     lines = benchmark.read(folder / "lines")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_ext.translation.text import match_key, normalise, script_share
+from fairseq_ext.translation.text.normalise import match_key, normalise, script_share
 
 pytest.importorskip("babel")
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "cldr_corpus.py"

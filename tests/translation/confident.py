@@ -16,7 +16,7 @@ def confident(checkpoint: Path, pairs) -> Path:
         return path
     import torch
 
-    from fairseq_ext.translation.checkpoint import build_model, read_state, vocabulary_of
+    from fairseq_ext.translation.decode.checkpoint import build_model, read_state, vocabulary_of
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -91,7 +91,7 @@ def toy_data(toy_tsv) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_codec(toy_data):
-    from fairseq_ext.translation.spm import Codec
+    from fairseq_ext.translation.text.spm import Codec
 
     return Codec.from_file(toy_data / "spm.en.model", ["<BT>"])
 
@@ -116,7 +116,7 @@ def write_data(data: Path, pairs, languages=("en", "zh"), size=700, kind="unigra
     import torch
     from fairseq.data import indexed_dataset
 
-    from fairseq_ext.translation.spm import Codec, train_model
+    from fairseq_ext.translation.text.spm import Codec, train_model
 
     (data / "text").mkdir(parents=True)
     cuts = {"train": slice(0, 601), "valid": slice(601, 644), "test": slice(644, None)}

@@ -124,7 +124,7 @@ def test_math_signs_and_long_sentences_are_drawn(tmp_path, no_missing_glyph):
 
 @pytest.fixture(scope="module")
 def loaded(toy_checkpoint):
-    from fairseq_ext.translation.checkpoint import build_model, read_state, vocabulary_of
+    from fairseq_ext.translation.decode.checkpoint import build_model, read_state, vocabulary_of
 
     state = read_state(toy_checkpoint)
     return build_model(state, toy_checkpoint), vocabulary_of(state, toy_checkpoint)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ext_common.cli import UserError
-from fairseq_ext.translation import binarise as module
-from fairseq_ext.translation.binarise import (
+from fairseq_ext.translation.prepare import binarise as module
+from fairseq_ext.translation.prepare.binarise import (
     SpmBinarizer,
     binarise,
     check_dictionary,
@@ -20,7 +20,7 @@ from fairseq_ext.translation.binarise import (
     sentence_lengths,
     write_dictionary,
 )
-from fairseq_ext.translation.spm import EOS
+from fairseq_ext.translation.text.spm import EOS
 
 NASTY = [
     "",
@@ -179,7 +179,7 @@ def test_another_dictionary_is_refused(toy_codec, tmp_path, change):
 
 def test_pieces_that_a_dictionary_could_misread(tmp_path):
     """fairseq's dictionary file has flags, and separates by spaces."""
-    from fairseq_ext.translation.spm import Codec, train_model
+    from fairseq_ext.translation.text.spm import Codec, train_model
 
     words = [
         "#fairseq:overwrite",

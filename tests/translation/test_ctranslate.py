@@ -14,8 +14,8 @@ import pytest
 pytest.importorskip("ctranslate2")
 
 from ext_common.cli import UserError
-from fairseq_ext.translation import ctranslate
-from fairseq_ext.translation.translator import DecodeOptions, Translator
+from fairseq_ext.translation.decode import ctranslate
+from fairseq_ext.translation.decode.translator import DecodeOptions, Translator
 
 confident = runpy.run_path(str(Path(__file__).with_name("confident.py")))["confident"]
 
@@ -122,7 +122,7 @@ def test_converted_once_and_found_again(checkpoint, converted, monkeypatch, caps
     def never(*_):
         raise AssertionError("converted a second time")
 
-    import fairseq_ext.translation.ctranslate_convert as module
+    import fairseq_ext.translation.decode.ctranslate_convert as module
 
     monkeypatch.setattr(module, "convert", never)
     again = Translator.from_checkpoint(checkpoint, backend="ctranslate2")
@@ -135,7 +135,7 @@ def test_converted_once_and_found_again(checkpoint, converted, monkeypatch, caps
 def test_a_converted_model_needs_neither_torch_nor_fairseq(checkpoint, converted, repo_root):
     code = f"""
 import sys
-from fairseq_ext.translation.translator import Translator
+from fairseq_ext.translation.decode.translator import Translator
 t = Translator.from_checkpoint({str(checkpoint)!r}, backend="ctranslate2", threads=1)
 print(ascii(t(["I like red apples."])))
 assert not {{"torch", "fairseq"}} & set(sys.modules), "imported"
@@ -162,7 +162,7 @@ def own(checkpoint, tmp_path):
 @pytest.fixture
 def conversions(monkeypatch):
     """Conversions that are counted and made by copying."""
-    import fairseq_ext.translation.ctranslate_convert as module
+    import fairseq_ext.translation.decode.ctranslate_convert as module
 
     made = []
 
@@ -203,7 +203,7 @@ def test_a_damaged_folder_is_made_anew(own, converted, conversions, damage):
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    import fairseq_ext.translation.ctranslate_convert as module
+    import fairseq_ext.translation.decode.ctranslate_convert as module
 
     def fail(checkpoint, folder, *_):
         (folder / "model.bin").write_bytes(b"half")
@@ -248,7 +248,7 @@ def rebuilt(checkpoint, folder, arch="transformer", **changes):
     """A checkpoint of a model with other options, not trained."""
     import torch
 
-    from fairseq_ext.translation.checkpoint import build_model, read_state
+    from fairseq_ext.translation.decode.checkpoint import build_model, read_state
 
     state = read_state(checkpoint)
     build_model(state, checkpoint)  # registers all that is needed
@@ -346,7 +346,7 @@ def test_other_transformers_are_converted(checkpoint, tmp_path, changes, lines):
 
 
 def test_a_conversion_that_does_not_agree_is_refused(checkpoint, tmp_path, monkeypatch):
-    import fairseq_ext.translation.ctranslate_convert as module
+    import fairseq_ext.translation.decode.ctranslate_convert as module
 
     real = module.make_spec
 

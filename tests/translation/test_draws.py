@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from fairseq_ext.translation.decoding import SampleOptions
-from fairseq_ext.translation.draws import draw, line_seed, uniforms
+from ext_common.random import line_seed, uniforms
+from fairseq_ext.translation.decode.draws import draw
+from fairseq_ext.translation.decode.options import SampleOptions
 
 LOGITS = torch.tensor([[0.3, -1.0, 2.0, 0.3, 1.1, -4.0, 0.0, 1.9]])
 

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 
 from ext_common.cli import OptionError, UserError
 from ext_common.registry import UnknownName
-from fairseq_ext.translation.filters import (
+from fairseq_ext.translation.prepare.filter_chain import (
     DEFAULT_FILTERS,
     FILTERS,
     FilterChain,
     parse_filters,
     sample,
 )
-from fairseq_ext.translation.hashes import HashSet, key_hash, text_hash
-from fairseq_ext.translation.pair_filters import longest_loop
-from fairseq_ext.translation.text import length, normalise, read_pairs
+from fairseq_ext.translation.prepare.filters import longest_loop
+from fairseq_ext.translation.prepare.hashes import HashSet, key_hash, text_hash
+from fairseq_ext.translation.text.normalise import length, normalise, read_pairs
 
 ALIGNED = [
     ("Stop!", "站住！"),
@@ -353,7 +353,7 @@ def test_a_chain_travels_to_a_worker_with_its_state():
 
 PLUGIN = """
 from dataclasses import dataclass, field
-from fairseq_ext.translation.filters import FILTERS
+from fairseq_ext.translation.prepare.filter_chain import FILTERS
 
 @dataclass
 class Options:
@@ -370,7 +370,7 @@ class NoWord:
 USE = """
 import argparse, sys
 from fairseq.utils import import_user_module
-from fairseq_ext.translation.filters import FilterChain
+from fairseq_ext.translation.prepare.filter_chain import FilterChain
 import_user_module(argparse.Namespace(user_dir=sys.argv[1]))
 chain = FilterChain("empty; no_word:word=www", "en", "zh")
 print(chain("see www.a.org", "看这里"), chain("see http here", "看这里"), chain.counts["no_word"])

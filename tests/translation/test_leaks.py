@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ext_common.cli import UserError
-from fairseq_ext.translation.leaks import GRAM, SHORTEST, THRESHOLD, LeakGuard, ngram_hashes
+from fairseq_ext.translation.prepare.leaks import GRAM, SHORTEST, THRESHOLD, LeakGuard, ngram_hashes
 
 ENGLISH = [
     "Yes.",

@@ -7,7 +7,7 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_ext.translation.metrics import (
+from fairseq_ext.translation.score.metrics import (
     BLEU_KEYS,
     CHRF_KEYS,
     CorpusScorer,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_ext.translation.overlong import split_line
+from fairseq_ext.translation.text.overlong import split_line
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,13 @@ import pytest
 from fairseq.data import Dictionary, indexed_dataset
 
 from ext_common.cli import UsageError, UserError
-from fairseq_ext.translation import prepare_build, prepare_folder
 from fairseq_ext.translation.corpus import Corpus, partial_folder
-from fairseq_ext.translation.hashes import key_hash
-from fairseq_ext.translation.prepare import PrepareOptions, main, prepare
-from fairseq_ext.translation.splits import split_sha256
-from fairseq_ext.translation.text import match_key, normalise, opencc, read_pairs
+from fairseq_ext.translation.prepare import build as prepare_build
+from fairseq_ext.translation.prepare import folder as prepare_folder
+from fairseq_ext.translation.prepare.__main__ import PrepareOptions, main, prepare
+from fairseq_ext.translation.prepare.hashes import key_hash
+from fairseq_ext.translation.prepare.splits import split_sha256
+from fairseq_ext.translation.text.normalise import match_key, normalise, opencc, read_pairs
 
 from .conftest import ROOT, fairseq
 
@@ -261,7 +262,8 @@ def test_fairseq_trains_the_other_direction(small, tmp_path):
 
 
 def test_any_number_of_workers_writes_the_same_bytes(small, tmp_path, monkeypatch):
-    from fairseq_ext.translation import binarise, prepare_steps
+    from fairseq_ext.translation.prepare import binarise
+    from fairseq_ext.translation.prepare import steps as prepare_steps
 
     monkeypatch.setattr(prepare_steps, "BATCH", 50)
     monkeypatch.setattr(binarise.binarise, "__defaults__", (1, 3000))
@@ -352,7 +354,7 @@ def test_killed_and_started_again(small, tmp_path, stage):
 
 
 def test_no_process_outlives_a_killed_run(small, tmp_path, monkeypatch):
-    from fairseq_ext.translation import prepare_steps
+    from fairseq_ext.translation.prepare import steps as prepare_steps
 
     monkeypatch.setattr(prepare_steps, "BATCH", 20)
     session = killed((prepare_steps, "judge"), small[0], tmp_path / "data", workers=2)
@@ -532,7 +534,7 @@ def test_separate_models(tmp_path):
 
 def test_models_learn_from_train_only(small, tmp_path):
     """A character of valid and test that train has not is spelt in bytes."""
-    from fairseq_ext.translation.spm import train_model
+    from fairseq_ext.translation.text.spm import train_model
 
     corpus = Corpus.open(small[1])
     texts = [corpus.text("train", lang) for lang in corpus.languages]
@@ -781,7 +783,7 @@ def test_filters_of_ones_own(small, tmp_path):
     plugin = tmp_path / "own_filters_of_mine"
     plugin.mkdir()
     (plugin / "__init__.py").write_text(
-        "from fairseq_ext.translation.filters import FILTERS\n"
+        "from fairseq_ext.translation.prepare.filter_chain import FILTERS\n"
         "@FILTERS.register('no_cats')\n"
         "class NoCats:\n"
         "    def __init__(self, languages): pass\n"

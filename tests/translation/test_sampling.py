@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from ext_common.cli import UserError
 from fairseq_ext.translation.sampling import SampledPairs, SubwordSampler
-from fairseq_ext.translation.spm import Codec, train_model
-from fairseq_ext.translation.text import normalise
-from fairseq_ext.translation.vocabulary import SpmDictionary
+from fairseq_ext.translation.text.normalise import normalise
+from fairseq_ext.translation.text.spm import Codec, train_model
+from fairseq_ext.translation.text.vocabulary import SpmDictionary
 
 from .conftest import toy_pairs
 

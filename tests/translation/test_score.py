@@ -13,11 +13,11 @@ from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import PairedTest
 
 from ext_common.cli import UsageError, UserError
-from fairseq_ext.translation import score as command
-from fairseq_ext.translation import significance
-from fairseq_ext.translation.score import ScoringOptions, score
-from fairseq_ext.translation.scoring import Metric, choose_tokenizer
-from fairseq_ext.translation.text import normalise
+from fairseq_ext.translation.score import __main__ as command
+from fairseq_ext.translation.score import significance
+from fairseq_ext.translation.score.__main__ import ScoringOptions, score
+from fairseq_ext.translation.score.scoring import Metric, choose_tokenizer
+from fairseq_ext.translation.text.normalise import normalise
 
 FAST = ScoringOptions(bootstrap=50, randomisations=50)
 ZH = ["我爱北京天安门。", "今天天气很好，我们去公园吧！", "他有3本书。", "你会说中文吗？"]

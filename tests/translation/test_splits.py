@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ext_common.cli import UsageError
-from fairseq_ext.translation.hashes import key_hash
-from fairseq_ext.translation.splits import (
+from fairseq_ext.translation.prepare.hashes import key_hash
+from fairseq_ext.translation.prepare.splits import (
     SPLITS,
     components,
     shared_rows,
@@ -18,7 +18,7 @@ from fairseq_ext.translation.splits import (
     split_sha256,
     wanted_pairs,
 )
-from fairseq_ext.translation.text import read_pairs
+from fairseq_ext.translation.text.normalise import read_pairs
 
 KEYS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=30)
 

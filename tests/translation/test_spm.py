@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ext_common.cli import UserError
-from fairseq_ext.translation import spm
-from fairseq_ext.translation.spm import Codec, train_model
+from fairseq_ext.translation.text import spm
+from fairseq_ext.translation.text.spm import Codec, train_model
 
 WORDS = "the cat sat on a mat and saw 3 of 47 dogs 我 爱 你 们 中国 猫 在 垫子 上".split()
 

@@ -18,9 +18,9 @@ from fairseq.logging import metrics as logged
 import fairseq_ext  # noqa: F401
 from ext_common.cli import UserError
 from fairseq_ext.translation import validation
-from fairseq_ext.translation.metrics import BLEU_KEYS, CHRF_KEYS
+from fairseq_ext.translation.score.metrics import BLEU_KEYS, CHRF_KEYS
 from fairseq_ext.translation.task import TranslationSpmConfig, TranslationSpmTask
-from fairseq_ext.translation.vocabulary import SpmDictionary
+from fairseq_ext.translation.text.vocabulary import SpmDictionary
 
 from .conftest import ROOT, toy_pairs, train_flags, write_data
 from .conftest import fairseq as run
@@ -292,7 +292,7 @@ def test_train1_is_added_once_without_a_flag(toy_data, tmp_path):
 
 def test_reads_what_prepare_writes(toy_tsv, tmp_path):
     """In both directions; the lines under text/ are the sentences, in their order."""
-    from fairseq_ext.translation.prepare import PrepareOptions, prepare
+    from fairseq_ext.translation.prepare.__main__ import PrepareOptions, prepare
 
     prepare([toy_tsv], tmp_path / "data", PrepareOptions(source_lang="en", target_lang="zh"))
     for source, target in (("en", "zh"), ("zh", "en")):

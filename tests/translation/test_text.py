@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ext_common.cli import UsageError, UserError
-from fairseq_ext.translation import text as module
-from fairseq_ext.translation.text import (
+from fairseq_ext.translation.text import normalise as module
+from fairseq_ext.translation.text.normalise import (
     CONVENTIONS,
     detokenise,
     length,

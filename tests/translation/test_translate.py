@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ext_common.cli import UsageError, UserError
 from fairseq_ext.translation import translate as command
-from fairseq_ext.translation.translator import Candidate, Translator
+from fairseq_ext.translation.decode.translator import Candidate, Translator
 
 confident = runpy.run_path(str(Path(__file__).with_name("confident.py")))["confident"]
 
@@ -62,7 +62,7 @@ def echo():
         def decode(self, ids):
             return "".join(chr(i - 4) for i in ids)
 
-    from fairseq_ext.translation.checkpoint import Vocabulary
+    from fairseq_ext.translation.decode.checkpoint import Vocabulary
 
     def decode(batch, options, limit):
         return [[Candidate(list(ids[:-1]), 0.0, False)] * options.nbest for ids in batch]
@@ -239,7 +239,7 @@ def test_an_error_of_the_input_comes_after_its_good_lines():
 @given(st.text("ab\n\r", max_size=30))
 @settings(max_examples=50)
 def test_lines_are_counted_as_they_are_read(tmp_path_factory, text):
-    from fairseq_ext.translation.text import read_lines
+    from fairseq_ext.translation.text.normalise import read_lines
 
     path = tmp_path_factory.mktemp("count") / "x.txt"
     path.write_bytes(text.encode())

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ext_common.cli import UserError
-from fairseq_ext.translation.checkpoint import Vocabulary, read_state, split_paths
-from fairseq_ext.translation.decoding import (
+from fairseq_ext.translation.decode.checkpoint import Vocabulary, read_state, split_paths
+from fairseq_ext.translation.decode.options import (
     Candidate,
     DecodeOptions,
     SampleOptions,
     Source,
     make_batches,
 )
-from fairseq_ext.translation.spm import EOS
-from fairseq_ext.translation.translator import Translator
+from fairseq_ext.translation.decode.translator import Translator
+from fairseq_ext.translation.text.spm import EOS
 
 confident = runpy.run_path(str(Path(__file__).with_name("confident.py")))["confident"]
 NASTY = [
@@ -315,7 +315,7 @@ def test_the_same_as_fairseqs_generator(checkpoint, translator, toy_lines):
     import torch
     from fairseq.sequence_generator import SequenceGenerator
 
-    from fairseq_ext.translation.checkpoint import build_model
+    from fairseq_ext.translation.decode.checkpoint import build_model
 
     model = build_model(read_state(checkpoint), checkpoint)
     dictionary = model.decoder.dictionary
@@ -402,7 +402,7 @@ def toy_pairs_codec(toy_data):
     """Another SentencePiece model, as a checkpoint holds it."""
     import torch
 
-    from fairseq_ext.translation.spm import train_model
+    from fairseq_ext.translation.text.spm import train_model
 
     model = train_model([toy_data / "text" / "train.en"], size=400)
     return torch.frombuffer(bytearray(model), dtype=torch.uint8)

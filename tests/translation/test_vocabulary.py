@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_ext.translation.checkpoint import codecs_of
-from fairseq_ext.translation.spm import Codec
-from fairseq_ext.translation.text import normalise
-from fairseq_ext.translation.vocabulary import (
+from fairseq_ext.translation.decode.checkpoint import codecs_of
+from fairseq_ext.translation.text.normalise import normalise
+from fairseq_ext.translation.text.spm import Codec
+from fairseq_ext.translation.text.vocabulary import (
     Pieces,
     SpmBpe,
     SpmDictionary,
@@ -136,7 +136,7 @@ def test_state_round_trip_is_plain_and_small(toy_codec, tmp_path):
 
 
 def test_two_models_stay_two(toy_codec, toy_data):
-    from fairseq_ext.translation.spm import train_model
+    from fairseq_ext.translation.text.spm import train_model
 
     other = Codec(train_model([toy_data / "text" / "train.zh"], size=400), ["<BT>"])
     found = codecs_of(to_state({"en": toy_codec, "zh": other}, extra_symbols=["<BT>"]))

@@ -8,8 +8,8 @@ import os
 import time
 from hashlib import blake2b
 
+from ext_common.random import line_seed
 from fairseq_ext.backtranslation.backends import BACKENDS, Line
-from fairseq_ext.translation.draws import line_seed
 
 NO_LINE = "untranslatable"
 

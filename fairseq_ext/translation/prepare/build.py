@@ -9,15 +9,16 @@ import numpy as np
 
 from ext_common.cli import UserError
 from ext_common.manifest import sha256_file
+from ext_common.parallel import cpus
 from fairseq_ext.translation.corpus import Corpus
-from fairseq_ext.translation.filters import FilterChain
-from fairseq_ext.translation.hashes import key_hash
-from fairseq_ext.translation.leaks import LeakGuard
-from fairseq_ext.translation.parallel import cpus
-from fairseq_ext.translation.prepare_folder import WORK
-from fairseq_ext.translation.prepare_report import leak_error, say, warn
-from fairseq_ext.translation.prepare_settings import Settings, held_out_splits
-from fairseq_ext.translation.prepare_steps import (
+from fairseq_ext.translation.prepare.filter_chain import FilterChain
+from fairseq_ext.translation.prepare.folder import WORK
+from fairseq_ext.translation.prepare.hashes import key_hash
+from fairseq_ext.translation.prepare.leaks import LeakGuard
+from fairseq_ext.translation.prepare.report import leak_error, say, warn
+from fairseq_ext.translation.prepare.settings import Settings, held_out_splits
+from fairseq_ext.translation.prepare.splits import SPLITS, split, split_sha256
+from fairseq_ext.translation.prepare.steps import (
     Cleaner,
     Kept,
     clean,
@@ -26,9 +27,8 @@ from fairseq_ext.translation.prepare_steps import (
     survey,
     write_splits,
 )
-from fairseq_ext.translation.splits import SPLITS, split, split_sha256
-from fairseq_ext.translation.spm import Codec, train_model
-from fairseq_ext.translation.text import read_lines, read_pairs
+from fairseq_ext.translation.text.normalise import read_lines, read_pairs
+from fairseq_ext.translation.text.spm import Codec, train_model
 
 # SentencePiece adds up in threads, so another number of them is another model.
 SPM_THREADS = 2
@@ -202,7 +202,7 @@ def write_vocabulary(folder: Path, pairs: int, options, settings: Settings) -> d
     models = {lang: folder / f"spm.{lang}.model" for lang in languages}
     texts = [folder / "text" / f"train.{lang}" for lang in languages]
     if settings.base is not None:
-        from fairseq_ext.translation.binarise import check_dictionary
+        from fairseq_ext.translation.prepare.binarise import check_dictionary
 
         for lang, path in models.items():
             shutil.copyfile(settings.base.path / settings.base.spm[lang]["file"], path)
@@ -223,7 +223,7 @@ def write_vocabulary(folder: Path, pairs: int, options, settings: Settings) -> d
             for file in files:
                 models[file.name.removeprefix("train.")].write_bytes(model)
         # here, because SentencePiece needs the memory that torch and fairseq would already occupy
-        from fairseq_ext.translation.binarise import write_dictionary
+        from fairseq_ext.translation.prepare.binarise import write_dictionary
 
         for lang, path in models.items():
             codec = Codec.from_file(path, settings.extra_symbols)
@@ -233,7 +233,7 @@ def write_vocabulary(folder: Path, pairs: int, options, settings: Settings) -> d
 
 def write_ids(corpus: Corpus, workers: int) -> dict[str, dict[str, Any]]:
     """Binarise all splits; returns split → pairs, tokens and unknown pieces of each language."""
-    from fairseq_ext.translation.binarise import binarise
+    from fairseq_ext.translation.prepare.binarise import binarise
 
     found = {}
     for name, pairs in corpus.splits.items():

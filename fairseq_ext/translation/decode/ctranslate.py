@@ -21,9 +21,9 @@ from typing import Any
 
 from ext_common.cli import UserError
 from ext_common.manifest import replace_folder, sha256_file, user_cache
-from fairseq_ext.translation.checkpoint import Vocabulary
-from fairseq_ext.translation.decoding import Candidate, DecodeOptions, SampleOptions
-from fairseq_ext.translation.spm import SPECIALS, Codec
+from fairseq_ext.translation.decode.checkpoint import Vocabulary
+from fairseq_ext.translation.decode.options import Candidate, DecodeOptions, SampleOptions
+from fairseq_ext.translation.text.spm import SPECIALS, Codec
 
 VERSION = 1  # of what a converted folder holds
 DESCRIPTION = "translation.json"
@@ -232,7 +232,7 @@ def usable_type(compute_type: str | None, device: str, ctranslate2: Any) -> str:
 def converted(checkpoint: Path, compute_type: str, user_dir: str | None = None) -> Path:
     """The folder of the converted model, made now or before; what it costs is said on stderr."""
     if not checkpoint.is_file():
-        from fairseq_ext.translation.checkpoint import read_state
+        from fairseq_ext.translation.decode.checkpoint import read_state
 
         read_state(checkpoint)  # says why not
     digest = sha256_file(checkpoint)
@@ -245,7 +245,7 @@ def converted(checkpoint: Path, compute_type: str, user_dir: str | None = None) 
         f"converting {checkpoint} for CTranslate2 ({compute_type}); this happens once",
         file=sys.stderr,
     )
-    from fairseq_ext.translation.ctranslate_convert import convert
+    from fairseq_ext.translation.decode.ctranslate_convert import convert
 
     with writable(places) as (place, temporary):
         report = convert(checkpoint, temporary, compute_type, digest, user_dir)

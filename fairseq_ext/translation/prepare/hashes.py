@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Iterable
 from hashlib import blake2b
 
-from fairseq_ext.translation.text import match_key
+from fairseq_ext.translation.text.normalise import match_key
 
 _START = 1024
 _FILL = 0.6

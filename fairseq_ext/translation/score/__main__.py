@@ -12,8 +12,8 @@ from typing import Any, Optional
 
 from ext_common.cli import Parser, UsageError, add_dataclass, from_args, run
 from ext_common.manifest import atomic_json
-from fairseq_ext.translation.scoring import Scores, ScoringOptions, score
-from fairseq_ext.translation.text import read_lines
+from fairseq_ext.translation.score.scoring import Scores, ScoringOptions, score
+from fairseq_ext.translation.text.normalise import read_lines
 
 __all__ = ["Scores", "ScoringOptions", "score"]
 

@@ -13,8 +13,8 @@ import torch
 from fairseq.data import Dictionary
 
 from ext_common.cli import UserError
-from fairseq_ext.translation.spm import SPECIALS, Codec
-from fairseq_ext.translation.text import normalise, written
+from fairseq_ext.translation.text.normalise import normalise, written
+from fairseq_ext.translation.text.spm import SPECIALS, Codec
 
 
 class Text(str):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ext_common.cli import UserError
-from fairseq_ext.translation.checkpoint import (
+from fairseq_ext.translation.decode.checkpoint import (
     Vocabulary,
     build_model,
     check_alike,
@@ -23,14 +23,14 @@ from fairseq_ext.translation.checkpoint import (
     split_paths,
     vocabulary_of,
 )
-from fairseq_ext.translation.decoding import (
+from fairseq_ext.translation.decode.options import (
     Backend,
     Candidate,
     DecodeOptions,
     Source,
     make_batches,
 )
-from fairseq_ext.translation.overlong import split_line
+from fairseq_ext.translation.text.overlong import split_line
 
 BACKENDS = ("fairseq", "ctranslate2")
 # Lines that are held at a time to be sorted by length.
@@ -92,7 +92,7 @@ class Translator:
         """
         paths = split_paths(path)
         if backend == "ctranslate2":
-            from fairseq_ext.translation.ctranslate import open_model
+            from fairseq_ext.translation.decode.ctranslate import open_model
 
             return cls(*open_model(paths, device, compute_type, user_dir, threads))
         if backend != "fairseq":
@@ -105,7 +105,7 @@ class Translator:
             vocabularies[one] = vocabulary_of(state, one)
             check_alike(vocabularies)
             models.append(build_model(state, one, user_dir))
-        from fairseq_ext.translation.decoder import FairseqBackend
+        from fairseq_ext.translation.decode.decoder import FairseqBackend
 
         decoder = FairseqBackend(models, usable_device(device), compute_type, threads)
         return cls(decoder, vocabularies[paths[0]])

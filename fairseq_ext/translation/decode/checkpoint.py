@@ -9,8 +9,8 @@ from typing import Any
 
 from ext_common import checkpoints
 from ext_common.cli import UserError
-from fairseq_ext.translation.spm import EOS, Codec
-from fairseq_ext.translation.text import detokenise, normalise, written
+from fairseq_ext.translation.text.normalise import detokenise, normalise, written
+from fairseq_ext.translation.text.spm import EOS, Codec
 
 _STATE = {"source_lang", "target_lang", "normalise", "extra_symbols", "spm"}
 

@@ -1,4 +1,4 @@
-"""The filters of a bitext's pairs; :mod:`fairseq_ext.translation.filters` puts them in a chain.
+"""The filters of a bitext's pairs; :mod:`fairseq_ext.translation.prepare.filter_chain` puts them in a chain.
 
 Each is a class of (languages, **options) whose instances are called with a normalised source and target. The
 call returns None to keep the pair or the reason for removing it, with figures. Optional: ``fit(pairs)``,
@@ -14,8 +14,8 @@ import regex
 
 from ext_common.cli import OptionError
 from ext_common.registry import Registry
-from fairseq_ext.translation.hashes import HashSet, text_hash
-from fairseq_ext.translation.text import length, match_key, script_share, unit
+from fairseq_ext.translation.prepare.hashes import HashSet, text_hash
+from fairseq_ext.translation.text.normalise import length, match_key, script_share, unit
 
 FILTERS = Registry("filter")
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from ext_common.cli import UsageError, UserError
 from ext_common.manifest import sha256_file
-from fairseq_ext.translation import text
 from fairseq_ext.translation.corpus import Corpus, with_conversion
-from fairseq_ext.translation.text import CHINESE, CONVENTIONS, language
+from fairseq_ext.translation.text import normalise as text
+from fairseq_ext.translation.text.normalise import CHINESE, CONVENTIONS, language
 
 HELD_OUT = 0.02
 

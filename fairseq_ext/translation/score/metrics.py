@@ -8,7 +8,7 @@ import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 
-from fairseq_ext.translation.text import language
+from fairseq_ext.translation.text.normalise import language
 
 # sacreBLEU's layouts: hypothesis and reference length, 4 matches, 4 totals; 6 × (hypothesis, reference,
 # match).

@@ -19,7 +19,7 @@ import random
 from collections.abc import Iterable
 
 from ext_common.cli import OptionError
-from fairseq_ext.translation.pair_filters import CALIBRATION_PAIRS, FILTERS
+from fairseq_ext.translation.prepare.filters import CALIBRATION_PAIRS, FILTERS
 
 __all__ = ["DEFAULT_FILTERS", "FILTERS", "FilterChain", "parse_filters", "sample"]
 

@@ -12,10 +12,20 @@ from ctranslate2.specs import common_spec, transformer_spec
 
 from ext_common.cli import UserError
 from ext_common.manifest import atomic_json, versions
-from fairseq_ext.translation.checkpoint import Vocabulary, build_model, read_state, vocabulary_of
-from fairseq_ext.translation.ctranslate import DESCRIPTION, VERSION, CTranslate2Backend, tokens
-from fairseq_ext.translation.decoding import Candidate, DecodeOptions
-from fairseq_ext.translation.spm import BYTE_PIECES, EOS, PAD, SPECIALS
+from fairseq_ext.translation.decode.checkpoint import (
+    Vocabulary,
+    build_model,
+    read_state,
+    vocabulary_of,
+)
+from fairseq_ext.translation.decode.ctranslate import (
+    DESCRIPTION,
+    VERSION,
+    CTranslate2Backend,
+    tokens,
+)
+from fairseq_ext.translation.decode.options import Candidate, DecodeOptions
+from fairseq_ext.translation.text.spm import BYTE_PIECES, EOS, PAD, SPECIALS
 
 ACTIVATIONS = {
     "relu": common_spec.Activation.RELU,
@@ -51,7 +61,7 @@ def convert(
             f"{checkpoint} cannot be converted for CTranslate2: {'; '.join(reasons)}:"
             " use --backend fairseq"
         )
-    from fairseq_ext.translation.decoder import FairseqBackend
+    from fairseq_ext.translation.decode.decoder import FairseqBackend
 
     reference = FairseqBackend([model])
     positions = (reference.max_source, reference.max_target)

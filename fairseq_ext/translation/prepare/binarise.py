@@ -17,8 +17,8 @@ from fairseq.data import Dictionary, indexed_dataset
 
 from ext_common.cli import UserError, progress
 from ext_common.manifest import atomic_write
-from fairseq_ext.translation.parallel import in_order
-from fairseq_ext.translation.spm import EOS, SPECIALS, UNK, Codec
+from ext_common.parallel import in_order
+from fairseq_ext.translation.text.spm import EOS, SPECIALS, UNK, Codec
 
 PART_BYTES = 4 << 20
 

@@ -7,10 +7,10 @@ from typing import Any, List, Optional
 import numpy as np
 
 from ext_common.cli import UsageError, UserError, progress
-from fairseq_ext.translation import significance
-from fairseq_ext.translation.metrics import tokenizer_for
-from fairseq_ext.translation.scoring_checks import check_lines, warnings_about
-from fairseq_ext.translation.text import language, normalise, unit
+from fairseq_ext.translation.score import significance
+from fairseq_ext.translation.score.checks import check_lines, warnings_about
+from fairseq_ext.translation.score.metrics import tokenizer_for
+from fairseq_ext.translation.text.normalise import language, normalise, unit
 
 FORMULAS = {"bleu": significance.bleu, "chrf": significance.chrf, "ter": significance.ter}
 METRICS = tuple(FORMULAS)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from ext_common.cli import UserError
-from fairseq_ext.translation.text import script_share
+from fairseq_ext.translation.text.normalise import script_share
 
 # Kind of residue → what it looks like. "@@" alone is no piece: diffs and e-mail have it too.
 _PIECES = {

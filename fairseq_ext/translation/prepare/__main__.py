@@ -22,14 +22,14 @@ from ext_common.cli import (
 )
 from ext_common.compat.messages import leave_out_harmless_warnings
 from ext_common.manifest import MANIFEST_NAME, sha256_file, write_manifest
-from fairseq_ext.translation.filters import DEFAULT_FILTERS, FILTERS, FilterChain
-from fairseq_ext.translation.prepare_build import fill
-from fairseq_ext.translation.prepare_folder import already_made, making
-from fairseq_ext.translation.prepare_report import next_command, table
-from fairseq_ext.translation.prepare_settings import HELD_OUT, Settings, settle
-from fairseq_ext.translation.prepare_steps import Cleaner
-from fairseq_ext.translation.spm import KINDS, check_symbols
-from fairseq_ext.translation.text import CONVENTIONS
+from fairseq_ext.translation.prepare.build import fill
+from fairseq_ext.translation.prepare.filter_chain import DEFAULT_FILTERS, FILTERS, FilterChain
+from fairseq_ext.translation.prepare.folder import already_made, making
+from fairseq_ext.translation.prepare.report import next_command, table
+from fairseq_ext.translation.prepare.settings import HELD_OUT, Settings, settle
+from fairseq_ext.translation.prepare.steps import Cleaner
+from fairseq_ext.translation.text.normalise import CONVENTIONS
+from fairseq_ext.translation.text.spm import KINDS, check_symbols
 
 # What may differ between two runs that write the same bytes.
 RUN_ONLY = ("workers", "overwrite")

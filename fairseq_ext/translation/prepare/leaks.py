@@ -13,8 +13,8 @@ import numpy as np
 import regex
 
 from ext_common.cli import UserError
-from fairseq_ext.translation.hashes import HashSet, text_hash
-from fairseq_ext.translation.text import match_key, read_lines, standard, unit
+from fairseq_ext.translation.prepare.hashes import HashSet, text_hash
+from fairseq_ext.translation.text.normalise import match_key, read_lines, standard, unit
 
 SHORTEST = {"words": 8, "characters": 12}
 """Held-out lines of fewer units are only found as a whole: within others they are everyday phrases."""

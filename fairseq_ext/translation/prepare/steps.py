@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from ext_common.cli import progress
-from fairseq_ext.translation.filters import FilterChain, sample
-from fairseq_ext.translation.hashes import key_hash
-from fairseq_ext.translation.leaks import LeakGuard
-from fairseq_ext.translation.parallel import in_order
-from fairseq_ext.translation.splits import SPLITS
-from fairseq_ext.translation.text import length, normalise, read_pairs
+from ext_common.parallel import in_order
+from fairseq_ext.translation.prepare.filter_chain import FilterChain, sample
+from fairseq_ext.translation.prepare.hashes import key_hash
+from fairseq_ext.translation.prepare.leaks import LeakGuard
+from fairseq_ext.translation.prepare.splits import SPLITS
+from fairseq_ext.translation.text.normalise import length, normalise, read_pairs
 
 BATCH = 2000
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import fairseq_ext
 from ext_common.cli import UserError
-from fairseq_ext.translation.text import unit
+from fairseq_ext.translation.text.normalise import unit
 
 
 def table(report: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import regex
 
 from ext_common.cli import UsageError, UserError
 from ext_common.registry import Registry
-from fairseq_ext.translation.files import raw_lines
+from fairseq_ext.translation.text.files import raw_lines
 
 CONVENTIONS = Registry("normalisation")
 """name → function(text, lang) → text. Both ends of a system use the one its data were made with."""

@@ -10,9 +10,10 @@ from fairseq.search import Search
 from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 
 from ext_common.cli import UserError
-from fairseq_ext.translation.decoding import Candidate, DecodeOptions, SampleOptions
-from fairseq_ext.translation.draws import draw, uniforms
-from fairseq_ext.translation.spm import EOS, PAD
+from ext_common.random import uniforms
+from fairseq_ext.translation.decode.draws import draw
+from fairseq_ext.translation.decode.options import Candidate, DecodeOptions, SampleOptions
+from fairseq_ext.translation.text.spm import EOS, PAD
 
 _TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -1,0 +1,1 @@
+"""From a checkpoint to translations: options, search, fairseq's and CTranslate2's engine."""
