@@ -169,7 +169,7 @@ def write_marian(folder: Path, model: bytes, codec, size: Size) -> int:
     import transformers
     from transformers import GenerationConfig, MarianConfig, MarianMTModel, MarianTokenizer
 
-    from fairseq_ext.backtranslation.huggingface import quiet
+    from fairseq_ext.backtranslation.models.huggingface import quiet
 
     folder.mkdir()
     for side in ("source", "target"):

@@ -48,7 +48,7 @@ def measure_memory(folder: Path, options) -> dict:
 
 def run_generate(folder: Path) -> None:
     """The command, in this process, with a stub for a model."""
-    from fairseq_ext.backtranslation import generate
+    from fairseq_ext.backtranslation.generate import __main__ as generate
 
     flags = [
         "--model",

@@ -45,7 +45,7 @@ class HuggingFace:
         import torch
         import transformers
 
-        from fairseq_ext.backtranslation.huggingface import quiet
+        from fairseq_ext.backtranslation.models.huggingface import quiet
 
         torch.set_num_threads(threads)
         self.length = length_of(folder)
@@ -80,7 +80,7 @@ class HuggingFace:
 
 def ours(name: str, folder: Path, threads: int) -> Side:
     """One of our back ends, with its own batches."""
-    from fairseq_ext.backtranslation.backends import ModelOptions, open_model
+    from fairseq_ext.backtranslation.models.backends import ModelOptions, open_model
     from fairseq_ext.translation.decode.options import DecodeOptions
 
     backend, compute_type, path = OURS[name]

@@ -187,7 +187,7 @@ def evaluate(fake: Path, data: Data, store: Path, output: Path) -> dict:
 def controls(work: Path) -> None:
     """Judge what must score clearly worse than samples, and copies, which must be found out."""
     from diffusion_ext.controls import averaged_images, copies, covariance_gaussian
-    from diffusion_ext.image_store import Images
+    from diffusion_ext.store import Images
 
     path = RESULTS / "controls.json"
     if path.exists():

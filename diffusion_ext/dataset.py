@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from fairseq.data import FairseqDataset
 
-from diffusion_ext.image_store import Images
+from diffusion_ext.store import Images
 
 
 class ImageDataset(FairseqDataset):

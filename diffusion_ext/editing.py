@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from diffusion_ext.denoiser import Denoiser
-from diffusion_ext.images import BadImage, decode_image
 from diffusion_ext.pictures import to_float, to_uint8
+from diffusion_ext.prepare.images import BadImage, decode_image
 from diffusion_ext.randomness import ImageNoise
 from diffusion_ext.samplers import Level, Trajectory, ddim, ddpm, trajectory, transition
 from diffusion_ext.schedules import NoiseSchedule

@@ -15,15 +15,18 @@ the command continues where it was stopped.
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import List, Optional
+from typing import List, NamedTuple, Optional
 
 import numpy as np
 
+from diffusion_ext.pictures import grid, to_uint8
 from ext_common.cli import Parser, UserError, add_dataclass, from_args, progress, run
 from ext_common.manifest import MANIFEST_NAME, atomic_json, sha256_file, write_manifest
 
 SAMPLER = "dpmpp_2m"
 PLAN_NAME = ".plan.json"
+STAGES = 12
+FRAMES = 60
 
 
 @dataclass
@@ -161,8 +164,6 @@ def sample(output: str, options: SampleOptions) -> None:
     picture = beside(folder, "grid.png")
     save_png(picture, grid(np.stack(shown)), scale)
     if options.trajectory:
-        from diffusion_ext.trajectories import stages_of
-
         some = numbers[:8]
         frames = stages_of(model, sampling(model, options, some), some)
         save_png(beside(folder, "strip.png"), frames.strip, scale)
@@ -282,6 +283,35 @@ def drawer(model, options: SampleOptions, numbers: List[int]):
 
     draw([])
     return draw
+
+
+class Stages(NamedTuple):
+    """strip: uint8 (C, H', W'), a row an image, as it is after the first step to after the last; animation:
+    list of grids of all images."""
+
+    strip: np.ndarray
+    animation: list[np.ndarray]
+
+
+def stages_of(model, options: dict, numbers: list[int]) -> Stages:
+    """Draw these images once more, looking on; options as of `DiffusionModel.batches`."""
+    frames = []
+
+    def watch(i, x, x0):
+        frames.append(to_uint8(x))
+
+    for _ in model.batches(numbers, **{**options, "batch_size": len(numbers)}, watch=watch):
+        pass
+    rows = [
+        frames[stage][row] for row in range(len(numbers)) for stage in spread(len(frames), STAGES)
+    ]
+    strip = grid(np.stack(rows), columns=min(STAGES, len(frames)))
+    return Stages(strip, [grid(frames[k]) for k in spread(len(frames), FRAMES)])
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` of the numbers 0 … total − 1, evenly, with the first and the last."""
+    return [round(k) for k in np.linspace(0, total - 1, min(count, total))]
 
 
 if __name__ == "__main__":

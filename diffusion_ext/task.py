@@ -11,13 +11,13 @@ from omegaconf import II, MISSING
 
 from diffusion_ext.augment import AUGMENTATIONS, build_augmentations
 from diffusion_ext.dataset import ImageDataset
-from diffusion_ext.image_build import is_prepared
-from diffusion_ext.image_options import ImageOptions, SplitOptions
-from diffusion_ext.image_store import Images, check_outside, open_images
 from diffusion_ext.model import options_of, unwrapped
 from diffusion_ext.objectives import OBJECTIVES
+from diffusion_ext.prepare.build import is_prepared
+from diffusion_ext.prepare.options import ImageOptions, SplitOptions
 from diffusion_ext.preview import Preview
 from diffusion_ext.schedules import SCHEDULES, build_schedule
+from diffusion_ext.store import Images, check_outside, open_images
 from ext_common.cli import UserError
 from ext_common.epochs import epoch_of, full_batches, in_order, update_freq
 

@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
         preparation += ["--image-size", size] if size else []
         preparation += ["--download"] if own.download else []
         lines.append(["python", "-m", "diffusion_ext.prepare", *preparation])
-        from diffusion_ext.prepare import main as prepare
+        from diffusion_ext.prepare.__main__ import main as prepare
 
         if not own.print_command:
             prepare(preparation)
@@ -178,7 +178,7 @@ def image_size(images: str, given: str | None) -> tuple[int, int]:
             raise UsageError(
                 f"--image-size {given!r} is no size: give pixels, as 64 or 48,64 (height,width)"
             ) from None
-    from diffusion_ext.image_build import read_meta
+    from diffusion_ext.prepare.build import read_meta
 
     meta = read_meta(Path(images))
     if meta is None:

@@ -1,6 +1,6 @@
 """--user-dir of `benchmarks.backtranslation --memory`: the backend "stub", which copies a line's letters."""
 
-from fairseq_ext.backtranslation.backends import BACKENDS, Line
+from fairseq_ext.backtranslation.models.backends import BACKENDS, Line
 
 REASON = "the line is empty"
 

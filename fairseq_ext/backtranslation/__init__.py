@@ -22,7 +22,7 @@ def back_translate(
     `modes.MODES`. options: fields of `backends.ModelOptions`. The draws of a line come from (seed, number of
     the line from 1, round) only. UserError, in one sentence, where a model cannot be used.
     """
-    from fairseq_ext.backtranslation.backends import ModelOptions, ReverseModel, open_model
+    from fairseq_ext.backtranslation.models.backends import ModelOptions, ReverseModel, open_model
     from fairseq_ext.backtranslation.modes import make_mode
 
     if isinstance(lines, str):

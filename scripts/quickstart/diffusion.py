@@ -18,7 +18,7 @@ from typing import Optional
 from steps import ROOT, Steps, relative, show_command
 from training import train_shown
 
-from diffusion_ext.image_build import read_meta
+from diffusion_ext.prepare.build import read_meta
 from ext_common.cli import Parser, UserError, add_dataclass, from_args, run
 
 OUT = "quickstart-diffusion"

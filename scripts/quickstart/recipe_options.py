@@ -123,7 +123,11 @@ class Plan(NamedTuple):
 
 def check(data, mono, options):
     """(Plan, {what: hash} of all that is read). Raises UserError."""
-    from fairseq_ext.backtranslation.assemble import AssembleOptions, make_chain, open_bitext
+    from fairseq_ext.backtranslation.assemble.__main__ import (
+        AssembleOptions,
+        make_chain,
+        open_bitext,
+    )
     from fairseq_ext.backtranslation.modes import make_mode
 
     corpus, languages = open_bitext(Path(data)), (options.source_lang, options.target_lang)
@@ -164,8 +168,8 @@ def check(data, mono, options):
 
 def check_text(path, lang, corpus):
     """UserError where there is no text, or by its letters none of ``lang``."""
-    from fairseq_ext.backtranslation import monolingual
-    from fairseq_ext.backtranslation.guards import LEAST, typical_share
+    from fairseq_ext.backtranslation.assemble.checks import LEAST, typical_share
+    from fairseq_ext.backtranslation.generate import mono as monolingual
     from fairseq_ext.translation.text.normalise import read_lines
 
     if path == "-":
@@ -183,7 +187,7 @@ def check_text(path, lang, corpus):
 
 
 def mode_of(options):
-    from fairseq_ext.backtranslation.generate import GenerateOptions
+    from fairseq_ext.backtranslation.generate.__main__ import GenerateOptions
 
     taken = GenerateOptions.__dataclass_fields__["mode"].default
     return taken if options.mode == OWN else options.mode
@@ -193,7 +197,7 @@ def check_model(options):
     """(what is known of --reverse, flags that generate needs for it); UserError for another direction."""
     if not options.reverse:
         return None, []
-    from fairseq_ext.backtranslation.backends import ModelOptions, describe_model
+    from fairseq_ext.backtranslation.models.backends import ModelOptions, describe_model
     from fairseq_ext.translation.text.normalise import language
 
     known = {"backend": options.backend} if options.backend else {}

@@ -14,8 +14,9 @@ import pytest
 from fairseq.data import indexed_dataset
 
 from ext_common.cli import UsageError, UserError
-from fairseq_ext.backtranslation import assemble_build, assemble_clean
-from fairseq_ext.backtranslation.assemble import AssembleOptions, assemble, main
+from fairseq_ext.backtranslation.assemble import build as assemble_build
+from fairseq_ext.backtranslation.assemble import clean as assemble_clean
+from fairseq_ext.backtranslation.assemble.__main__ import AssembleOptions, assemble, main
 from fairseq_ext.backtranslation.modes import FILLER
 from fairseq_ext.translation.corpus import Corpus, partial_folder
 from fairseq_ext.translation.prepare.__main__ import PrepareOptions, prepare

@@ -6,7 +6,7 @@ from ext_common.cli import UserError
 from ext_common.manifest import sha256_file
 from ext_common.random import line_seed
 from fairseq_ext.backtranslation import back_translate
-from fairseq_ext.backtranslation.backends import (
+from fairseq_ext.backtranslation.models.backends import (
     BACKENDS,
     Line,
     ModelOptions,

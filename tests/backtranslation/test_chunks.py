@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ext_common.cli import UserError
-from fairseq_ext.backtranslation import claims as claiming
-from fairseq_ext.backtranslation import monolingual
-from fairseq_ext.backtranslation.backends import Line
-from fairseq_ext.backtranslation.chunks import Chunks, Offsets, sweep
-from fairseq_ext.backtranslation.claims import Claims, Heart, Owner, start_time
+from fairseq_ext.backtranslation.generate import claims as claiming
+from fairseq_ext.backtranslation.generate import mono as monolingual
+from fairseq_ext.backtranslation.generate.chunks import Chunks, Offsets, sweep
+from fairseq_ext.backtranslation.generate.claims import Claims, Heart, Owner, start_time
+from fairseq_ext.backtranslation.models.backends import Line
 from fairseq_ext.translation.text.normalise import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -204,7 +204,7 @@ def test_processes_race(tmp_path):
     Claims.set_up(tmp_path / "work", names)
     script = (
         "import sys; from pathlib import Path\n"
-        "from fairseq_ext.backtranslation.claims import *\n"
+        "from fairseq_ext.backtranslation.generate.claims import *\n"
         "mine = Claims(Path(sys.argv[1]), Owner.this(), Heart())\n"
         "sys.stdin.read()\n"
         "while claim := mine.take(): print(claim.name)\n"

@@ -41,7 +41,7 @@ def fairseq(checkpoint):
 
 @pytest.fixture(scope="module")
 def huggingface(fairseq):
-    from fairseq_ext.backtranslation.huggingface_decoder import HuggingFaceBackend
+    from fairseq_ext.backtranslation.models.huggingface_decoder import HuggingFaceBackend
 
     tokenizer = SimpleNamespace(
         eos_token_id=EOS, unk_token_id=UNK, pad_token_id=PAD, model_max_length=512

@@ -23,15 +23,14 @@ from hypothesis import strategies as st
 
 from ext_common.cli import UsageError, UserError
 from ext_common.cli import run as run_command
-from fairseq_ext.backtranslation import claims as claiming
-from fairseq_ext.backtranslation import generate as command
-from fairseq_ext.backtranslation import monolingual
-from fairseq_ext.backtranslation.backends import Line
-from fairseq_ext.backtranslation.chunks import Chunks
-from fairseq_ext.backtranslation.claims import Owner
-from fairseq_ext.backtranslation.generate import GenerateOptions, generate
-from fairseq_ext.backtranslation.generate_merge import checked
-from fairseq_ext.backtranslation.ranks import device_of_rank
+from fairseq_ext.backtranslation.generate import __main__ as command
+from fairseq_ext.backtranslation.generate import claims as claiming
+from fairseq_ext.backtranslation.generate import mono as monolingual
+from fairseq_ext.backtranslation.generate.__main__ import GenerateOptions, generate
+from fairseq_ext.backtranslation.generate.chunks import Chunks
+from fairseq_ext.backtranslation.generate.claims import Owner, device_of_rank
+from fairseq_ext.backtranslation.generate.merge import checked
+from fairseq_ext.backtranslation.models.backends import Line
 from fairseq_ext.translation.text.normalise import read_lines
 
 PLUGIN = Path(__file__).with_name("stub_plugin")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from fairseq_ext.backtranslation.generate import GenerateOptions, generate
-from fairseq_ext.backtranslation.generate_work import Worker
+from fairseq_ext.backtranslation.generate.__main__ import GenerateOptions, generate
+from fairseq_ext.backtranslation.generate.work import Worker
 
 NASTY = [
     "",

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from ext_common.cli import UserError
-from fairseq_ext.backtranslation.guards import (
+from fairseq_ext.backtranslation.assemble.checks import (
     check_direction,
     check_one_direction,
     check_scripts,
     hash_files,
     typical_share,
 )
-from fairseq_ext.backtranslation.synthetic import Pair, Synthetic
+from fairseq_ext.backtranslation.assemble.synthetic import Pair, Synthetic
 
 from .conftest import WORDS
 

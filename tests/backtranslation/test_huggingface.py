@@ -17,8 +17,8 @@ from scipy.stats import chisquare
 
 from ext_common.cli import UserError
 from ext_common.random import line_seed
-from fairseq_ext.backtranslation import huggingface, huggingface_folder
-from fairseq_ext.backtranslation.huggingface import open_model
+from fairseq_ext.backtranslation.models import huggingface, huggingface_folder
+from fairseq_ext.backtranslation.models.huggingface import open_model
 from fairseq_ext.translation.decode.options import DecodeOptions, SampleOptions
 from fairseq_ext.translation.decode.translator import Translator
 
@@ -667,7 +667,7 @@ def test_a_description_needs_no_torch(trained):
     import subprocess
 
     code = (
-        "import sys; from fairseq_ext.backtranslation.huggingface_folder import describe;"
+        "import sys; from fairseq_ext.backtranslation.models.huggingface_folder import describe;"
         f" print(describe({str(trained)!r})['target_lang'], 'torch' in sys.modules,"
         " 'transformers' in sys.modules)"
     )

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
 from ext_common.cli import UserError
-from fairseq_ext.backtranslation import huggingface_ctranslate as wing
-from fairseq_ext.backtranslation.huggingface import fingerprint
-from fairseq_ext.backtranslation.huggingface import open_model as open_huggingface
+from fairseq_ext.backtranslation.models import huggingface_ctranslate as wing
+from fairseq_ext.backtranslation.models.huggingface import fingerprint
+from fairseq_ext.backtranslation.models.huggingface import open_model as open_huggingface
 from fairseq_ext.translation.decode import ctranslate
 from fairseq_ext.translation.decode.options import DecodeOptions, SampleOptions
 from fairseq_ext.translation.decode.translator import Translator
@@ -241,7 +241,7 @@ def test_another_process_draws_the_same(trained, exact, batch):
     import sys
 
     code = f"""
-from fairseq_ext.backtranslation.huggingface_ctranslate import open_model
+from fairseq_ext.backtranslation.models.huggingface_ctranslate import open_model
 from fairseq_ext.translation.decode.options import SampleOptions
 backend, _ = open_model({str(trained)!r}, compute_type="float32", threads=2)
 found = backend.sample({batch[:20]!r}, range(20), SampleOptions(temperature=1.3), 25)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ext_common.cli import UserError
-from fairseq_ext.backtranslation import sanity
+from fairseq_ext.backtranslation.generate import sanity
 
 _marian = runpy.run_path(str(Path(__file__).with_name("tiny_marian.py")))
 PAIRS = _marian["toy_pairs"](20)
@@ -149,7 +149,7 @@ def test_a_model_that_drops_lines_is_a_bug():
 
 def translate_with(folder):
     """By greedy search; as in a run, what did not end is no output."""
-    from fairseq_ext.backtranslation.huggingface import open_model
+    from fairseq_ext.backtranslation.models.huggingface import open_model
     from fairseq_ext.translation.decode.options import DecodeOptions
     from fairseq_ext.translation.decode.translator import Translator
 
@@ -170,7 +170,7 @@ def test_a_model_of_random_weights_is_refused(tmp_path):
 
 def test_a_model_of_random_weights_is_refused_even_where_its_output_ends(tmp_path):
     folder = _marian["make_marian"](tmp_path / "random")
-    from fairseq_ext.backtranslation.huggingface import open_model
+    from fairseq_ext.backtranslation.models.huggingface import open_model
     from fairseq_ext.translation.decode.translator import Translator
 
     translator = Translator(*open_model(folder))
@@ -188,7 +188,7 @@ def test_scrambled_weights_are_refused(tmp_path):
     """What an upgrade that unties weights does to a good model."""
     import torch
 
-    from fairseq_ext.backtranslation.huggingface import open_model
+    from fairseq_ext.backtranslation.models.huggingface import open_model
     from fairseq_ext.translation.decode.translator import Translator
 
     folder = _marian["make_marian"](tmp_path / "trained", updates=150)

@@ -9,8 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ext_common.cli import OptionError, UsageError, UserError
-from fairseq_ext.backtranslation.modes import FILLER
-from fairseq_ext.backtranslation.synthetic import (
+from fairseq_ext.backtranslation.assemble.filters import (
+    DEFAULT_SYNTHETIC_FILTERS,
+    Context,
+    RoundTrip,
+)
+from fairseq_ext.backtranslation.assemble.synthetic import (
     GAP,
     SourceEncoder,
     clean_synthetic,
@@ -18,11 +22,7 @@ from fairseq_ext.backtranslation.synthetic import (
     with_gaps,
     without_gaps,
 )
-from fairseq_ext.backtranslation.synthetic_filters import (
-    DEFAULT_SYNTHETIC_FILTERS,
-    Context,
-    RoundTrip,
-)
+from fairseq_ext.backtranslation.modes import FILLER
 from fairseq_ext.translation.prepare.filter_chain import FILTERS, FilterChain
 from fairseq_ext.translation.text.normalise import length, normalise
 from fairseq_ext.translation.text.spm import UNK

@@ -1,4 +1,4 @@
-"""diffusion_ext.detectors with stubs, and with animeface where it works."""
+"""diffusion_ext.evaluate.detectors with stubs, and with animeface where it works."""
 
 import sys
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import numpy as np
 import PIL
 import pytest
 
-from diffusion_ext.detectors import (
+from diffusion_ext.evaluate.detectors import (
     DETECTORS,
     DetectionOptions,
     build_detector,

@@ -17,9 +17,9 @@ pytest.importorskip("fairseq")
 from fairseq.distributed import ModuleProxyWrapper
 
 from diffusion_ext.ema import decay
-from diffusion_ext.image_store import Images
 from diffusion_ext.pictures import grid
 from diffusion_ext.preview import draw_images
+from diffusion_ext.store import Images
 from ext_common.cli import UserError
 
 COLORS = {"color_jitter": [0.5, 0.5, 0.5, 0.1]}

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_ext import evaluation
-from diffusion_ext.comparison import averaged, statistics_parts, total_variation
 from diffusion_ext.controls import averaged_images, copies, covariance_gaussian
-from diffusion_ext.detectors import DETECTORS
-from diffusion_ext.evaluate import main
-from diffusion_ext.evaluation import EvaluationOptions, choose_rows, evaluate
-from diffusion_ext.extractors import build_extractor
-from diffusion_ext.feature_cache import cache_folder, cache_key
-from diffusion_ext.image_options import ImageOptions, SplitOptions
-from diffusion_ext.image_sets import array_set, open_reals, open_samples
-from diffusion_ext.image_store import open_images
-from diffusion_ext.images import decode_image
+from diffusion_ext.evaluate import evaluation
+from diffusion_ext.evaluate.__main__ import main
+from diffusion_ext.evaluate.cache import cache_folder, cache_key
+from diffusion_ext.evaluate.comparison import averaged, statistics_parts, total_variation
+from diffusion_ext.evaluate.detectors import DETECTORS
+from diffusion_ext.evaluate.evaluation import EvaluationOptions, choose_rows, evaluate
+from diffusion_ext.evaluate.extractors import build_extractor
+from diffusion_ext.prepare.images import decode_image
+from diffusion_ext.prepare.options import ImageOptions, SplitOptions
+from diffusion_ext.prepare.sets import array_set, open_reals, open_samples
+from diffusion_ext.store import open_images
 from ext_common.cli import UserError, run
 
 

@@ -10,10 +10,17 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from diffusion_ext import counterpart
 from diffusion_ext.denoiser import Denoiser
-from diffusion_ext.export import FORMATS, TOLERANCE, Probe, largest_difference, main, probe_of
-from diffusion_ext.exported import load_exported, read_config, write_exported
+from diffusion_ext.export import counterpart
+from diffusion_ext.export.__main__ import (
+    FORMATS,
+    TOLERANCE,
+    Probe,
+    largest_difference,
+    main,
+    probe_of,
+)
+from diffusion_ext.export.exported import load_exported, read_config, write_exported
 from diffusion_ext.samplers import ddpm, trajectory
 from diffusion_ext.schedules import NoiseSchedule, build_schedule
 from diffusion_ext.unet import UNet, UNetOptions, divisor
@@ -389,7 +396,9 @@ class TestCommand:
 
             monkeypatch.setattr(counterpart, part, halved)
         else:
-            monkeypatch.setattr("diffusion_ext.export.load_exported", lambda f: tiny(height=16))
+            monkeypatch.setattr(
+                "diffusion_ext.export.__main__.load_exported", lambda f: tiny(height=16)
+            )
         with pytest.raises(UserError, match="read back, its outputs differ .* 1e-04 is accepted"):
             export(path, tmp_path / "out", "--format", format)
         assert [entry.name for entry in tmp_path.iterdir()] == ["variant.pt"]

@@ -1,4 +1,4 @@
-"""diffusion_ext.extractors: features that depend on the image alone, and names that promise no more."""
+"""diffusion_ext.evaluate.extractors: features depend on the image alone, names promise no more."""
 
 import dataclasses
 import warnings
@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_ext import extractors, inception
-from diffusion_ext.classifier import ClassifierOptions, train_classifier, weights_of
-from diffusion_ext.evaluation import EvaluationOptions
-from diffusion_ext.extractors import EXTRACTORS, build_extractor
-from diffusion_ext.feature_cache import cache_folder
-from diffusion_ext.image_options import SplitOptions
-from diffusion_ext.image_sets import array_set
+from diffusion_ext.evaluate import extractors, inception
+from diffusion_ext.evaluate.cache import cache_folder
+from diffusion_ext.evaluate.classifier import ClassifierOptions, train_classifier, weights_of
+from diffusion_ext.evaluate.evaluation import EvaluationOptions
+from diffusion_ext.evaluate.extractors import EXTRACTORS, build_extractor
+from diffusion_ext.prepare.options import SplitOptions
+from diffusion_ext.prepare.sets import array_set
 from ext_common.cli import UserError
 
 SPLIT = SplitOptions(valid_fraction=0.2)

@@ -11,9 +11,9 @@ from fairseq.data import iterators
 from torch.utils.data import DataLoader
 
 from diffusion_ext.dataset import ImageDataset
-from diffusion_ext.image_options import ImageOptions
-from diffusion_ext.image_store import open_images
 from diffusion_ext.pictures import to_float
+from diffusion_ext.prepare.options import ImageOptions
+from diffusion_ext.store import open_images
 
 N = 11
 

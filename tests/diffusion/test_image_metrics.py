@@ -1,4 +1,4 @@
-"""diffusion_ext.metrics, neighbours, leakage and controls against closed forms and slow versions."""
+"""diffusion_ext.evaluate.metrics, neighbours, leakage and controls against closed forms and slow versions."""
 
 import math
 
@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 
-from diffusion_ext import metrics
 from diffusion_ext.controls import averaged_images, copies, covariance_gaussian, noisy
-from diffusion_ext.leakage import (
+from diffusion_ext.evaluate import metrics
+from diffusion_ext.evaluate.leakage import (
     ASYMMETRY,
     ASYMMETRY_KEPT,
     colour_moments,
@@ -19,7 +19,7 @@ from diffusion_ext.leakage import (
     left_right_asymmetry,
     mirror_difference,
 )
-from diffusion_ext.metrics import (
+from diffusion_ext.evaluate.metrics import (
     disjoint_sets,
     floor_note,
     floor_sizes,
@@ -29,7 +29,7 @@ from diffusion_ext.metrics import (
     mmd2,
     precision_recall,
 )
-from diffusion_ext.neighbours import memorisation, nearest_neighbours
+from diffusion_ext.evaluate.neighbours import memorisation, nearest_neighbours
 from ext_common.cli import UserError
 
 

@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusion_ext import image_build, image_store
-from diffusion_ext.image_build import build, content_hash, image_hash, part_of
-from diffusion_ext.image_options import ImageOptions, SplitOptions
-from diffusion_ext.image_store import Images, folder_recipe, held_out, open_images
-from diffusion_ext.images import decode_image
+from diffusion_ext import store as image_store
+from diffusion_ext.prepare import build as image_build
+from diffusion_ext.prepare.build import build, content_hash, image_hash, part_of
+from diffusion_ext.prepare.images import decode_image
+from diffusion_ext.prepare.options import ImageOptions, SplitOptions
+from diffusion_ext.store import Images, folder_recipe, held_out, open_images
 from ext_common.cli import UserError
 
 FILES = {"images.bin", "images.json", "images.meta.json", "manifest.json"}
@@ -435,7 +436,7 @@ class TestKilled:
         for n in range(60):
             write(tmp_path / "data" / f"{n}.png", n, (200, 200))
         code = (
-            "import sys, time; from diffusion_ext.image_store import *\n"
+            "import sys, time; from diffusion_ext.store import *\n"
             "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
             "images = open_images(sys.argv[1], ImageOptions(image_size=[8]))\n"
             "print(images.content_hash, images.path.stat().st_ino)"

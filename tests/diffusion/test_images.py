@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from diffusion_ext.images import BadImage, cover, decode_image, find_images, flatten, to_pixels
+from diffusion_ext.prepare.images import (
+    BadImage,
+    cover,
+    decode_image,
+    find_images,
+    flatten,
+    to_pixels,
+)
 from ext_common.cli import UserError
 
 RED, GRAY = (200, 30, 90), 77

@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
-from diffusion_ext import image_datasets, prepare
-from diffusion_ext.image_build import part_of
-from diffusion_ext.image_datasets import IMAGE_DATASETS, Labelled
-from diffusion_ext.image_options import ImageOptions
-from diffusion_ext.image_store import Images, open_images
-from diffusion_ext.images import decode_image
-from diffusion_ext.prepare import PrepareOptions, main
+from diffusion_ext.prepare import __main__ as prepare
+from diffusion_ext.prepare import known as image_datasets
+from diffusion_ext.prepare.__main__ import PrepareOptions, main
+from diffusion_ext.prepare.build import part_of
+from diffusion_ext.prepare.images import decode_image
+from diffusion_ext.prepare.known import IMAGE_DATASETS, Labelled
+from diffusion_ext.prepare.options import ImageOptions
+from diffusion_ext.store import Images, open_images
 from ext_common.cli import UsageError, UserError
 
 FILES = {"images.bin", "images.json", "images.meta.json", "manifest.json"}

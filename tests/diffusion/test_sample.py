@@ -18,8 +18,7 @@ pytest.importorskip("fairseq")
 from diffusion_ext import pictures
 from diffusion_ext.inference import DiffusionModel
 from diffusion_ext.pictures import grid, to_uint8
-from diffusion_ext.sample import SampleOptions, begin, labels_of, main, plan_of
-from diffusion_ext.trajectories import spread
+from diffusion_ext.sample import SampleOptions, begin, labels_of, main, plan_of, spread
 from ext_common.checkpoints import untouched_logging
 from ext_common.cli import UserError
 

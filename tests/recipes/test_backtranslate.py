@@ -298,7 +298,7 @@ def test_the_steps_of_one_round(corpus, tmp_path, stub, capfd):
 def test_the_steps_of_two_rounds_with_a_model_and_a_baseline(
     corpus, tmp_path, stub, capfd, monkeypatch
 ):
-    import fairseq_ext.backtranslation.backends as backends
+    import fairseq_ext.backtranslation.models.backends as backends
 
     said = {"sha256": "5" * 64, "source_lang": "zho", "target_lang": None}
     monkeypatch.setattr(backends, "describe_model", lambda path, options: said)
@@ -364,7 +364,7 @@ def test_other_options_or_files_are_another_run(corpus, tmp_path, stub, capfd):
 
 
 def test_a_model_of_the_wrong_direction_is_refused(corpus, tmp_path, capfd, monkeypatch):
-    import fairseq_ext.backtranslation.backends as backends
+    import fairseq_ext.backtranslation.models.backends as backends
 
     said = {"sha256": "5" * 64, "source_lang": "en", "target_lang": "zh"}
     monkeypatch.setattr(backends, "describe_model", lambda path, options: said)

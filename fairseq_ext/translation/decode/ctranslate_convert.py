@@ -18,7 +18,7 @@ from fairseq_ext.translation.decode.checkpoint import (
     read_state,
     vocabulary_of,
 )
-from fairseq_ext.translation.decode.ctranslate import (
+from fairseq_ext.translation.decode.ctranslate_backend import (
     DESCRIPTION,
     VERSION,
     CTranslate2Backend,

@@ -4,17 +4,29 @@ A line leaks where its match key is that of a held-out line, whatever the length
 is never evidence of translating), or where it contains nearly all of a longer held-out line.
 """
 
+import hashlib
 import os
 import unicodedata
 from collections.abc import Iterable, Mapping
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import regex
 
 from ext_common.cli import UserError
+from ext_common.manifest import sha256_file
+from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.prepare.hashes import HashSet, text_hash
-from fairseq_ext.translation.text.normalise import match_key, read_lines, standard, unit
+from fairseq_ext.translation.prepare.settings import held_out_splits
+from fairseq_ext.translation.text.normalise import (
+    language,
+    match_key,
+    normalise,
+    read_lines,
+    standard,
+    unit,
+)
 
 SHORTEST = {"words": 8, "characters": 12}
 """Held-out lines of fewer units are only found as a whole: within others they are everyday phrases."""
@@ -136,3 +148,34 @@ def ngram_hashes(values: np.ndarray, n: int) -> np.ndarray:
         total = (total ^ values[offset : offset + len(total)]) * _BASE
         total ^= total >> np.uint64(32)
     return total
+
+
+class Guard:
+    """The valid and test lines of a prepared bitext on the side of ``lang``; call it with a line.
+
+    sha256: of what decides its answers. Raises UserError where the bitext has no such lines.
+    """
+
+    def __init__(self, data: str | os.PathLike, lang: str) -> None:
+        corpus = Corpus.open(data)
+        own = [code for code in corpus.languages if language(code) == language(lang)]
+        if not own:
+            raise UserError(
+                f"{data} is of {' and '.join(corpus.languages)}, and the text is {lang}: give --guard "
+                "the bitext that the forward model is trained on"
+            )
+        self.lang, self.convention = own[0], corpus.convention
+        files = [corpus.text(split, self.lang) for split in held_out_splits(corpus)]
+        if not files:
+            raise UserError(f"{data} has neither valid nor test: give --guard a bitext that has")
+        self.sha256 = _digest(files, self.convention)
+        self._leaks = LeakGuard.from_files({self.lang: files})
+
+    def __call__(self, line: str) -> str | None:
+        """Why a line must not be used, None where it may be."""
+        return self._leaks.find(normalise(line, self.lang, self.convention), self.lang)
+
+
+def _digest(files: list[Path], convention: str) -> str:
+    parts = [convention, *map(sha256_file, files)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()

@@ -9,7 +9,7 @@ import time
 from hashlib import blake2b
 
 from ext_common.random import line_seed
-from fairseq_ext.backtranslation.backends import BACKENDS, Line
+from fairseq_ext.backtranslation.models.backends import BACKENDS, Line
 
 NO_LINE = "untranslatable"
 

@@ -1,0 +1,1 @@
+"""fairseq, Hugging Face Marian and CTranslate2 behind one interface."""

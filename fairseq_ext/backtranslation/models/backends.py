@@ -1,0 +1,346 @@
+"""The models that write the synthetic side, behind one interface: a fairseq checkpoint or several, a
+Hugging Face folder, a CTranslate2 folder.
+
+    model = open_model("checkpoint_best.pt", ModelOptions())
+    encoded = model.encode(lines)
+    found = model.translate(encoded, numbers=range(1, len(lines) + 1), mode=make_mode("topk"))
+
+Someone's own is a class with the static methods ``describe(path, options)`` and ``open(path, options)``
+that their ``--user-dir`` registers in BACKENDS.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from ext_common.cli import UserError
+from ext_common.manifest import sha256_file
+from ext_common.random import line_seed
+from ext_common.registry import Registry
+from fairseq_ext.backtranslation.modes import Mode
+from fairseq_ext.translation.decode.checkpoint import read_state, split_paths
+from fairseq_ext.translation.decode.options import Source
+from fairseq_ext.translation.decode.translator import Translator
+
+BACKENDS = Registry("backend")
+
+
+@dataclass
+class ModelOptions:
+    """How to open the reverse model and how long its outputs may be."""
+
+    backend: str = field(
+        default="auto",
+        metadata={
+            "help": "auto (by what --model is), fairseq, huggingface, ctranslate2 (converted where "
+            "needed; the fastest on a CPU), or one of your --user-dir"
+        },
+    )
+    compute_type: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "float32, float16, bfloat16, and int8 with ctranslate2; none: float32, with "
+            "ctranslate2 int8 on a CPU and float16 on a GPU"
+        },
+    )
+    device: str = field(
+        default="auto",
+        metadata={"help": "cpu, cuda, cuda:1; auto: CUDA where there is one (torchrun: its own)"},
+    )
+    threads: Optional[int] = field(
+        default=None, metadata={"help": "threads on the CPU; none: one for each CPU"}
+    )
+    max_tokens: Optional[int] = field(
+        default=None,
+        metadata={"help": "pieces of padded source in a batch; none: what is fastest"},
+    )
+    max_len_a: float = field(
+        default=2.0,
+        metadata={"help": "output ends at the latest after A · pieces of the source + B pieces: A"},
+    )
+    max_len_b: int = field(default=50, metadata={"help": "B of the same, in pieces"})
+    prefix: Optional[str] = field(
+        default=None,
+        metadata={"help": "put before each line for a Hugging Face model, such as >>eng<<"},
+    )
+    tokenizer: Optional[str] = field(
+        default=None,
+        metadata={"help": "folder with the tokenizer of a CTranslate2 model that lacks it"},
+    )
+    model_source: Optional[str] = field(
+        default=None, metadata={"help": "language the model reads, where it does not say so: zh"}
+    )
+    model_target: Optional[str] = field(
+        default=None, metadata={"help": "language the model writes, where it does not say so: en"}
+    )
+    user_dir: Optional[str] = field(
+        default=None, metadata={"help": "folder whose modules register models, modes or backends"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        for name in ("max_len_a", "max_len_b"):
+            if not 0 <= getattr(self, name) < 1e6:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must lie between 0 and 1,000,000, got "
+                    f"{getattr(self, name)}"
+                )
+
+    def lengths(self) -> dict[str, Any]:
+        """Fields of `DecodeOptions`."""
+        names = ("max_tokens", "max_len_a", "max_len_b")
+        return {name: getattr(self, name) for name in names}
+
+
+class Line(NamedTuple):
+    """The synthetic side of a line.
+
+    score: mean log-probability of its pieces; reason: why there is none, with text "" and score None.
+    """
+
+    text: str
+    score: float | None
+    reason: str | None = None
+
+
+class ReverseModel:
+    """Lines of real text to synthetic ones, each with draws of its own.
+
+    translator: a vocabulary and a backend. description: what :func:`describe_model` says of the model.
+    """
+
+    def __init__(self, translator: Translator, description: dict[str, Any], options: ModelOptions):
+        self.translator, self.description, self.options = translator, description, options
+        self.name = translator.backend.name
+        self.source_lang = translator.vocabulary.source_lang
+        self.target_lang = translator.vocabulary.target_lang
+        self.sha256 = description["sha256"]
+
+    def encode(self, lines: Sequence[str]) -> list[tuple[int, ...]]:
+        """Ids of each line, none where there is nothing to translate; may run beside `translate`."""
+        vocabulary = self.translator.vocabulary
+        cleaned = map(vocabulary.clean, lines)
+        return [tuple(vocabulary.encode(text)) if text else () for text in cleaned]
+
+    def translate(
+        self,
+        encoded: Sequence[tuple[int, ...]],
+        numbers: Sequence[int],
+        mode: Mode,
+        seed: int = 1,
+        round: int = 1,
+        nbest: int = 1,
+        done: Callable[[int], object] = lambda n: None,
+    ) -> list[list[Line]]:
+        """``nbest`` synthetic sides of each line.
+
+        encoded: of :meth:`encode`; numbers: what identifies each line, whose draws come from (seed,
+        number, round) only. done: called with the number of lines that were decoded since.
+        """
+        options = mode.search(nbest, **self.options.lengths())
+        longest = self.translator.backend.max_source
+        sources = []
+        for ids, number in zip(encoded, numbers, strict=True):
+            if not ids or len(ids) > longest:
+                sources.append([])
+            elif options.sampled:
+                seeds = [line_seed(seed, number, round, rank) for rank in range(nbest)]
+                sources.append([Source(ids, one) for one in seeds])
+            else:
+                sources.append([Source(ids)])
+        decoded = self.translator.decode_window(sources, options, done)
+        found = []
+        for ids, number, candidates in zip(encoded, numbers, decoded, strict=True):
+            if not candidates:
+                found.append([Line("", None, self._why_not(ids))] * nbest)
+                continue
+            # a sample is a source of its own, the hypotheses of a search are of one source
+            flat = [one for several in candidates for one in several]
+            flat += [flat[-1]] * (nbest - len(flat))
+            seeds = [line_seed(seed, number, round, rank) for rank in range(nbest)]
+            found.append([self._line(c, mode, s) for c, s in zip(flat, seeds, strict=True)])
+        return found
+
+    def _why_not(self, ids: tuple[int, ...]) -> str:
+        if not ids:
+            return "the line is empty"
+        longest = self.translator.backend.max_source
+        return f"the line has {len(ids)} pieces, the model holds {longest}"
+
+    def _line(self, candidate, mode: Mode, seed: int) -> Line:
+        if candidate.cut:
+            return Line("", None, f"the output did not end within {len(candidate.ids)} pieces")
+        text = self.translator.vocabulary.text(candidate.ids)
+        if "\ufffd" in text:
+            return Line("", None, "the output has bytes that are no character")
+        text = mode.finish(text, seed, self.target_lang) if text else text
+        return Line(text, candidate.score) if text else Line("", None, "the output is empty")
+
+
+def describe_model(path: str, options: ModelOptions) -> dict[str, Any]:
+    """{"sha256", "backend", "compute_type", "source_lang", "target_lang"} of a model, not loaded."""
+    return backend_of(path, options).describe(path, options)
+
+
+def open_model(path: str, options: ModelOptions) -> ReverseModel:
+    """The model, ready to decode. UserError, in one sentence, where that fails."""
+    return backend_of(path, options).open(path, options)
+
+
+def backend_of(path: str, options: ModelOptions) -> Any:
+    """The backend that was asked for, or the one for what ``path`` is."""
+    return BACKENDS.get(kind_of(path) if options.backend == "auto" else options.backend)
+
+
+def kind_of(path: str) -> str:
+    """fairseq, huggingface or ctranslate2, by the files of a model."""
+    if not os.path.isdir(path):
+        looks_like_file = path.endswith(".pt") or os.path.exists(path) or ".pt:" in path
+        hub_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+        return "huggingface" if hub_name and not looks_like_file else "fairseq"
+    folder = Path(path)
+    if (folder / "model.bin").exists():
+        return "ctranslate2"
+    if (folder / "config.json").exists():
+        return "huggingface"
+    checkpoints = sorted(folder.glob("checkpoint*.pt"))
+    hint = f": give a file, such as {checkpoints[0]}" if checkpoints else ""
+    raise UserError(
+        f"{path} is no folder of a model (it has neither config.json nor model.bin){hint}"
+        + ("" if hint else ": give a checkpoint of fairseq-train, or a folder of a model")
+    )
+
+
+@BACKENDS.register("fairseq")
+class Fairseq:
+    """A checkpoint of --task translation_spm, or an ensemble as a.pt:b.pt."""
+
+    @staticmethod
+    def describe(path: str, options: ModelOptions) -> dict[str, Any]:
+        paths = split_paths(path)
+        saved = read_state(paths[0])["task_state"]["translation"]
+        return {
+            "sha256": sha256_of(paths),
+            "backend": "fairseq",
+            "compute_type": options.compute_type or "float32",
+            "source_lang": saved["source_lang"],
+            "target_lang": saved["target_lang"],
+        }
+
+    @staticmethod
+    def open(path: str, options: ModelOptions) -> ReverseModel:
+        translator = Translator.from_checkpoint(
+            split_paths(path),
+            "fairseq",
+            options.device,
+            options.compute_type,
+            options.user_dir,
+            options.threads,
+        )
+        return ReverseModel(translator, Fairseq.describe(path, options), options)
+
+
+@BACKENDS.register("huggingface")
+class HuggingFace:
+    """A sequence-to-sequence model of transformers, Marian first: a folder, or a name on the hub."""
+
+    @staticmethod
+    def describe(path: str, options: ModelOptions) -> dict[str, Any]:
+        from fairseq_ext.backtranslation.models import huggingface_folder
+
+        found = huggingface_folder.describe(path, *_saying(options))
+        return {**found, "compute_type": options.compute_type or "float32"}
+
+    @staticmethod
+    def open(path: str, options: ModelOptions) -> ReverseModel:
+        from fairseq_ext.backtranslation.models import huggingface
+
+        pair = huggingface.open_model(
+            path,
+            options.device,
+            options.compute_type,
+            *_saying(options),
+            threads=options.threads,
+        )
+        return ReverseModel(Translator(*pair), HuggingFace.describe(path, options), options)
+
+
+@BACKENDS.register("ctranslate2")
+class CTranslate2:
+    """A CTranslate2 folder, or one of the others' models, converted once and kept beside it.
+
+    Its draws are of the batch, not of the line: with the modes that draw, other --max-tokens or
+    --chunk-lines give other lines. A run that is killed and goes on ends with the same bytes all the same.
+    """
+
+    @staticmethod
+    def describe(path: str, options: ModelOptions) -> dict[str, Any]:
+        from fairseq_ext.translation.decode.ctranslate import usable_device
+        from fairseq_ext.translation.decode.ctranslate_backend import import_ctranslate2
+
+        if _is_checkpoint(path):
+            found = Fairseq.describe(path, options)
+        else:
+            from fairseq_ext.backtranslation.models import huggingface_ctranslate
+
+            found = huggingface_ctranslate.describe(path, *_saying(options), options.tokenizer)
+        device, _ = usable_device(options.device, import_ctranslate2())
+        found |= {"backend": "ctranslate2", "compute_type": _quantised(options, device)}
+        return {**found, "max_tokens": options.max_tokens or (1024 if device == "cpu" else 4096)}
+
+    @staticmethod
+    def open(path: str, options: ModelOptions) -> ReverseModel:
+        from fairseq_ext.translation.decode import ctranslate
+
+        device, _ = ctranslate.usable_device(options.device, ctranslate.import_ctranslate2())
+        kind = _quantised(options, device)
+        if _is_checkpoint(path):
+            pair = ctranslate.open_model(
+                split_paths(path), options.device, kind, options.user_dir, options.threads
+            )
+        else:
+            from fairseq_ext.backtranslation.models import huggingface_ctranslate
+
+            pair = huggingface_ctranslate.open_model(
+                path,
+                options.device,
+                kind,
+                *_saying(options),
+                tokenizer=options.tokenizer,
+                threads=options.threads,
+            )
+        return ReverseModel(Translator(*pair), CTranslate2.describe(path, options), options)
+
+
+def greedy(model: Any, lines: Sequence[str]) -> list[str]:
+    """What greedy search makes of lines, "" where nothing can be used."""
+    from fairseq_ext.backtranslation.modes import make_mode
+
+    found = model.translate(model.encode(lines), [0] * len(lines), make_mode("beam", {"beam": 1}))
+    return [best.text for best, *_ in found]
+
+
+def _saying(options: ModelOptions) -> tuple[str | None, str | None, str | None]:
+    return options.model_source, options.model_target, options.prefix
+
+
+def _quantised(options: ModelOptions, device: str) -> str:
+    return options.compute_type or ("int8" if device == "cpu" else "float16")
+
+
+def _is_checkpoint(path: str) -> bool:
+    return not os.path.isdir(path) and kind_of(path) == "fairseq"
+
+
+def sha256_of(paths: Sequence[str]) -> str:
+    """SHA-256 of a file; of several, that of their hashes."""
+    digests = [sha256_file(path) for path in paths]
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
