@@ -1,6 +1,5 @@
 """Compat around schedules and the end of a training: hand-over, best metric, loading threads."""
 
-import subprocess
 import sys
 import threading
 from argparse import Namespace
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 
 from ext_common import compat
 from ext_common.compat import schedules, training
+from tests import processes
 
 compat.apply()
 
@@ -242,7 +242,7 @@ sys.exit({code})
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_program_ends_while_its_data_are_being_read(code, tmp_path, repo_root):
-    ended = subprocess.run(
+    ended = processes.run(
         [sys.executable, "-c", READS_AHEAD.format(code=code)],
         cwd=repo_root,
         env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
