@@ -36,9 +36,9 @@ def run(
     check=False,
     **streams,
 ) -> subprocess.CompletedProcess:
-    """`subprocess.run` for `python -m MODULE …` and the commands of fairseq; others are started as they are.
+    """`subprocess.run` for `python -m MODULE …`, `python FILE …` and the commands of fairseq.
 
-    streams: stdout and stderr, PIPE or (stderr) STDOUT.
+    Others are started as they are. streams: stdout and stderr, PIPE or (stderr) STDOUT.
     """
     words = [os.fspath(word) if isinstance(word, os.PathLike) else str(word) for word in words]
     kind = _kind(words)
@@ -80,6 +80,8 @@ def _kind(words: list[str]) -> str | None:
         return "fairseq"
     if words[:2] == [sys.executable, "-m"] and not words[2].startswith("pytest"):
         return "fairseq" if words[2] in _TRAINS else "python"
+    if words[0] == sys.executable and words[1].endswith(".py"):
+        return "python"
     return None
 
 
@@ -146,10 +148,14 @@ def become(installed: list[str], words, cwd, env, streams, timeout) -> None:
         os.dup2(os.open(name, mode), number)
     sys.stdin = open(0, encoding=sys.stdin.encoding, closefd=False)
     paths = [entry for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    if words[1] == "-m":
+    if words[1:2] == ["-m"]:
         sys.path[:] = [cwd, *paths, *installed]
         sys.argv = words[2:]
         runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+    elif words[0] == sys.executable:
+        sys.path[:] = [os.path.dirname(words[1]), *paths, *installed]
+        sys.argv = words[1:]
+        runpy.run_path(words[1], run_name="__main__")
     else:
         sys.path[:] = [str(_bin()), *paths, *installed]
         sys.argv = words
