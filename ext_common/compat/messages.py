@@ -7,6 +7,7 @@ import types
 import warnings
 
 from ext_common.cli import Parser, UsageError, UserError
+from ext_common.compat.patching import as_expected
 
 # (category, start of the message as a regular expression, module that is blamed; "" for any)
 _HARMLESS = (
@@ -41,6 +42,8 @@ def leave_out_harmless_warnings() -> None:
     Only those listed above, by category and message; everything else is shown as ever. Two lines
     are out of reach of fairseq-train, as they come before it imports the plugin: torch.jit.script
     and tensorboardX.
+
+    Thread: none found.
     """
     for category, message, module in _HARMLESS:
         warnings.filterwarnings("ignore", message=message, category=category, module=module)
@@ -70,6 +73,8 @@ def tell_mistakes_in_one_sentence() -> None:
     """Symptom: a mistyped path ends fairseq-train in thirty lines of traceback.
 
     Only UserError is told in words (exit code 1, UsageError 2); a bug keeps its traceback.
+
+    Thread: none found.
     """
     if getattr(sys.excepthook, "_ext_common", False):
         return
@@ -88,11 +93,16 @@ def tell_mistakes_in_one_sentence() -> None:
 
 
 def tell_mistakes_under_hydra() -> None:
-    """The same for fairseq-hydra-train: hydra catches the error itself and prints a traceback."""
+    """Symptom: the same for fairseq-hydra-train: hydra catches the error and prints a traceback.
+
+    Thread: none found.
+    """
     from hydra.core.utils import JobReturn
 
     original = JobReturn.return_value
     if getattr(original.fget, "_ext_common", False):
+        return
+    if not as_expected(original.fget, ("raise self._return_value",), "JobReturn.return_value"):
         return
 
     def return_value(self):
@@ -110,10 +120,14 @@ def tell_mistyped_flags_in_one_sentence() -> None:
     """Symptom: a mistyped flag ends in a hundred lines of all flags there are, and then its name.
 
     fairseq.options makes its parsers by `argparse.ArgumentParser`, after the plugin is imported.
+
+    Thread: none found.
     """
     from fairseq import options
 
-    if not isinstance(options.argparse, _Argparse):
+    if isinstance(options.argparse, _Argparse):
+        return
+    if as_expected(options.get_parser, ("argparse.ArgumentParser(",), "options.get_parser"):
         options.argparse = _Argparse("argparse")
 
 

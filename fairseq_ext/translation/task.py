@@ -16,7 +16,6 @@ from fairseq_ext.translation.batching import batches, fitting, too_long
 from fairseq_ext.translation.config import TranslationSpmConfig, check_options
 from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.decode.checkpoint import codecs_of
-from fairseq_ext.translation.hooks import score_by_language
 from fairseq_ext.translation.sampling import SampledPairs, SubwordSampler
 from fairseq_ext.translation.score import metrics
 from fairseq_ext.translation.text.spm import Codec
@@ -334,6 +333,3 @@ def refuse_synthetic_targets(corpora: List[Corpus], source: str) -> None:
                 f"{corpus.path} has synthetic {corpus.languages[0]}, which is to be translated from, not"
                 f" to: give -s {corpus.languages[0]} -t {corpus.languages[1]}"
             )
-
-
-score_by_language()
