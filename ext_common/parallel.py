@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -16,30 +16,50 @@ _AHEAD = 3
 _function: Callable | None = None
 
 
-def in_order(function: Callable, jobs: Iterable[Any], workers: int) -> Iterator[Any]:
+def in_order(
+    function: Callable,
+    jobs: Iterable[Any],
+    workers: int,
+    *,
+    method: str = "fork",
+    preload: Sequence[str] = (),
+    start: Callable[[], object] | None = None,
+    near: Callable[[Any], str] | None = None,
+) -> Iterator[Any]:
     """``function(job)`` of each job, in order, by ``workers`` processes (1: in this one).
 
-    At most 3 results a worker are waiting. ``function`` may be any callable; jobs and results are
-    pickled. UserError where a process is killed.
+    At most 3 results a worker are waiting. ``function`` may be any callable; jobs and results are pickled.
+    method, preload: how processes begin ("fork" or "forkserver", which loads these modules once); start: the
+    first thing that each does. UserError where a process is killed; near(job): where that was, in words.
     """
     if workers <= 1:
         yield from map(function, jobs)
         return
     # fork: a fresh interpreter would need seconds to import what the function needs. Children use no
     # threads of libraries, so a lock copied while held meets nobody who waits for it.
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(function,))
+    context = multiprocessing.get_context(method)
+    if preload:
+        context.set_forkserver_preload(list(preload))
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(function, start))
     waiting: deque = deque()
+
+    def oldest():
+        result = waiting[0][1].result()
+        waiting.popleft()
+        return result
+
     try:
         for job in jobs:
-            waiting.append(pool.submit(_call, job))
+            waiting.append((job, pool.submit(_call, job)))
             if len(waiting) > _AHEAD * workers:
-                yield waiting.popleft().result()
+                yield oldest()
         while waiting:
-            yield waiting.popleft().result()
+            yield oldest()
     except BrokenProcessPool:
+        where = f" near {near(waiting[0][0])}" if near and waiting else ""
         raise UserError(
-            "a worker process was killed (out of memory?): run again with fewer --workers"
+            f"a worker process died{where} (out of memory, or a library crashed): run again; fewer --workers"
+            " use less memory"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -50,12 +70,14 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _start(function: Callable) -> None:
+def _start(function: Callable, start: Callable[[], object] | None) -> None:
     global _function
     _function = function
     # Ctrl-C is the parent's business
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    if start:
+        start()
 
 
 def _die_with_parent() -> None:

@@ -1,26 +1,20 @@
 """Features of many records, made in worker processes and handed back in order."""
 
-import collections
 import contextlib
 import hashlib
-import multiprocessing
-import os
 import pickle
-import signal
-import threading
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
-from ext_common.cli import UserError
+from ext_common.parallel import in_order
 from fairseq_ext.speaker.features import AudioError, Recording, log_mel, resample
 
 # What one call to a worker reads at least, so that small files do not pay for the way there.
 CALL_BYTES = 1 << 20
-CALLS_AHEAD = 3
 
 
 class Outcome(NamedTuple):
@@ -48,33 +42,18 @@ def extract_all(tasks, spec, min_seconds, from_audio, workers):
             for task in tasks:
                 yield extract(task, *work)
         return
-    # fork would copy locks held by threads of whatever the caller has imported.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchaudio", "soundfile", __name__])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
-    batches = batched(tasks)
-    waiting, futures = collections.deque(), collections.deque()
-    try:
-        while True:
-            while len(waiting) < workers * CALLS_AHEAD:
-                batch = next(batches, None)
-                if batch is None:
-                    break
-                waiting.append(batch)
-                futures.append(pool.submit(extract_batch, batch, *work))
-            if not waiting:
-                return
-            outcomes = futures.popleft().result()
-            waiting.popleft()
-            yield from outcomes
-    except BrokenProcessPool:
-        paths = ", ".join(str(task[0][1].path) for task in waiting[0])
-        raise UserError(
-            f"a worker process died (out of memory, or a decoder crashed) near {paths}: "
-            "run again, it continues; --workers 1 uses the least memory"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    yield from chain.from_iterable(
+        in_order(
+            partial(extract_batch, work=work),
+            batched(tasks),
+            workers,
+            # fork would copy locks held by threads of whatever the caller has imported
+            method="forkserver",
+            preload=["torch", "torchaudio", "soundfile", __name__],
+            start=start_worker,
+            near=lambda batch: ", ".join(str(task[0][1].path) for task in batch),
+        )
+    )
 
 
 def batched(tasks):
@@ -92,20 +71,10 @@ def batched(tasks):
 
 
 def start_worker():
-    """One thread each; Ctrl-C is the parent's business, and without a parent there is nothing to
-    do.
-    """
+    """One thread each."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    threading.Thread(target=die_with_parent, daemon=True).start()
-
-
-def die_with_parent():
-    """End this process when its parent is gone, however it went."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 @contextlib.contextmanager
@@ -121,7 +90,7 @@ def single_thread():
         torch.set_num_threads(threads)
 
 
-def extract_batch(tasks, *work):
+def extract_batch(tasks, work):
     """The outcomes of several tasks, a list for each."""
     return [extract(task, *work) for task in tasks]
 
