@@ -20,13 +20,13 @@ from diffusion_ext.prepare.build import (
     check_bad,
     fingerprint_of,
     is_prepared,
-    part_of,
     printable,
     read_meta,
 )
 from diffusion_ext.prepare.images import Source, decode_image, list_images
 from diffusion_ext.prepare.options import ImageOptions, asked_size, check_split
 from ext_common.cli import UserError
+from ext_common.folders import partial_folder
 from ext_common.manifest import user_cache
 from ext_common.store import open_store
 
@@ -129,7 +129,7 @@ def open_images(data, options) -> Images:
         images = Images.open(data)
         check_asked(images, options)
     else:
-        if not data.exists() and part_of(data.resolve()).exists():
+        if not data.exists() and partial_folder(data).exists():
             raise UserError(
                 f"{data} is still being prepared, or its preparation was interrupted: run the same "
                 "prepare command again, it continues"

@@ -111,29 +111,42 @@ def import_plugin(state: Mapping, user_dir: str | None) -> str | None:
 
     Returns the latter's name where it was not found; the checkpoint may do without.
     """
-    from fairseq.utils import import_user_module
-
     recorded = state["cfg"].get("common") or {}
     recorded = recorded.get("user_dir") if isinstance(recorded, Mapping) else None
     folder = user_dir or recorded
     if not folder or Path(folder).name in OUR_PLUGINS:
         return None
-    if not os.path.isdir(folder):
-        if user_dir:
-            raise UserError(f"--user-dir {user_dir} is not a folder: give the folder of the plugin")
+    if not user_dir and not os.path.isdir(folder):
         return folder
-    name = Path(folder).resolve().name
-    there = getattr(sys.modules.get(name), "__path__", None)
-    if name in sys.modules and str(Path(folder).resolve()) not in map(
-        os.path.realpath, there or []
-    ):
-        raise UserError(
-            f"--user-dir {folder}: another module is called {name!r}: give the folder another name"
-        )
-    from argparse import Namespace
-
-    import_user_module(Namespace(user_dir=str(Path(folder).resolve())))
+    load_plugin(folder)
     return None
+
+
+def load_plugin(folder: str | None) -> None:
+    """Import a --user-dir (None: nothing); by fairseq only where it is of the kind that fairseq looks into.
+
+    UserError where it is no folder, or has the name of another module.
+    """
+    if folder is None:
+        return
+    path = Path(folder).resolve()
+    if not path.is_dir():
+        raise UserError(f"--user-dir {folder} is not a folder: give the folder of the plugin")
+    loaded = sys.modules.get(path.name)
+    if loaded is None and any((path / sub).exists() for sub in ("tasks", "models")):
+        from argparse import Namespace
+
+        from fairseq.utils import import_user_module
+
+        import_user_module(Namespace(user_dir=str(path)))
+        return
+    if loaded is None:
+        sys.path.insert(0, str(path.parent))
+        loaded = importlib.import_module(path.name)
+    if str(path) not in map(os.path.realpath, getattr(loaded, "__path__", None) or []):
+        raise UserError(
+            f"--user-dir {folder}: another module is called {path.name!r}: give the folder another name"
+        )
 
 
 def name_of(state: Mapping, part: str) -> str | None:

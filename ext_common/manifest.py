@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import math
 import os
 import platform
 import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -65,6 +65,13 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     sync_folder(path.parent)
 
 
+def clear_temporary(path: str | os.PathLike) -> None:
+    """Remove what killed writers of ``path`` left; only where nobody can be writing it now."""
+    path = Path(path)
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
 def sync_folder(folder: str | os.PathLike) -> None:
     """Make renames inside ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -74,17 +81,6 @@ def sync_folder(folder: str | os.PathLike) -> None:
         pass  # some network file systems cannot sync a folder; the rename itself still holds
     finally:
         os.close(descriptor)
-
-
-def replace_folder(whole: Path, folder: Path) -> Path:
-    """Give a folder that was written beside its place its name, in the stead of one that has it."""
-    aside = whole.with_name(whole.name + "-old")
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(folder, aside)
-    os.replace(whole, folder)
-    shutil.rmtree(aside, ignore_errors=True)
-    sync_folder(folder.parent)
-    return folder
 
 
 def atomic_json(path: str | os.PathLike, obj: Any) -> None:

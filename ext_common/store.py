@@ -8,7 +8,6 @@ one JSON line a record, written after its data, so that a writer killed at any m
 again and goes on behind the last whole record.
 """
 
-import fcntl
 import json
 import os
 import zlib
@@ -19,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ext_common.cli import UserError
-from ext_common.manifest import atomic_json, sync_folder
+from ext_common.folders import lock
+from ext_common.manifest import atomic_json, clear_temporary, sync_folder
 
 FORMAT = 1
 SYNC_BYTES = 256 << 20
@@ -128,6 +128,7 @@ class StoreWriter:
         atomic_json(self.index, index | {"rows": self._rows, "lengths": lengths})
         os.replace(self.part, self.final)
         sync_folder(self.directory)
+        # while it is held: see _open
         self.journal.unlink()
         self.close()
 
@@ -144,21 +145,26 @@ class StoreWriter:
 
     def _open(self):
         if self.final.exists() and not self.journal.exists():
-            raise UserError(
-                f"{self.final} is already finished: write to another folder or delete it"
-            )
-        self._lines = open(self.journal, "ab+", buffering=0)
+            raise self._finished()
+        self._lines = os.fdopen(lock(self.journal, self.directory), "ab+", buffering=0)
         try:
-            lock(self._lines, self.directory)
-            # Killed between the last rename of finish and the end of its journal.
             if self.final.exists() and not self.part.exists():
+                # A journal without a line is the one that lock has just made: another process finished since
+                # the question above. One with lines is of a run that was killed in finish, before its end.
+                if not os.path.getsize(self.journal):
+                    self.journal.unlink()
+                    raise self._finished()
                 os.replace(self.final, self.part)
+            clear_temporary(self.index)
             self.part.touch()
             self._resume()
         except BaseException:
             self._lines.close()
             raise
         self._data = open(self.part, "ab", buffering=0)
+
+    def _finished(self):
+        return UserError(f"{self.final} is already finished: write to another folder or delete it")
 
     def _resume(self):
         self._lines.seek(0)
@@ -254,21 +260,14 @@ def open_store(directory, name="features"):
 def discard(directory, name="features"):
     """Delete the store in ``directory``, finished or not; UserError while it is being written."""
     part, final, index, journal = store_paths(directory, name)
-    if journal.exists():
-        with open(journal, "ab") as file:
-            lock(file, directory)
-            part.unlink(missing_ok=True)
-            journal.unlink(missing_ok=True)
-    for path in (part, final, index):
-        path.unlink(missing_ok=True)
-
-
-def lock(file, directory):
-    """Hold ``file`` for this process; UserError where another one does. A killed one lets go."""
+    if not any(path.exists() for path in (part, final, index, journal)):
+        return
+    handle = lock(journal, directory)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"{directory} is being written by another process") from None
+        for path in (part, final, index, journal):
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
 
 
 def interrupted_key(directory, name="features"):

@@ -8,9 +8,7 @@ What was written is read back and must compute what the model does.
 
 import contextlib
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +21,8 @@ from diffusion_ext.export import counterpart
 from diffusion_ext.export.exported import import_safetensors, load_exported, write_exported
 from diffusion_ext.unet import UNet
 from ext_common.cli import Parser, UserError, add_dataclass, from_args, run
-from ext_common.manifest import MANIFEST_NAME, replace_folder, write_manifest
+from ext_common.folders import making, refuse_file, refuse_strangers
+from ext_common.manifest import MANIFEST_NAME, write_manifest
 
 __all__ = ["ExportOptions", "export", "load_exported"]
 
@@ -214,28 +213,10 @@ def check_place(dest: Path, output: str | os.PathLike, overwrite: bool) -> None:
     parent = next(p for p in dest.parents if p.exists())
     if not parent.is_dir():
         raise UserError(f"{output} cannot be made: {parent} is a file")
-    if not dest.exists():
-        return
-    if not dest.is_dir():
-        raise UserError(f"{output} is a file: give a folder to write")
-    if not overwrite:
+    refuse_file(dest)
+    if dest.exists() and not overwrite:
         raise UserError(f"{output} exists: use --overwrite to replace it, or another folder")
-    strangers = sorted({path.name for path in dest.iterdir()} - OWN_FILES)
-    if strangers:
-        raise UserError(f"{output} holds other files ({strangers[0]}): give another folder")
-
-
-@contextlib.contextmanager
-def making(dest: Path) -> Iterator[Path]:
-    """A new folder that becomes `dest`, in the place of what is there, when the block ends well."""
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    folder = dest.with_name(f".{dest.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    folder.mkdir()
-    try:
-        yield folder
-        replace_folder(folder, dest)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    refuse_strangers(dest, OWN_FILES)
 
 
 def _packages() -> dict[str, str]:

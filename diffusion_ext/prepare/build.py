@@ -5,16 +5,13 @@ images.json       their index
 images.meta.json  size, names, labels, hashes, what was skipped and why; the fingerprint of the source
 manifest.json     how it came about
 
-It is written beside its place, in `.NAME.part`, and renamed. Killed half-way, the same call continues there.
+It is written beside its place and renamed. Killed half-way, the same call continues there.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import secrets
-import shutil
 import sys
 import warnings
 from collections import Counter
@@ -28,7 +25,8 @@ import PIL
 
 from diffusion_ext.prepare.images import POLICY, BadImage
 from ext_common.cli import UserError, progress
-from ext_common.manifest import MANIFEST_NAME, atomic_json, sync_folder, write_manifest
+from ext_common.folders import making, refuse_strangers
+from ext_common.manifest import MANIFEST_NAME, atomic_json, write_manifest
 from ext_common.store import StoreWriter, interrupted_key, store_paths
 
 FORMAT = 1
@@ -73,20 +71,21 @@ def build(dest, recipe: Recipe, max_bad: float, workers: int | None = None) -> N
     max_bad: share of images that may be unusable. Waits while another process writes the same.
     UserError where ``dest`` holds anything else than a store, or too few images can be used.
     """
-    dest = Path(dest).resolve()
-    part = part_of(dest)
+    fingerprint = recipe.fingerprint
+
+    def made() -> bool:
+        if fingerprint_of(dest) == fingerprint:
+            return True
+        check_replaceable(dest)
+        return False
+
+    def continues(part: Path) -> bool:
+        return _continues(part, fingerprint)
+
     try:
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(dest.with_name(f".{dest.name}.lock")):
-            # Another process may have been faster.
-            if fingerprint_of(dest) == recipe.fingerprint:
-                return
-            check_replaceable(dest)
-            if not _continues(part, recipe.fingerprint):
-                shutil.rmtree(part, ignore_errors=True)
-            if fingerprint_of(part) != recipe.fingerprint or not _is_finished(part):
+        with making(dest, made, wait=True, continues=continues) as part:
+            if part and (fingerprint_of(part) != fingerprint or not _is_finished(part)):
                 _write(part, recipe, max_bad, workers)
-            _swap(part, dest)
     except OSError as error:
         raise UserError(
             f"{error.filename or dest} cannot be written ({error.strerror}): name another place"
@@ -123,20 +122,9 @@ def fingerprint_of(folder) -> str | None:
     return None
 
 
-def part_of(dest) -> Path:
-    """Where the store ``dest`` lies while it is written."""
-    dest = Path(dest)
-    return dest.with_name(f".{dest.name}.part")
-
-
 def check_replaceable(dest) -> None:
     """UserError where a store written to ``dest`` would take the place of somebody's files."""
-    dest = Path(dest)
-    if dest.exists() and not dest.is_dir():
-        raise UserError(f"{dest} is a file: give a folder to write")
-    strangers = sorted({p.name for p in dest.iterdir()} - OWN_FILES) if dest.exists() else []
-    if strangers:
-        raise UserError(f"{dest} holds other files ({strangers[0]}): give a new folder to write")
+    refuse_strangers(Path(dest), OWN_FILES)
 
 
 def image_hash(pixels: np.ndarray) -> str:
@@ -273,38 +261,6 @@ def _continues(part: Path, fingerprint: str) -> bool:
 def _is_finished(folder: Path) -> bool:
     unfinished, final, index, journal = store_paths(folder, NAME)
     return final.exists() and index.exists() and not journal.exists()
-
-
-def _swap(part: Path, dest: Path) -> None:
-    old = dest.with_name(f".{dest.name}.old-{secrets.token_hex(4)}")
-    if dest.exists():
-        dest.rename(old)
-    part.rename(dest)
-    sync_folder(dest.parent)
-    for path in dest.parent.glob(f".{dest.name}.old-*"):  # a killed run may have left another
-        shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _exclusive(path: Path):
-    """Hold the lock file ``path``, which is gone afterwards."""
-    while True:
-        file = open(path, "a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say(f"waiting for another process that writes {path.parent}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        # Whoever had it may have removed the file that this lock is on.
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                break
-        file.close()
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
 
 
 def printable(name: str) -> str:

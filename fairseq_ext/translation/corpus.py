@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ext_common.cli import UserError
+from ext_common.folders import partial_folder
 from ext_common.manifest import atomic_json, sha256_file
 from fairseq_ext.translation.text.spm import Codec
 
@@ -165,13 +166,6 @@ class Corpus:
             for file in needed:
                 if not file.is_file():
                     raise UserError(f"{file} is missing: restore it, or {_REMEDY} again")
-
-
-def partial_folder(dest: str | os.PathLike) -> Path:
-    """Where ``dest`` is while it is being made."""
-    # not by with_name: "." and ".." have none
-    dest = Path(os.path.abspath(dest))
-    return dest.parent / f".{dest.name}.partial"
 
 
 def _read(file: Path) -> dict[str, Any]:

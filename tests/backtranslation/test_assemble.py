@@ -13,11 +13,12 @@ import pytest
 from fairseq.data import indexed_dataset
 
 from ext_common.cli import UsageError, UserError
+from ext_common.folders import partial_folder
 from fairseq_ext.backtranslation.assemble import build as assemble_build
 from fairseq_ext.backtranslation.assemble import clean as assemble_clean
 from fairseq_ext.backtranslation.assemble.__main__ import AssembleOptions, assemble, main
 from fairseq_ext.backtranslation.modes import FILLER
-from fairseq_ext.translation.corpus import Corpus, partial_folder
+from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.prepare.__main__ import PrepareOptions, prepare
 from fairseq_ext.translation.prepare.filter_chain import FILTERS
 from fairseq_ext.translation.text.normalise import normalise

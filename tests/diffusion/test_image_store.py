@@ -16,11 +16,12 @@ from PIL import Image
 
 from diffusion_ext import store as image_store
 from diffusion_ext.prepare import build as image_build
-from diffusion_ext.prepare.build import build, content_hash, image_hash, part_of
+from diffusion_ext.prepare.build import build, content_hash, image_hash
 from diffusion_ext.prepare.images import decode_image
 from diffusion_ext.prepare.options import ImageOptions, SplitOptions
 from diffusion_ext.store import Images, folder_recipe, held_out, open_images
 from ext_common.cli import UserError
+from ext_common.folders import partial_folder
 
 FILES = {"images.bin", "images.json", "images.meta.json", "manifest.json"}
 
@@ -401,9 +402,10 @@ class TestKilled:
 
         with monkeypatch.context() as patch:
             if where == "after":
-                patch.setattr(image_build, "_swap", die)
+                patch.setattr("ext_common.folders._put", die)
             elif where == "rename":
-                patch.setattr(image_build, "sync_folder", die)
+                patch.setattr("ext_common.folders._sync", lambda folder: None)
+                patch.setattr("ext_common.folders.sync_folder", die)
             else:
                 patch.setattr("ext_common.store.sync_folder", die)
             with pytest.raises(Killed):
@@ -412,7 +414,7 @@ class TestKilled:
         for name in FILES:
             whole, again = ((tmp_path / w / name).read_bytes() for w in ("whole", "store"))
             assert whole == again, name
-        assert not part_of(tmp_path / "store").exists()
+        assert not partial_folder(tmp_path / "store").exists()
 
     def test_other_files_in_between_start_over(self, recipe, tmp_path):
         load = recipe.load

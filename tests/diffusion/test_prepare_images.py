@@ -13,12 +13,12 @@ from torchvision import datasets
 from diffusion_ext.prepare import __main__ as prepare
 from diffusion_ext.prepare import known as image_datasets
 from diffusion_ext.prepare.__main__ import PrepareOptions, main
-from diffusion_ext.prepare.build import part_of
 from diffusion_ext.prepare.images import decode_image
 from diffusion_ext.prepare.known import IMAGE_DATASETS, Labelled
 from diffusion_ext.prepare.options import ImageOptions
 from diffusion_ext.store import Images, open_images
 from ext_common.cli import UsageError, UserError
+from ext_common.folders import partial_folder
 from tests import processes
 
 FILES = {"images.bin", "images.json", "images.meta.json", "manifest.json"}
@@ -114,7 +114,7 @@ class TestFolder:
         assert run(source, tmp_path / "a", *args[2:]).returncode == 0
         command = [sys.executable, "-m", "diffusion_ext.prepare", *map(str, args)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        journal = part_of(out) / "images.journal"
+        journal = partial_folder(out) / "images.journal"
         while process.poll() is None:
             if journal.exists() and journal.read_bytes().count(b"\n") > 40:
                 process.send_signal(signal.SIGKILL)

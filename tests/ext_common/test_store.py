@@ -1,11 +1,19 @@
+import fcntl
 import json
+import multiprocessing
+import os
+import random
+import re
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ext_common import store
 from ext_common.cli import UserError
 from ext_common.store import StoreWriter, discard, interrupted_key, open_store, store_paths
 
@@ -151,6 +159,75 @@ def test_two_writers_at_once_are_refused(tmp_path):
         with pytest.raises(UserError, match="another process"):
             discard(tmp_path)
     StoreWriter(tmp_path, (3,)).close()
+
+
+@pytest.mark.parametrize("moment", ["asked", "opened"])
+def test_another_finishes_between_looking_and_locking(tmp_path, monkeypatch, moment):
+    """After the question whether it is finished, and after the journal was opened that is then removed."""
+    items = records()
+    module, name = (store, "lock") if moment == "asked" else (fcntl, "flock")
+    locking = getattr(module, name)
+
+    def late(*args):
+        monkeypatch.undo()
+        first.finish()
+        return locking(*args)
+
+    first = StoreWriter(tmp_path, (3,))
+    for name_, array in items:
+        first.append(name_, array)
+    monkeypatch.setattr(module, name, late)
+    with pytest.raises(
+        UserError, match="is already finished: write to another folder or delete it"
+    ):
+        StoreWriter(tmp_path, (3,))
+    assert len(open_store(tmp_path)) == len(items)
+    assert sorted(finished_bytes(tmp_path)) == ["features.bin", "features.json"]
+
+
+@pytest.mark.parametrize("count", [2, 10, pytest.param(50, marks=pytest.mark.slow)])
+def test_many_at_once_killed_at_random(tmp_path, count):
+    """Who ends well leaves the store whole, whatever comes after it; who loses says so in a sentence."""
+    draw, items = random.Random(count), records(60)
+    write(tmp_path / "whole", items)
+
+    def prepare():
+        try:
+            write(tmp_path / "store", items, start=None)
+        except UserError as error:
+            lost = re.search("being written by another|already finished", str(error))
+            os._exit(3 if lost and "\n" not in str(error) else 4)
+        os._exit(0)
+
+    done = False
+    while not done:
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=prepare) for _ in range(count)]
+        for process in processes:
+            process.start()
+        for process in draw.sample(processes, count // 2 + 1):
+            time.sleep(draw.uniform(0, 0.01))
+            process.kill()
+        for process in processes:
+            process.join()
+        codes = {process.exitcode for process in processes}
+        assert codes <= {0, 3, -signal.SIGKILL}
+        _, final, _, journal = store_paths(tmp_path / "store")
+        done = final.exists() and not journal.exists()
+        assert done or 0 not in codes
+    assert finished_bytes(tmp_path / "store") == finished_bytes(tmp_path / "whole")
+
+
+def test_a_store_that_is_being_written_is_not_discarded(tmp_path):
+    with StoreWriter(tmp_path, (3,)) as writer:
+        writer.append(*records()[0])
+        with pytest.raises(UserError, match="being written by another process"):
+            discard(tmp_path)
+        writer.finish()
+    assert len(open_store(tmp_path)) == 1
+    discard(tmp_path)
+    discard(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_store_is_not_overwritten(tmp_path):

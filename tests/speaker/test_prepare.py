@@ -1,8 +1,10 @@
 import csv
 import importlib.util
 import json
+import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -585,6 +587,39 @@ def test_stopped_between_the_last_steps_it_ends_with_the_same_bytes(
     assert not (tmp_path / "b" / "features.journal").exists()
 
 
+@pytest.mark.parametrize("count", [2, 10, pytest.param(50, marks=pytest.mark.slow)])
+def test_many_at_once_killed_at_random(tmp_path, source, count, capfd):
+    """Who ends well leaves a whole corpus, whatever comes after it; who loses says so in a sentence."""
+    prepare(source, tmp_path / "whole", one())
+    draw = random.Random(count)
+
+    def run():
+        try:
+            prepare(source, tmp_path / "data", one())
+        except UserError as error:
+            lost = "is being written by another process" in str(error)
+            os._exit(3 if lost and "\n" not in str(error) else 4)
+        os._exit(0)
+
+    ended = set()
+    while 0 not in ended:
+        context = multiprocessing.get_context("fork")
+        runs = [context.Process(target=run) for _ in range(count)]
+        for process in runs:
+            process.start()
+        for process in draw.sample(runs, count // 2 + 1):
+            time.sleep(draw.uniform(0, 0.03))
+            process.kill()
+        for process in runs:
+            process.join()
+        ended = {process.exitcode for process in runs}
+        assert ended <= {0, 3, -signal.SIGKILL}
+    assert products(tmp_path / "data") == products(tmp_path / "whole")
+    capfd.readouterr()
+    prepare(source, tmp_path / "data", one())
+    assert "nothing to do" in capfd.readouterr().out
+
+
 def test_a_finished_run_is_left_alone(tmp_path, source, capsys):
     prepare(source, tmp_path / "data", one())
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()}
@@ -596,9 +631,9 @@ def test_a_finished_run_is_left_alone(tmp_path, source, capsys):
 def test_other_options_or_recordings_are_refused_without_overwrite(tmp_path, source):
     prepare(source, tmp_path / "data", one())
     before = products(tmp_path / "data")
-    with pytest.raises(UserError, match="prepared with --seed 1, now 2: use --overwrite"):
+    with pytest.raises(UserError, match="prepared with --seed 1, not 2: use --overwrite"):
         prepare(source, tmp_path / "data", one(seed=2))
-    with pytest.raises(UserError, match="prepared with --n-mels 40, now 30"):
+    with pytest.raises(UserError, match="prepared with --n-mels 40, not 30"):
         prepare(source, tmp_path / "data", one(), FeatureSpec(n_mels=30))
     soundfile.write(source / "s0" / "0.wav", noise(0.3, 999), RATE)
     with pytest.raises(UserError, match="other recordings, or they have changed"):

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from ext_common.cli import UserError
-from fairseq_ext.translation.corpus import Corpus, partial_folder
+from ext_common.folders import partial_folder
+from fairseq_ext.translation.corpus import Corpus
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """`translation.prepare`, from files to a folder that fairseq trains on."""
 
+import errno
 import gzip
 import json
 import multiprocessing
@@ -16,10 +17,11 @@ import numpy as np
 import pytest
 from fairseq.data import Dictionary, indexed_dataset
 
+from ext_common import folders
 from ext_common.cli import UsageError, UserError
-from fairseq_ext.translation.corpus import Corpus, partial_folder
+from ext_common.folders import partial_folder
+from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.prepare import build as prepare_build
-from fairseq_ext.translation.prepare import folder as prepare_folder
 from fairseq_ext.translation.prepare.__main__ import PrepareOptions, main, prepare
 from fairseq_ext.translation.prepare.hashes import key_hash
 from fairseq_ext.translation.prepare.splits import split_sha256
@@ -338,7 +340,7 @@ def alive(session: int) -> bool:
         (prepare_build, "clean"),
         (prepare_build, "train_model"),
         (prepare_build, "write_ids"),
-        (prepare_folder, "_replace"),
+        (folders, "_put"),
     ],
     ids=lambda stage: stage[1],
 )
@@ -364,12 +366,18 @@ def test_no_process_outlives_a_killed_run(small, tmp_path, monkeypatch):
     assert not alive(session)
 
 
-@pytest.mark.parametrize("renames", [1, 2])
+def without_exchange(*_):
+    raise OSError(errno.EINVAL, "Invalid argument")
+
+
+@pytest.mark.parametrize("renames", [1, 4])
 def test_killed_while_it_replaces(small, tmp_path, renames, monkeypatch, capsys):
     """Whatever the moment, the next run finds the earlier folder whole, and need not make it."""
     run(small[0], tmp_path / "data")
     count = iter(range(9))
     rename = os.rename
+    # as on a file system that cannot exchange two names: the 4th rename finds none of this name
+    monkeypatch.setattr(folders, "_exchange", without_exchange)
 
     def dying(*paths):
         if next(count) == renames - 1:
@@ -399,8 +407,8 @@ def test_failure_leaves_nothing(small, tmp_path, monkeypatch):
 
 
 def test_two_at_once_are_refused(small, tmp_path):
-    with prepare_folder.making(tmp_path / "data"):
-        with pytest.raises(UserError, match="being prepared by another process"):
+    with folders.making(tmp_path / "data"):
+        with pytest.raises(UserError, match="being written by another process"):
             run(small[0], tmp_path / "data")
         assert partial_folder(tmp_path / "data").is_dir()
     assert (tmp_path / "data").is_dir()

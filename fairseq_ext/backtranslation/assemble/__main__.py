@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+from ext_common.checkpoints import load_plugin
 from ext_common.cli import (
     OptionError,
     Parser,
@@ -29,6 +30,7 @@ from ext_common.cli import (
     run,
 )
 from ext_common.compat.messages import leave_out_harmless_warnings
+from ext_common.folders import making
 from ext_common.manifest import MANIFEST_NAME, sha256_file, write_manifest
 from fairseq_ext.backtranslation.assemble.build import TRAIN, fill
 from fairseq_ext.backtranslation.assemble.checks import (
@@ -40,9 +42,8 @@ from fairseq_ext.backtranslation.assemble.filters import DEFAULT_SYNTHETIC_FILTE
 from fairseq_ext.backtranslation.assemble.synthetic import Synthetic
 from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.decode.checkpoint import split_paths
-from fairseq_ext.translation.prepare.__main__ import load_plugin
 from fairseq_ext.translation.prepare.filter_chain import FILTERS, FilterChain
-from fairseq_ext.translation.prepare.folder import already_made, making
+from fairseq_ext.translation.prepare.folder import already_made
 from fairseq_ext.translation.prepare.report import next_command, share
 
 KIND = "assembled"
@@ -149,15 +150,15 @@ def assemble(data, synths, dest, options: AssembleOptions | None = None) -> dict
         corpus.codec(direction[0]).symbol_id(options.tag)
     hashes = hash_inputs(corpus, opened, options)
     plan = {"inputs": [digest(files) for files in hashes], "options": without_run_only(options)}
-    if already_made(dest, plan, options.overwrite):
-        print(f"{dest} is already assembled with these options and files: nothing to do")
-        report = json.loads((dest / MANIFEST_NAME).read_text(encoding="utf-8"))["report"]
-    else:
-        context = Context(corpus.extra_symbols, options.forward, options.user_dir)
-        for one in chain.filters.values():
-            if hasattr(one, "setup"):
-                one.setup(context)
-        with making(dest) as folder:
+    with making(dest, lambda: already_made(dest, plan, options.overwrite)) as folder:
+        if folder is None:
+            print(f"{dest} is already assembled with these options and files: nothing to do")
+            report = json.loads((dest / MANIFEST_NAME).read_text(encoding="utf-8"))["report"]
+        else:
+            context = Context(corpus.extra_symbols, options.forward, options.user_dir)
+            for one in chain.filters.values():
+                if hasattr(one, "setup"):
+                    one.setup(context)
             report = fill(folder, corpus, opened, direction, options, chain)
             write_manifest(
                 folder,

@@ -23,7 +23,6 @@ from fairseq_ext.backtranslation.assemble.clean import (
 from fairseq_ext.backtranslation.assemble.synthetic import SourceEncoder, Synthetic
 from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.prepare.filter_chain import FilterChain, sample
-from fairseq_ext.translation.prepare.folder import WORK
 from fairseq_ext.translation.prepare.leaks import LeakGuard
 from fairseq_ext.translation.prepare.report import short
 from fairseq_ext.translation.prepare.settings import held_out_splits
@@ -45,7 +44,8 @@ def fill(
 
     direction: (synthetic language, real language), the direction that the folder trains.
     """
-    workers, work = options.workers or cpus(), folder / WORK
+    workers, work = options.workers or cpus(), folder / "work"
+    work.mkdir()
     texts = [corpus.text(TRAIN, lang) for lang in direction]
     bitext = sample(zip(*map(read_lines, texts), strict=True), seed=options.seed)
     chain.fit(bitext)
@@ -77,6 +77,7 @@ def fill(
     copy_held_out(corpus, new)
     write_text(corpus, new, found, work, options)
     tokens = write_ids(corpus, new, found, synths, work, options, workers)
+    shutil.rmtree(work)
     new.save()
     Corpus.open(folder)
     return make_report(corpus, new, found, synths, tokens, options)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+from ext_common.checkpoints import load_plugin
 from ext_common.cli import (
     Parser,
     UsageError,
@@ -284,24 +285,6 @@ def make_plan(
         "chunk_lines": options.chunk_lines,
         "model_options": {name: getattr(options, name) for name in names},
     }
-
-
-def load_plugin(folder: str | None) -> None:
-    """Import a --user-dir; by fairseq only where it is of the kind that fairseq looks into."""
-    if folder is None:
-        return
-    path = Path(folder).resolve()
-    if not path.is_dir() or any((path / sub).exists() for sub in ("tasks", "models")):
-        from fairseq_ext.translation.prepare import __main__ as prepare
-
-        prepare.load_plugin(folder)
-        return
-    import importlib
-
-    sys.path.insert(0, str(path.parent))
-    module = importlib.import_module(path.name)
-    if str(path) not in map(os.path.realpath, getattr(module, "__path__", [])):
-        raise UserError(f"--user-dir {folder} has the name of another package: rename the folder")
 
 
 if __name__ == "__main__":

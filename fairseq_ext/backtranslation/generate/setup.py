@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ext_common.cli import UserError
+from ext_common.folders import difference, refuse_file
 from ext_common.manifest import MANIFEST_NAME, sync_folder
 from fairseq_ext.backtranslation.generate import mono as monolingual
 from fairseq_ext.backtranslation.generate.chunks import MERGE, WORK, Chunks, Offsets, name_of, sweep
@@ -25,6 +26,12 @@ from fairseq_ext.backtranslation.generate.claims import (
 )
 
 KIND = "synthetic"
+WORDS = {
+    "mono": "other content of MONO",
+    "guard": "other held-out lines to guard (--guard)",
+    "sha256": "another model",
+    "name": "--mode {before}, not {now}",
+}
 _SETUP, _OLD = f"{WORK}-setup@", f"{WORK}-old@"
 
 
@@ -116,8 +123,7 @@ def output_names(real: str, synthetic: str, nbest: int) -> list[str]:
 
 def check_free(dest: Path) -> None:
     """UserError where ``dest`` holds what no earlier run of this command can have left."""
-    if dest.exists() and not dest.is_dir():
-        raise UserError(f"{dest} is a file: give a folder to write")
+    refuse_file(dest)
     names = sorted(os.listdir(dest)) if dest.exists() else []
     for name in names:
         if name.startswith((_SETUP, _OLD, ".nfs")):
@@ -133,32 +139,8 @@ def check_same(dest: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     now = json.loads(json.dumps(now))
     if before != now:
         raise UserError(
-            f"{dest} was begun with {difference(before, now)}: give another folder, or delete it"
+            f"{dest} was begun with {difference(before, now, WORDS)}: give another folder, or delete it"
         )
-
-
-def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first thing that two plans differ in, for a message."""
-    for key, value in new.items():
-        before = old.get(key)
-        if before == value:
-            continue
-        if key == "mono":
-            return "other content of MONO"
-        if key == "guard":
-            return "other held-out lines to guard (--guard)"
-        if key == "sha256":
-            return "another model"
-        if key == "name":
-            return f"--mode {before}, not {value}"
-        if isinstance(value, dict) and isinstance(before, dict):
-            return difference(before, value)
-        return f"{key.replace('_', '-')} {_shown(before)}, not {_shown(value)}"
-    return "other options"
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
 
 
 def set_up(

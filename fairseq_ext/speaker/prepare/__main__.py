@@ -20,7 +20,8 @@ from ext_common.cli import (
     progress,
     run,
 )
-from ext_common.manifest import sha256_file, write_manifest
+from ext_common.folders import exclusive, is_made, refuse_file, refuse_strangers
+from ext_common.manifest import MANIFEST_NAME, clear_temporary, sha256_file, write_manifest
 from ext_common.registry import UnknownName
 from ext_common.store import StoreWriter, discard, interrupted_key, store_paths
 from fairseq_ext.speaker.corpus import Corpus, write_corpus
@@ -32,7 +33,6 @@ from fairseq_ext.speaker.prepare.splits import check_fractions
 from fairseq_ext.speaker.prepare.steps import (
     check_given_splits,
     check_grouping,
-    difference,
     divide,
     gather,
     make_plan,
@@ -41,7 +41,9 @@ from fairseq_ext.speaker.prepare.steps import (
 )
 
 GROUPINGS = ("auto", "group", "recording", "directory", "none")
-OWN_FILES = ("corpus.json", "utterances.csv", "manifest.json")
+OWN_FILES = ("corpus.json", "utterances.csv", MANIFEST_NAME)
+LOCK = ".lock"
+WORDS = {"recordings": "other recordings, or they have changed since"}
 BUILT_IN = {"hw4", "folder", "kaldi", "csv"}
 
 EXAMPLE_TEXT = r"""
@@ -146,18 +148,33 @@ def prepare(source, dest, options=None, spec=None):
     check_given_splits(found.records)
     check_grouping(found.records, options)
     plan = make_plan(found, options, spec)
-    if not start_over(dest, plan, options.overwrite):
+    # asked without a lock first: a folder that is ready may be one that cannot be written
+    ready = not options.overwrite and is_finished(dest, plan)
+    if not ready:
+        dest.mkdir(parents=True, exist_ok=True)
+        with exclusive(dest / LOCK, dest):
+            ready = not start_over(dest, plan, options.overwrite)
+            if not ready:
+                fill(dest, found, plan, options, spec)
+    if ready:
         print(f"{dest} is already prepared with these options and recordings: nothing to do")
-        corpus = Corpus.open(dest)
-        print(table(corpus))
-        return corpus
+    corpus = Corpus.open(dest)
+    print(table(corpus))
+    if not ready:
+        print(f"written to {dest} in {time.monotonic() - began:.0f} s")
+    return corpus
+
+
+def fill(dest, found, plan, options, spec):
+    """Write DATA, or what an interrupted run left to be written; the store gets its name last."""
     with StoreWriter(dest, (spec.n_mels,), "float32", key=json.dumps(plan)) as writer:
-        clear_temporary(dest)
+        for name in OWN_FILES:
+            clear_temporary(dest / name)
         if writer.done:
             print(f"continuing: {len(writer.done)} of {len(found.records)} utterances are there")
         extract_missing(found, writer, options, spec)
-        kept, duplicates, bad = gather(found, writer.done)
-        bad = found.bad + bad
+        kept, duplicates, unusable = gather(found, writer.done)
+        bad = found.bad + unusable
         total = len(found.records) + len(found.bad)
         record = {
             "layout": options.layout,
@@ -187,10 +204,6 @@ def prepare(source, dest, options=None, spec=None):
         write_corpus(dest, writer.part, rows, speakers, spec)
         save_manifest(dest, found, options, spec, record | {"status": "done"})
         writer.finish()
-    corpus = Corpus.open(dest)
-    print(table(corpus))
-    print(f"written to {dest} in {time.monotonic() - began:.0f} s")
-    return corpus
 
 
 def read_source(source, dest, options):
@@ -204,56 +217,47 @@ def read_source(source, dest, options):
             raise UsageError(f"--{name} belongs to --layout {owner}, not {options.layout}")
     if not source.is_dir():
         raise UserError(f"{source} is not a folder: give the folder with the recordings")
-    if dest.exists() and not dest.is_dir():
-        raise UserError(f"{dest} is a file: give a folder to write")
+    refuse_file(dest)
     if dest.exists() and source.resolve() == dest.resolve():
         raise UsageError("RECORDINGS and DATA are the same folder: give another one to write")
     return layout(source, options)
 
 
-def start_over(dest, plan, overwrite):
-    """Whether there is something to do; empties DATA for --overwrite and refuses to mix two
-    preparations.
-    """
-    part, final, index, journal = store_paths(dest)
+def plan_of(dest):
+    """What DATA was made by, or is being made by; None where that is not known."""
+    key = interrupted_key(dest)
+    if key is not None:
+        return json.loads(key) if key else None
     try:
-        manifest = json.loads((dest / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        manifest = {}
-    unfinished = interrupted_key(dest)
-    if unfinished is None and final.exists():
-        old = manifest.get("plan")
-    else:
-        old = json.loads(unfinished) if unfinished else None
-    if old == plan and not overwrite:
-        return unfinished is not None or not final.exists()
-    ours = [dest / name for name in OWN_FILES] + [part, final, index, journal]
-    if old is not None and not overwrite:
-        raise UserError(
-            f"{dest} was prepared with {difference(old, plan)}: use --overwrite to replace it, or "
-            "another folder"
-        )
-    if old is None and not dest.exists():
-        return True
-    strangers = sorted(set(dest.iterdir()) - set(ours))
-    foreign = final.exists() and not (overwrite and (dest / "corpus.json").exists())
-    if old is None and (strangers or foreign):
-        name = strangers[0].name if strangers else final.name
-        raise UserError(
-            f"{dest} holds other files ({name}) and is not from this command: give a new folder"
-        )
+        plan = json.loads((dest / MANIFEST_NAME).read_text(encoding="utf-8")).get("plan")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return plan if store_paths(dest)[1].exists() else None
+
+
+def is_finished(dest, plan):
+    """Whether DATA is what ``plan`` makes, and all of it is there."""
+    return interrupted_key(dest) is None and plan_of(dest) == plan
+
+
+def start_over(dest, plan, overwrite):
+    """Whether there is something to do; empties DATA for --overwrite and refuses to mix two preparations.
+
+    Called while the lock of DATA is held.
+    """
+    _, final, *_ = paths = store_paths(dest)
+    # a manifest that is lost: --overwrite replaces what is plainly from this command
+    ours = final.exists() and overwrite and (dest / "corpus.json").exists()
+    if plan_of(dest) is None:
+        known = {LOCK, *OWN_FILES, *(path.name for path in paths if path != final or ours)}
+        refuse_strangers(dest, known)
+    elif is_made(dest, plan, plan_of, overwrite=overwrite, words=WORDS):
+        return not is_finished(dest, plan)
     # corpus.json first: without it the folder is no corpus, whatever else is still there.
     for name in OWN_FILES:
         (dest / name).unlink(missing_ok=True)
     discard(dest)
     return True
-
-
-def clear_temporary(dest):
-    """Remove what a killed run left of files it was writing."""
-    for name in (*OWN_FILES, store_paths(dest)[2].name):
-        for path in dest.glob(f".{name}.*.tmp"):
-            path.unlink(missing_ok=True)
 
 
 def extract_missing(found, writer, options, spec):

@@ -84,17 +84,6 @@ def make_plan(found, options, spec):
     return {"options": chosen, "features": asdict(spec), "recordings": inventory.hexdigest()}
 
 
-def difference(old, new):
-    """What differs between two plans, in words."""
-    for part in ("options", "features"):
-        before, after = old.get(part, {}), new[part]
-        for name in after:
-            if before.get(name) != after[name]:
-                flag = "--" + name.replace("_", "-")
-                return f"{flag} {before.get(name)}, now {after[name]}"
-    return "other recordings, or they have changed since"
-
-
 def gather(found, entries):
     """(kept, duplicates, bad) of all records, in the order of the source.
 

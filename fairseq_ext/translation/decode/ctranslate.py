@@ -13,12 +13,13 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ext_common.cli import UserError
-from ext_common.manifest import replace_folder, sha256_file, user_cache
+from ext_common.folders import making
+from ext_common.manifest import sha256_file, user_cache
 from fairseq_ext.translation.decode.checkpoint import Vocabulary
 from fairseq_ext.translation.decode.ctranslate_backend import (
     DESCRIPTION,
@@ -118,17 +119,18 @@ def converted(checkpoint: Path, compute_type: str, user_dir: str | None = None) 
     for place in places:
         if is_whole(place / name, digest):
             return place / name
-    print(
-        f"converting {checkpoint} for CTranslate2 ({compute_type}); this happens once",
-        file=sys.stderr,
-    )
     from fairseq_ext.translation.decode.ctranslate_convert import convert
 
-    with writable(places) as (place, temporary):
-        report = convert(checkpoint, temporary, compute_type, digest, user_dir)
-        print(report, file=sys.stderr)
-        # one that is there already is damaged, or was quicker
-        folder = replace_folder(temporary, place / name)
+    place = writable(places)
+    folder = place / name
+    with making(folder, lambda: is_whole(folder, digest), wait=True) as new:
+        if new:
+            print(
+                f"converting {checkpoint} for CTranslate2 ({compute_type}); this happens once",
+                file=sys.stderr,
+            )
+            report = convert(checkpoint, new, compute_type, digest, user_dir)
+            print(report, file=sys.stderr)
     for old in place.glob(f"{_glob_safe(checkpoint.name)}.ctranslate2-*-{compute_type}"):
         # of a file of this name that is no more
         if old.name != name and (old / DESCRIPTION).is_file():
@@ -136,28 +138,20 @@ def converted(checkpoint: Path, compute_type: str, user_dir: str | None = None) 
     return folder
 
 
-@contextlib.contextmanager
-def writable(places: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
-    """(the first place that can be written to, a new folder in it, removed on failure).
+def writable(places: Sequence[Path]) -> Path:
+    """The first place that can be written to, made where it is absent.
 
     Where none can, a folder that lasts as long as the process.
     """
     for place in places:
-        temporary = place / f".ctranslate2-{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        try:
-            temporary.mkdir(parents=True)
-            break
-        except OSError:
-            continue
-    else:
-        place = Path(tempfile.mkdtemp(prefix="ctranslate2-"))
-        atexit.register(shutil.rmtree, place, ignore_errors=True)
-        temporary = place / "new"
-        temporary.mkdir()
-    try:
-        yield place, temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            probe = place / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+            probe.mkdir(parents=True)
+            probe.rmdir()
+            return place
+    place = Path(tempfile.mkdtemp(prefix="ctranslate2-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return place
 
 
 def is_whole(folder: Path, digest: str) -> bool:

@@ -6,11 +6,11 @@ python -m fairseq_ext.translation.prepare corpus.en corpus.zh DATA --source-lang
 
 import json
 import re
-from argparse import Namespace
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, List, Optional
 
+from ext_common.checkpoints import load_plugin
 from ext_common.cli import (
     OptionError,
     Parser,
@@ -21,10 +21,11 @@ from ext_common.cli import (
     run,
 )
 from ext_common.compat.messages import leave_out_harmless_warnings
+from ext_common.folders import making
 from ext_common.manifest import MANIFEST_NAME, sha256_file, write_manifest
 from fairseq_ext.translation.prepare.build import fill
 from fairseq_ext.translation.prepare.filter_chain import DEFAULT_FILTERS, FILTERS, FilterChain
-from fairseq_ext.translation.prepare.folder import already_made, making
+from fairseq_ext.translation.prepare.folder import already_made
 from fairseq_ext.translation.prepare.report import next_command, table
 from fairseq_ext.translation.prepare.settings import HELD_OUT, Settings, settle
 from fairseq_ext.translation.prepare.steps import Cleaner
@@ -188,11 +189,11 @@ def prepare(inputs, dest, options: PrepareOptions) -> dict[str, Any]:
     given = {name: [Path(path) for path in getattr(options, name) or ()] for name in GIVEN}
     hashes = {str(path): sha256_file(path) for path in [*inputs, *given["valid"], *given["test"]]}
     plan = make_plan(inputs, given, hashes, options, settings)
-    if already_made(dest, plan, options.overwrite):
-        print(f"{dest} is already prepared with these options and files: nothing to do")
-        report = json.loads((dest / MANIFEST_NAME).read_text(encoding="utf-8"))["report"]
-    else:
-        with making(dest) as folder:
+    with making(dest, lambda: already_made(dest, plan, options.overwrite)) as folder:
+        if folder is None:
+            print(f"{dest} is already prepared with these options and files: nothing to do")
+            report = json.loads((dest / MANIFEST_NAME).read_text(encoding="utf-8"))["report"]
+        else:
             report = fill(folder, inputs, given, options, settings, chain, cleaner)
             write_manifest(
                 folder,
@@ -235,17 +236,6 @@ def check_paths(inputs: list[Path], dest: Path, options: PrepareOptions) -> None
                 )
         if len(paths) == 2 and Path(paths[0]).samefile(paths[1]):
             raise UsageError(f"{paths[0]} is given as source and as target: give two files")
-
-
-def load_plugin(folder: str | None) -> None:
-    """Import a --user-dir as fairseq does; UserError where there is none."""
-    if folder is None:
-        return
-    if not Path(folder).is_dir():
-        raise UserError(f"--user-dir {folder} is not a folder: give the one with your modules")
-    from fairseq.utils import import_user_module
-
-    import_user_module(Namespace(user_dir=folder))
 
 
 def make_plan(inputs, given, hashes, options, settings: Settings) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from ext_common.manifest import sha256_file
 from ext_common.parallel import cpus
 from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.prepare.filter_chain import FilterChain
-from fairseq_ext.translation.prepare.folder import WORK
 from fairseq_ext.translation.prepare.hashes import key_hash
 from fairseq_ext.translation.prepare.leaks import LeakGuard
 from fairseq_ext.translation.prepare.report import leak_error, say, warn
@@ -46,8 +45,9 @@ def fill(
 ) -> dict[str, Any]:
     """Write everything but manifest.json into a new folder; returns the report."""
     workers = options.workers or cpus()
-    text = folder / "text"
+    text, work = folder / "text", folder / "work"
     text.mkdir()
+    work.mkdir()
     given = {name: files for name, files in given.items() if files}
     held_out = {
         name: write_given(files, options.columns, cleaner, text, name)
@@ -59,7 +59,7 @@ def fill(
     cleaner.use(chain, make_guard(text, given, options.languages, settings.base))
     with open_rejects(folder / "rejects.tsv.gz") as rejects:
         pairs = read_pairs(inputs, options.columns)
-        kept, removed, leaks = clean(pairs, total, chain, cleaner, folder / WORK, rejects, workers)
+        kept, removed, leaks = clean(pairs, total, chain, cleaner, work, rejects, workers)
     if leaks and options.on_leak == "refuse":
         names = [f"--{name}" for name in given] + ([settings.base.path] if settings.base else [])
         raise leak_error(removed["leak"], leaks, names)
@@ -84,6 +84,7 @@ def fill(
         opencc=settings.opencc,
     )
     splits = write_ids(corpus, workers)
+    shutil.rmtree(work)
     corpus.save()
     quantiles = np.quantile(np.frombuffer(kept.ratios, dtype=np.float32), np.divide(QUANTILES, 100))
     return {
