@@ -6,6 +6,9 @@ that need no model), nothing is imported, so that they start at once.
 
 import sys
 
+from ext_common import aliases
+
+aliases.install()
 if "fairseq" in sys.modules:
     from ext_common import engine
 

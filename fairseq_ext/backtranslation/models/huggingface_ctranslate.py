@@ -12,14 +12,13 @@ import json
 import os
 import random
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ext_common.cli import UserError
-from ext_common.manifest import atomic_json, replace_folder, user_cache, versions
+from ext_common.manifest import atomic_json, user_cache, versions
 from fairseq_ext.backtranslation.models.huggingface import (
     import_transformers,
     load_model,
@@ -38,13 +37,12 @@ from fairseq_ext.backtranslation.models.huggingface_vocabulary import (
     positions,
 )
 from fairseq_ext.translation.decode.ctranslate import (
-    is_whole,
+    converted_once,
     opener,
     read_description,
     read_vocabulary,
     usable_device,
     usable_type,
-    writable,
 )
 from fairseq_ext.translation.decode.ctranslate_backend import (
     DESCRIPTION,
@@ -243,14 +241,13 @@ def converted(
     digest = fingerprint(folder)
     called = f"{base}.ctranslate2-{digest[:8]}-{compute_type}"
     places = [*([folder.absolute().parent] if local else []), user_cache("fairseq_ext")]
-    for place in places:
-        if is_whole(place / called, digest):
-            return place / called
-    print(f"converting {name} for CTranslate2 ({compute_type}); this happens once", file=sys.stderr)
-    with writable(places) as (place, temporary):
-        report = convert(folder, temporary, compute_type, digest, saying, name)
-        print(report, file=sys.stderr)
-        return replace_folder(temporary, place / called)
+    return converted_once(
+        places,
+        called,
+        digest,
+        f"{name} for CTranslate2 ({compute_type})",
+        lambda new: convert(folder, new, compute_type, digest, saying, name),
+    )
 
 
 def convert(

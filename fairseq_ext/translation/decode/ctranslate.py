@@ -115,26 +115,39 @@ def converted(checkpoint: Path, compute_type: str, user_dir: str | None = None) 
         read_state(checkpoint)  # says why not
     digest = sha256_file(checkpoint)
     name = f"{checkpoint.name}.ctranslate2-{digest[:8]}-{compute_type}"
+
+    def write(new: Path) -> str:
+        from fairseq_ext.translation.decode.ctranslate_convert import convert
+
+        report = convert(checkpoint, new, compute_type, digest, user_dir)
+        for old in new.parent.glob(f"{_glob_safe(checkpoint.name)}.ctranslate2-*-{compute_type}"):
+            # of a file of this name that is no more
+            if old.name != name and (old / DESCRIPTION).is_file():
+                shutil.rmtree(old, ignore_errors=True)
+        return report
+
     places = [checkpoint.absolute().parent, user_cache("fairseq_ext")]
+    return converted_once(
+        places, name, digest, f"{checkpoint} for CTranslate2 ({compute_type})", write
+    )
+
+
+def converted_once(
+    places: Sequence[Path], name: str, digest: str, what: str, write: Callable[[Path], str]
+) -> Path:
+    """The folder ``name`` in the first of ``places`` that has it whole, else made by ``write``.
+
+    write(folder) returns a sentence about how it went; who makes it at the same time is waited for.
+    """
     for place in places:
         if is_whole(place / name, digest):
             return place / name
-    from fairseq_ext.translation.decode.ctranslate_convert import convert
-
-    place = writable(places)
-    folder = place / name
+    folder = writable(places) / name
+    # one that is there already is damaged
     with making(folder, lambda: is_whole(folder, digest), wait=True) as new:
         if new:
-            print(
-                f"converting {checkpoint} for CTranslate2 ({compute_type}); this happens once",
-                file=sys.stderr,
-            )
-            report = convert(checkpoint, new, compute_type, digest, user_dir)
-            print(report, file=sys.stderr)
-    for old in place.glob(f"{_glob_safe(checkpoint.name)}.ctranslate2-*-{compute_type}"):
-        # of a file of this name that is no more
-        if old.name != name and (old / DESCRIPTION).is_file():
-            shutil.rmtree(old, ignore_errors=True)
+            print(f"converting {what}; this happens once", file=sys.stderr)
+            print(write(new), file=sys.stderr)
     return folder
 
 
