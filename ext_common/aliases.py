@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 from typing import Any
@@ -131,7 +131,11 @@ class _Alias(Loader):
     def get_code(self, fullname: str) -> CodeType:
         """For ``python -m`` with an old name."""
         found = importlib.util.find_spec(self.new)
-        return found.loader.get_code(self.new)
+        loader = found and found.loader
+        code = loader.get_code(self.new) if isinstance(loader, InspectLoader) else None
+        if code is None:
+            raise ImportError(f"{self.new} cannot be run", name=fullname)
+        return code
 
 
 def names_of(module: str) -> Callable[[str], Any]:

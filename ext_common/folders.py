@@ -19,7 +19,7 @@ from typing import Any
 from ext_common.cli import UserError
 from ext_common.manifest import sync_folder
 
-StrPath = str | os.PathLike
+StrPath = str | os.PathLike[str]
 
 _EXCHANGE = 2
 _HERE = -100

@@ -6,18 +6,18 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from ext_common.cli import UserError
 
 _AHEAD = 3
-_function: Callable | None = None
+_function: Callable[[Any], Any] | None = None
 
 
 def in_order(
-    function: Callable,
+    function: Callable[[Any], Any],
     jobs: Iterable[Any],
     workers: int,
     *,
@@ -41,9 +41,9 @@ def in_order(
     if preload:
         context.set_forkserver_preload(list(preload))
     pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(function, start))
-    waiting: deque = deque()
+    waiting: deque[tuple[Any, Future[Any]]] = deque()
 
-    def oldest():
+    def oldest() -> Any:
         result = waiting[0][1].result()
         waiting.popleft()
         return result
@@ -70,7 +70,7 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _start(function: Callable, start: Callable[[], object] | None) -> None:
+def _start(function: Callable[[Any], Any], start: Callable[[], object] | None) -> None:
     global _function
     _function = function
     # Ctrl-C is the parent's business
@@ -81,9 +81,12 @@ def _start(function: Callable, start: Callable[[], object] | None) -> None:
 
 
 def _die_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
     os._exit(1)
 
 
 def _call(job: Any) -> Any:
+    assert _function is not None  # _start was called first
     return _function(job)
