@@ -118,6 +118,7 @@ def test_killed_at_each_step_of_replacing(tmp_path, monkeypatch, exchange):
             assert content(dest) in ("old", "new"), step
         again = content(dest) or "old"
         assert not make(dest, again) and content(dest) == again, step
+        assert not (tmp_path / ".data.replaced").exists(), step
         make(dest, "other")
         assert content(dest) == "other"
         assert [path.name for path in tmp_path.iterdir()] == ["data"], step
@@ -156,6 +157,22 @@ def test_a_lock_file_is_gone_afterwards_and_one_that_was_left_does_not_matter(tm
     with pytest.raises(ZeroDivisionError), exclusive(tmp_path / "x", "x"):
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_file_is_removed_while_it_is_held(tmp_path, monkeypatch):
+    """Afterwards it could be another process's."""
+    path, unlink, refused = tmp_path / "x", os.unlink, []
+
+    def late(name):
+        with pytest.raises(UserError, match="being written") as error:
+            lock(path, "x")
+        refused.append(error)
+        unlink(name)
+
+    monkeypatch.setattr(os, "unlink", late)
+    with exclusive(path, "x"):
+        pass
+    assert len(refused) == 1 and not path.exists()
 
 
 def test_who_waits_finds_it_made(tmp_path, capfd):
