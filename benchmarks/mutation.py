@@ -4,11 +4,11 @@
     python -m benchmarks.mutation run --label before --tree CHECKOUT
     python -m benchmarks.mutation report
 
-`draw` takes as many mutants from each of MODULES (places in the source at random, then one of cosmic-ray's
-operators there; annotations and what does not compile left out) and writes them as text: the lines before
-and after, their function, and which of the function's equal lines it is. By that a mutant is found again
-in another checkout, whatever its file is called there; a second `draw` with another label replaces those
-whose lines are gone.
+`draw` takes as many mutants from each of `mutants.MODULES` (places in the source at random, then one of
+cosmic-ray's operators there; annotations and what does not compile left out) and writes them as text: the
+lines before and after, their function, and which of the function's equal lines it is. By that a mutant is
+found again in another checkout, whatever its file is called there; a second `draw` with another label
+replaces those whose lines are gone.
 
 `run` gives each mutant to the test files that import its module by name (without tests marked slow, or that
 fail without a mutant), its own test file first, until one fails. A process that has imported torch, fairseq
@@ -17,7 +17,6 @@ and the like, but nothing of ours, forks for each. Runs on record are not done a
 
 import ast
 import contextlib
-import difflib
 import importlib
 import itertools
 import json
@@ -30,11 +29,12 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+from benchmarks import mutants
+from benchmarks.mutants import Mutant, candidates, path_in
 from benchmarks.recorded import ROOT, SHARED
 from ext_common.cli import Parser, UserError, add_dataclass, from_args, progress, run
 
@@ -42,30 +42,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 MUTANTS = RESULTS / "mutation_mutants.jsonl"
 RUNS = RESULTS / "mutation.jsonl"
 VERDICTS = RESULTS / "mutation_survivors.jsonl"
-# where a module is, or was in an older checkout
-MODULES = {
-    "margins": ("fairseq_ext/speaker/margins.py",),
-    "pooling": ("fairseq_ext/speaker/pooling.py",),
-    "conformer": ("fairseq_ext/speaker/conformer.py",),
-    "noam": ("fairseq_ext/noam.py",),
-    "schedules": ("diffusion_ext/schedules.py",),
-    "objectives": ("diffusion_ext/objectives.py",),
-    "samplers": ("diffusion_ext/samplers.py",),
-    "weightings": ("diffusion_ext/weightings.py",),
-    "filters": (
-        "fairseq_ext/translation/prepare/filters.py",
-        "fairseq_ext/translation/pair_filters.py",
-    ),
-    "filter_chain": (
-        "fairseq_ext/translation/prepare/filter_chain.py",
-        "fairseq_ext/translation/filters.py",
-    ),
-    "claims": (
-        "fairseq_ext/backtranslation/generate/claims.py",
-        "fairseq_ext/backtranslation/claims.py",
-    ),
-    "store": ("ext_common/store.py",),
-}
+# seconds on top of the time limit: a process that ends late is no fault
+GRACE = 60.0
 OURS = {"benchmarks", "diffusion_ext", "ext_common", "fairseq_ext"}
 WARM = """ctranslate2 diffusers fairseq fairseq_cli.train hypothesis.strategies matplotlib.pyplot pytest
     sacrebleu scipy.stats sentencepiece sklearn.datasets soundfile torch torchaudio torchvision transformers
@@ -85,7 +63,7 @@ class Options:
     mutants: int = field(default=120, metadata={"help": "mutants in all, as many of each module"})
     seed: int = field(default=1, metadata={"help": "of the draw"})
     modules: list[str] = field(
-        default_factory=lambda: list(MODULES), metadata={"help": "only mutants of these"}
+        default_factory=lambda: list(mutants.MODULES), metadata={"help": "only mutants of these"}
     )
     patience: float = field(
         default=4.0, metadata={"help": "time limit, as a multiple of the tests' own time"}
@@ -93,74 +71,6 @@ class Options:
     folder: Optional[str] = field(
         default=None, metadata={"help": "for the copy; none: the system's temporary folder"}
     )
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A change of a few lines; `nth` counts the places in `function` with the same lines."""
-
-    module: str
-    function: str
-    operator: str
-    nth: int
-    before: tuple[str, ...]
-    after: tuple[str, ...]
-
-    @classmethod
-    def of(cls, record: dict) -> "Mutant":
-        values = {name: record[name] for name in cls.__dataclass_fields__}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-    def line(self, source: str) -> int | None:
-        """Index of the first of its lines; None where they are not there."""
-        places = places_of(source.splitlines(), scopes(source), self.function, self.before)
-        return places[self.nth] if self.nth < len(places) else None
-
-    def apply(self, source: str) -> str:
-        """The source with the mutant in it."""
-        lines, first = source.splitlines(), self.line(source)
-        old, new = (
-            text[: len(text) - len(text.lstrip())] for text in (self.before[0], lines[first])
-        )
-        lines[first : first + len(self.before)] = [
-            new + text.removeprefix(old) for text in self.after
-        ]
-        return "\n".join(lines) + "\n"
-
-
-def scopes(source: str) -> list[str]:
-    """For every line the dotted name of the innermost class or function around it."""
-    names = [""] * len(source.splitlines())
-
-    def visit(node: ast.AST, prefix: str) -> None:
-        for child in ast.iter_child_nodes(node):
-            inner = prefix
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                inner = f"{prefix}.{child.name}".lstrip(".")
-                first = min([child.lineno, *(d.lineno for d in child.decorator_list)])
-                names[first - 1 : child.end_lineno] = [inner] * (child.end_lineno - first + 1)
-            visit(child, inner)
-
-    visit(ast.parse(source), "")
-    return names
-
-
-def places_of(lines: list[str], names: list[str], function: str, block: tuple) -> list[int]:
-    """Where in a function the lines of a block stand, whatever their indentation."""
-    bare, wanted = [line.strip() for line in lines], [line.strip() for line in block]
-    return [
-        first
-        for first in range(len(lines) - len(block) + 1)
-        if names[first] == function and bare[first : first + len(block)] == wanted
-    ]
-
-
-def path_in(tree: Path, module: str) -> Path:
-    """The module's file, relative to the checkout."""
-    for path in MODULES[module]:
-        if (tree / path).exists():
-            return Path(path)
-    raise UserError(f"{tree} has no {' or '.join(MODULES[module])}: enter its path in MODULES")
 
 
 def importing(tree: Path, module: str) -> list[str]:
@@ -184,55 +94,9 @@ def importing(tree: Path, module: str) -> list[str]:
     return list(map(str, sorted(files, key=lambda f: not f.stem.startswith(f"test_{module}"))))
 
 
-def candidates(source: str, module: str, order: random.Random) -> Iterator[Mutant]:
-    """Mutants of a source in random order: at most one a place."""
-    from cosmic_ray.ast import ast_nodes, get_ast
-    from cosmic_ray.mutating import mutate_code
-    from cosmic_ray.operators.provider import OperatorProvider
-
-    parsed, operators = list(ast_nodes(get_ast(source))), OperatorProvider()
-    annotations = list(annotated(ast.parse(source)))
-    places: dict[tuple, list] = {}
-    for name in operators:
-        if operators[name].arguments():
-            continue  # VariableReplacer and VariableInserter want names of variables
-        found = (place for node in parsed for place in operators[name]().mutation_positions(node))
-        for occurrence, place in enumerate(found):
-            if not any(start <= place[0] < end for start, end in annotations):
-                places.setdefault(place, []).append((name, occurrence))
-    lines, names, tree = source.splitlines(), scopes(source), ast.dump(ast.parse(source))
-    for place in order.sample(sorted(places), len(places)):
-        name, occurrence = order.choice(places[place])
-        mutated = mutate_code(source, operators[name](), occurrence)
-        with contextlib.suppress(SyntaxError):
-            if ast.dump(ast.parse(mutated)) != tree:
-                changes = difflib.SequenceMatcher(None, lines, mutated.splitlines(), autojunk=False)
-                yield as_text(module, name, lines, names, mutated.splitlines(), changes)
-
-
-def as_text(module, operator, lines, names, mutated, changes) -> Mutant:
-    """The mutant by the lines that differ."""
-    blocks = [block for block in changes.get_opcodes() if block[0] != "equal"]
-    first, last, new_first, new_last = blocks[0][1], blocks[-1][2], blocks[0][3], blocks[-1][4]
-    while not lines[first]:  # which cosmic-ray takes away together with a decorator
-        first += 1
-    block = tuple(lines[first:last])
-    nth = places_of(lines, names, names[first], block).index(first)
-    after = tuple(mutated[new_first:new_last])
-    return Mutant(module, names[first], operator, nth, block, after)
-
-
-def annotated(tree: ast.AST) -> Iterator[tuple]:
-    """(start, end) of the annotations, each as (line, column)."""
-    for node in ast.walk(tree):
-        for name in ("annotation", "returns"):
-            if (a := getattr(node, name, None)) is not None:
-                yield (a.lineno, a.col_offset), (a.end_lineno, a.end_col_offset)
-
-
 def draw(options: Options) -> None:
     """Record the mutants of a checkout, as far as those on record are not in it."""
-    tree, share = Path(options.tree), options.mutants // len(MODULES)
+    tree, share = Path(options.tree), options.mutants // len(mutants.MODULES)
     known = [Mutant.of(record) for record in read(MUTANTS)]
     for module in options.modules:
         source = (tree / path_in(tree, module)).read_text()
@@ -279,7 +143,7 @@ class Bench:
         files = [self.unchanged(file) for file in importing(self.copy, mutant.module)]
         files.sort(key=lambda f: (not is_own(f["file"], mutant.module), f["seconds"]))
         path, source = self.copy / path_in(self.copy, mutant.module), self.source(mutant.module)
-        limit = 60 + self.options.patience * sum(file["seconds"] for file in files)
+        limit = GRACE + self.options.patience * sum(file["seconds"] for file in files)
         failing = [test for file in files for test in file["failed"]]
         try:
             self.write(path, mutant.apply(source))
@@ -298,10 +162,9 @@ class Bench:
         """What a test file says of the code as it is, from the records or tried now."""
         if file not in self.files:
             report = self.pytest([file], [], 1800)
-            if report["how"] not in ("passed", "failed"):
-                raise UserError(
-                    f"{file} ends with {report['how']} without a mutant: see its output"
-                )
+            if report["how"] not in ("passed", "failed", "empty"):
+                log = self.copy.with_name("report.log").read_text()[-2000:]
+                raise UserError(f"{file} without a mutant: {report['how']}\n{log}")
             record = {key: report[key] for key in ("tests", "failed", "seconds")}
             self.files[file] = {"label": self.options.label, "file": file, **record}
             write(RUNS, self.files[file])
@@ -317,7 +180,18 @@ class Bench:
         """Run test files in a fork; how it ended, tests that failed, their number and the seconds."""
         report = self.copy.parent / "report.json"
         report.unlink(missing_ok=True)
-        arguments = ["-q", "-m", "not slow", "-p", "no:cacheprovider", *flags, *files]
+        # without what a project's own options may start, such as workers that import everything anew
+        arguments = [
+            "-o",
+            "addopts=--import-mode=importlib",
+            "-q",
+            "-m",
+            "not slow",
+            "-p",
+            "no:cacheprovider",
+            *flags,
+            *files,
+        ]
         arguments += [f"--deselect={test}" for test in without]
         arguments += [f"--basetemp={self.temporary}"]
         began = time.monotonic()
@@ -336,7 +210,7 @@ def is_own(file: str, module: str) -> bool:
 
 
 def wait(pid: int, limit: float) -> str:
-    """passed, failed, timeout, or what else ended the process; nothing of it is left."""
+    """passed, failed, timeout or what else ended the tests, of which nothing is left running."""
     end = time.monotonic() + limit
     while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0 and time.monotonic() < end:
         time.sleep(0.05)
@@ -346,10 +220,7 @@ def wait(pid: int, limit: float) -> str:
         os.waitpid(pid, 0)
         return "timeout"
     code = os.waitstatus_to_exitcode(ended[1])
-    # 2 to 4: a test file or its conftest.py could not be imported
-    return {0: "passed", 1: "failed", 2: "import", 3: "import", 4: "import"}.get(
-        code, f"exit {code}"
-    )
+    return {0: "passed", 1: "failed", 5: "empty"}.get(code, f"exit {code}")
 
 
 def in_child(copy: Path, arguments: list[str], report: Path) -> None:
@@ -424,7 +295,7 @@ def report(_: Options) -> None:
     verdicts = {Mutant.of(record): record for record in read(VERDICTS)}
     labels = list(dict.fromkeys(record["label"] for record in runs))
     print("| module |", " | ".join(labels), "|\n| --- |", " | ".join("---" for _ in labels), "|")
-    for module in [*MODULES, "all"]:
+    for module in [*mutants.MODULES, "all"]:
         cells = []
         for label in labels:
             mine = [r for r in runs if r["label"] == label and module in (r["module"], "all")]
