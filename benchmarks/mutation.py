@@ -220,7 +220,7 @@ def wait(pid: int, limit: float) -> str:
         os.waitpid(pid, 0)
         return "timeout"
     code = os.waitstatus_to_exitcode(ended[1])
-    return {0: "passed", 1: "failed", 5: "empty"}.get(code, f"exit {code}")
+    return {0: "passed", 1: "failed", 2: "failed", 5: "empty"}.get(code, f"exit {code}")
 
 
 def in_child(copy: Path, arguments: list[str], report: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import numpy as np
@@ -104,6 +105,13 @@ def test_nothing_whole_is_written_again(tmp_path):
             None if name == "r2" else len(array) for name, array in items[:4]
         ]
         assert writer.done[2].note == {"bad": "r2 is left out"}
+
+
+def test_a_file_name_that_is_no_text_is_an_id(tmp_path):
+    name = os.fsdecode(b"caf\xe9.wav")
+    write(tmp_path, [(name, np.zeros((2, 3), "float32"))], finish=False)
+    with StoreWriter(tmp_path, (3,)) as writer:
+        assert [entry.record_id for entry in writer.done] == [name]
 
 
 def test_data_damaged_behind_the_last_sync_is_written_again(tmp_path):
