@@ -44,7 +44,7 @@ RUNS = RESULTS / "mutation.jsonl"
 VERDICTS = RESULTS / "mutation_survivors.jsonl"
 # seconds on top of the time limit: a process that ends late is no fault
 GRACE = 60.0
-OURS = {"benchmarks", "diffusion_ext", "ext_common", "fairseq_ext"}
+OURS = {"benchmarks", "diffusion_ext", "ext_common", "fairseq_ext", "tests"}
 WARM = """ctranslate2 diffusers fairseq fairseq_cli.train hypothesis.strategies matplotlib.pyplot pytest
     sacrebleu scipy.stats sentencepiece sklearn.datasets soundfile torch torchaudio torchvision transformers
     """.split()
