@@ -111,6 +111,18 @@ def test_an_owner_reads_back(host):
     assert Owner.parse(str(owner)) == owner and "/" not in str(owner)
 
 
+def test_an_owner_where_the_system_hides_its_own_names(monkeypatch):
+    """Some sandboxes: no id of the start, no namespace."""
+
+    def hidden(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "readlink", hidden)
+    monkeypatch.setattr(claiming, "Path", lambda path: Path(path.replace("random", "hidden")))
+    owner = Owner.this()
+    assert owner == replace(ME, boot="0", namespace="0") and not owner.knows_dead(owner)
+
+
 @pytest.mark.parametrize("owner", [ELSEWHERE, replace(ME, pid=1, started=start_time(1))])
 @pytest.mark.parametrize("seconds, taken", [(0, False), (50, False), (70, True)])
 def test_without_heartbeat_for_a_minute_a_claim_is_free(folder, monkeypatch, owner, seconds, taken):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from diffusion_ext.objectives import OBJECTIVES, check_combination
 from diffusion_ext.schedules import SCHEDULES, build_schedule
-from diffusion_ext.weightings import WEIGHTINGS, loss_weights
+from diffusion_ext.weightings import WEIGHTINGS, loss_weights, min_snr, p2
 from ext_common.cli import UserError
 
 pytestmark = pytest.mark.pairs
@@ -52,6 +52,13 @@ def test_by_hand():
     assert loss_weights("min_snr", "eps", snr).tolist() == pytest.approx([5 / 9, 1])
     assert loss_weights("min_snr", "x0", snr).tolist() == pytest.approx([5, 3])
     assert loss_weights("min_snr", "v", snr).tolist() == pytest.approx([0.5, 0.75])
+
+
+def test_by_hand_as_functions():
+    """Called without options: γ = 5, and k = γ = 1."""
+    snr, one = torch.tensor([9.0, 3.0], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    assert min_snr(snr, one).tolist() == [5, 3]
+    assert p2(snr, one).tolist() == [0.9, 0.75]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -166,6 +173,7 @@ def test_a_decorator_is_enough(monkeypatch):
             "unknown loss weighting 'min_snrs': did you mean 'min_snr'.* min_snr, none, p2",
         ),
         ("min_snr:gamma=0", "gamma must be above 0"),
+        ("min_snr:gamma=-1", "gamma must be above 0"),
         ("min_snr:gama=5", "unknown option 'gama': did you mean 'gamma'"),
         ("p2:k=0", "needs k > 0 and gamma ≥ 0"),
         ("p2:gamma=-1", "needs k > 0 and gamma ≥ 0"),

@@ -114,6 +114,13 @@ def test_nothing_whole_is_written_again(tmp_path):
         assert writer.done[2].note == {"bad": "r2 is left out"}
 
 
+def test_a_file_name_that_is_no_text_is_an_id(tmp_path):
+    name = os.fsdecode(b"caf\xe9.wav")
+    write(tmp_path, [(name, np.zeros((2, 3), "float32"))], finish=False)
+    with StoreWriter(tmp_path, (3,)) as writer:
+        assert [entry.record_id for entry in writer.done] == [name]
+
+
 def test_data_damaged_behind_the_last_sync_is_written_again(tmp_path):
     items = [(f"r{i}", np.full((2, 3), i, "float32")) for i in (0, 1, 3, 4)]
     write(tmp_path, items, finish=False)

@@ -262,6 +262,16 @@ def test_bad_sizes_are_refused_in_words():
     assert EncoderOptions().kernel_size % 2 == 1
 
 
+def test_size_of_the_default_encoder():
+    """Parameters counted by hand: 3 blocks of width 112, feed-forward 256, kernel 15."""
+    c, ffn, norm = 112, 256, 2 * 112
+    feed_forward = norm + (c + 1) * ffn + (ffn + 1) * c
+    attention = norm + (c + 1) * 3 * c + (c + 1) * c
+    convolution = norm + (c + 1) * 2 * c + (15 + 1) * c + norm + (c + 1) * c
+    block = 2 * feed_forward + attention + convolution + norm
+    assert sum(p.numel() for p in conformer().parameters()) == 3 * block
+
+
 def test_layer_norm_is_the_default_and_keeps_no_statistics():
     assert not list(conformer(layers=1).buffers())
     assert isinstance(conformer(layers=1), Encoder)

@@ -68,10 +68,12 @@ def test_am_softmax_worked_example():
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
 
 
-def test_default_arguments_are_those_of_the_paper():
+@pytest.mark.parametrize("kind, m", [("am_softmax", 0.35), ("aam_softmax", 0.2)])
+def test_default_arguments(kind, m):
+    """The margin of am_softmax is its paper's."""
     cosines, labels = some_cosines()
-    expected = by_hand(cosines, labels, 30.0, 0.35, "am_softmax").mean()
-    assert float(am_softmax(cosines, labels)) == pytest.approx(expected, rel=1e-9)
+    expected = by_hand(cosines, labels, 30.0, m, kind).mean()
+    assert float(LOSSES[kind](cosines, labels)) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -152,6 +152,13 @@ def test_length_ratio_is_calibrated_on_the_pairs():
     assert given_ratio("字" * 20, "字" * 60) is not None
 
 
+def test_short_pairs_do_not_calibrate():
+    """Of both sides 5 units or more count: there the ratio is 2, below it is 9."""
+    ratio = chain("length_ratio", ("zh", "ja"))
+    ratio.fit([("字" * 5, "字" * 10)] * 100 + [("字" * 4, "字" * 36)] * 300)
+    assert ratio.filters["length_ratio"].ratio == 2
+
+
 def test_calibration_does_not_see_what_earlier_filters_remove():
     good = [(" ".join("w" * 10), "字" * 15)] * 150
     rubbish = [(" ".join("w" * 10), "я" * 90)] * 200
@@ -220,6 +227,7 @@ def test_bad_pairs_go_with_figures(name, source, target, reason):
         ("identical", "?", "？"),
         ("repetition", "She said that that that is wrong", "她说那个“那”字错了"),
         ("repetition", "Very, very, very, very, very good", "非常非常非常非常非常好"),
+        ("repetition", "the the the the cat", "那只猫"),
         ("repetition", "10 000 000 000 000 000", "一亿亿"),
         ("repetition", "Wait......", "等等……………………"),
         ("length_ratio", "Hi.", "你好啊！"),
@@ -263,6 +271,11 @@ def test_a_loop_has_to_be_most_of_its_side():
     assert longest_loop(list("xyzzzzz"), 0.7) == (5, 1)
     assert longest_loop(list("vwxyzzzzz"), 0.7) == (1, 0)
     assert longest_loop([], 0.5) == (1, 0)
+
+
+def test_phrases_of_a_loop_have_up_to_8_units():
+    assert longest_loop(list("abcdefgh") * 3) == (3, 8)
+    assert longest_loop(list("abcdefghi") * 3) == (1, 0)
 
 
 def test_duplicates_keep_the_first_and_count_apart():
@@ -398,6 +411,8 @@ def test_sample_is_uniform_seeded_and_whole_when_short():
     pairs = [(str(i), str(i)) for i in range(100)]
     assert sample(iter(pairs[:7]), 7) == pairs[:7]
     assert sample(pairs, 10, seed=3) == sample(pairs, 10, seed=3)
+    # an earlier preparation is made again with the same calibration
+    assert sample(pairs, 10) == sample(pairs, 10, seed=1)
     assert len(set(sample(pairs, 10))) == 10
     drawn = [0] * 100
     for seed in range(2000):
