@@ -7,7 +7,8 @@ that need no model), nothing is imported, so that they start at once.
 import sys
 
 if "fairseq" in sys.modules:
-    from ext_common import engine
+    from ext_common import engine, presets
 
     engine.apply()
+    presets.apply()
     from . import criterion, model, task  # noqa: F401
