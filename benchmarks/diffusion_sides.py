@@ -58,7 +58,8 @@ def our_config(images: Path, store: Path, flags: str):
     from diffusion_ext.train import arguments
 
     given = [*flags.split(), "--sample-interval", "0", "--image-store", str(store)]
-    given += ["--save-dir", str(store / "checkpoints")]
+    # a size that is given gets the network of a GPU, also here
+    given += ["--save-dir", str(store / "checkpoints"), "--image-size", str(SIZE)]
     command = [str(images), *arguments(str(images), [], given)]
     parsed = options.parse_args_and_arch(options.get_training_parser(), command)
     return convert_namespace_to_omegaconf(parsed)

@@ -10,7 +10,8 @@ from ext_common import aliases
 
 aliases.install()
 if "fairseq" in sys.modules:
-    from ext_common import engine
+    from ext_common import engine, presets
 
     engine.apply()
+    presets.apply()
     from . import criterion, model, task  # noqa: F401

@@ -1,7 +1,9 @@
 """`--task diffusion`: images from a folder, a noise schedule, and pictures drawn while training."""
 
 import logging
+import shlex
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from fairseq.dataclass import FairseqDataclass
@@ -15,17 +17,21 @@ from diffusion_ext.model import options_of, unwrapped
 from diffusion_ext.objectives import OBJECTIVES
 from diffusion_ext.prepare.build import is_prepared
 from diffusion_ext.prepare.options import ImageOptions, SplitOptions
+from diffusion_ext.presets import PRESETS
 from diffusion_ext.preview import Preview
 from diffusion_ext.schedules import SCHEDULES, build_schedule
 from diffusion_ext.store import Images, check_outside, open_images
 from ext_common.cli import UserError
 from ext_common.epochs import OwnBatches, Wanted, in_order, update_freq
+from ext_common.presets import PresetOptions
 
 logger = logging.getLogger(__name__)
 
+GRID_SHARE = 0.05
+
 
 @dataclass
-class DiffusionConfig(ImageOptions, SplitOptions, FairseqDataclass):
+class DiffusionConfig(PresetOptions, ImageOptions, SplitOptions, FairseqDataclass):
     data: str = field(
         default=MISSING, metadata={"help": "folder of images, or one made by diffusion_ext.prepare"}
     )
@@ -87,6 +93,8 @@ class DiffusionTask(OwnBatches, FairseqTask):
     What a sample needs beside the weights (size, channels, classes, width of the augmentation condition)
     travels in the checkpoint as `task_state`.
     """
+
+    presets = PRESETS
 
     def __init__(self, cfg: DiffusionConfig, from_checkpoint: bool = False):
         super().__init__(cfg)
@@ -207,6 +215,23 @@ class DiffusionTask(OwnBatches, FairseqTask):
         if self.cfg.sample_interval and done % self.cfg.sample_interval == 0:
             self.preview.draw(model, done)
 
+    def length_chosen(self, trainer, updates: int, before: int) -> None:
+        """--minutes has chosen the length: grids of samples take at most a twentieth of it."""
+        interval = grid_interval(
+            updates,
+            self.cfg.sample_interval,
+            self.cfg.sample_grid**2 * self.cfg.sample_steps,
+            self._batch_size(self.cfg.batch_size) * update_freq(self.cfg.update_freq, 1),
+        )
+        for cfg in (self.cfg, trainer.cfg.task):
+            cfg.sample_interval = interval
+
+    def next_command(self, save_dir: str, checkpoint: str) -> str:
+        """What a user does with a trained model; the last one has the longest average."""
+        last = Path(save_dir) / "checkpoint_last.pt"
+        words = ["python", "-m", "diffusion_ext.sample", str(Path(save_dir) / "drawn"), "--path"]
+        return shlex.join([*words, str(last if last.exists() else checkpoint), "--num", "64"])
+
     def max_positions(self):
         return None
 
@@ -217,6 +242,17 @@ class DiffusionTask(OwnBatches, FairseqTask):
     @property
     def target_dictionary(self):
         return None
+
+
+def grid_interval(updates: int, asked: int, evaluations: int, batch: int) -> int:
+    """Updates between two grids of samples, so that they take at most GRID_SHARE of the training.
+
+    evaluations: of the network for a grid, each a third of the work of an image in an update. 0: none.
+    """
+    grids = int(GRID_SHARE * updates / (evaluations / 3 / batch))
+    if not asked or not grids:
+        return 0
+    return max(min(asked, max(1, updates // 4)), -(-updates // grids))
 
 
 def check_previews(cfg) -> None:

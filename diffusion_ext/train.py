@@ -1,56 +1,23 @@
 """Train a diffusion model on a folder of images: fairseq-train with everything preset.
 
+    python -m diffusion_ext.train IMAGES
     python -m diffusion_ext.train IMAGES --save-dir CKPT --image-size 64 --hflip 0.5
     python -m diffusion_ext.train DATA --image-dataset digits --config configs/diffusion/digits.yaml
 
-Every flag of fairseq-train, of the task, the model and the criterion can be given and overrides the preset;
-the U-Net follows from the size of the images. Called again with the same --save-dir it continues.
+Every flag of fairseq-train, of the task, the model and the criterion can be given and overrides the preset
+(`diffusion_ext.presets`). Called again it continues.
 """
 
 import contextlib
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ext_common.cli import Parser, UsageError, UserError, run
 
 PLUGIN = Path(__file__).resolve().parent
-PRESET = {
-    "--user-dir": str(PLUGIN),
-    "--task": "diffusion",
-    "--arch": "ddpm_unet",
-    "--criterion": "ddpm",
-    "--optimizer": "adam",
-    "--adam-betas": "(0.9, 0.99)",
-    "--lr-scheduler": "fixed",
-    "--warmup-updates": "500",
-    "--clip-norm": "1.0",
-    "--num-workers": "0",
-    "--save-dir": "checkpoints",
-    "--log-interval": "100",
-    "--log-format": "simple",
-    "--no-epoch-checkpoints": None,
-}
-# By the larger side, pixels: what fits, trained for about this many updates. `fitted` cuts the multiples
-# where a side cannot be halved so often, and attends at the largest height there is up to that one.
-SIZES = {
-    16: ("32", "1,2,2", "1", "8", "0.001", "64", "2500"),
-    32: ("64", "1,2,2", "2", "16", "0.0005", "64", "50000"),
-    64: ("64", "1,2,3,4", "2", "16", "0.0003", "64", "200000"),
-    10**9: ("128", "1,1,2,2,4,4", "2", "16", "0.0001", "32", "500000"),
-}
-SIZE_FLAGS = (
-    "--base-channels",
-    "--channel-mults",
-    "--blocks",
-    "--attention-resolutions",
-    "--lr",
-    "--batch-size",
-    "--max-update",
-)
-DEEPEST = 16  # pixels; a network that ends above would attend over too many of them in its middle
 EPILOG = """\
 the flags asked for most (--all-help explains them, and lists those of fairseq-train):
   images     --image-size --channels --class-labels --valid-fraction
@@ -91,7 +58,8 @@ def main(argv: Sequence[str]) -> None:
     )
     own, rest = parser.parse_known_args(argv)
     if own.all_help:
-        return train(["fairseq-train", *flags_of(PRESET), "--help"])
+        names = ["--arch", "ddpm_unet", "--criterion", "ddpm", "--optimizer", "adam"]
+        return train(["fairseq-train", *typed([], []), *names, "--help"])
     if own.images is None:
         parser.error("IMAGES, the folder of images, is missing")
     # the values of fairseq's flags are not told from it here
@@ -109,35 +77,35 @@ def main(argv: Sequence[str]) -> None:
 
         if not own.print_command:
             prepare(preparation)
-    command = ["fairseq-train", images, *arguments(images, recipe, rest)]
-    lines.append(command)
+    check_size(value_of([*recipe, *rest], "--image-size"))
     if own.print_command:
+        lines.append(["fairseq-train", images, *arguments(images, recipe, rest)])
         print("\n".join(shlex.join(line) for line in lines))
         return None
-    return train(command)
+    return train(["fairseq-train", images, *typed(recipe, rest)])
 
 
 def arguments(images: str, recipe: Sequence[str], rest: Sequence[str]) -> list[str]:
-    """Flags of fairseq-train: presets, those of the size, the recipe, what was typed; the last counts."""
-    given = [*recipe, *rest]
-    height, width = image_size(images, value_of(given, "--image-size"))
-    mults = value_of(given, "--channel-mults")
-    return last_of_each([*flags_of(PRESET), *flags_of(fitted(height, width, mults)), *given])
+    """Flags of fairseq-train beside IMAGES: presets, the recipe, what was typed; the last counts."""
+    from ext_common.checkpoints import untouched_logging
+    from ext_common.compat.messages import leave_out_harmless_warnings
+
+    leave_out_harmless_warnings()
+    with untouched_logging():
+        from fairseq import options
+
+        from ext_common.presets import complete
+
+        register()
+    words, chosen = complete(options.get_training_parser(), [images, *typed(recipe, rest)])
+    words = chosen.command if chosen else words
+    at = words.index(images)
+    return last_of_each([*words[:at], *words[at + 1 :]])
 
 
-def fitted(height: int, width: int, mults: str | None) -> dict[str, str]:
-    """Flags of a network for images of this size; mults: the --channel-mults asked for."""
-    values = next(values for limit, values in SIZES.items() if max(height, width) <= limit)
-    flags = dict(zip(SIZE_FLAGS, values, strict=True))
-    levels = flags["--channel-mults"].split(",")
-    while any(side % 2 ** (len(levels) - 1) for side in (height, width)):
-        levels.pop()
-    if max(height, width) >> (len(levels) - 1) <= DEEPEST:
-        flags["--channel-mults"] = ",".join(levels)
-    heights = [height >> i for i in range(len((mults or flags["--channel-mults"]).split(",")))]
-    attends = int(flags["--attention-resolutions"])
-    flags["--attention-resolutions"] = str(max((h for h in heights if h <= attends), default=0))
-    return flags
+def typed(recipe: Sequence[str], rest: Sequence[str]) -> list[str]:
+    """What was given, with what this command stands for."""
+    return ["--user-dir", str(PLUGIN), "--task", "diffusion", "--presets", "on", *recipe, *rest]
 
 
 def last_of_each(arguments: Sequence[str]) -> list[str]:
@@ -153,10 +121,6 @@ def last_of_each(arguments: Sequence[str]) -> list[str]:
     return [argument for group in groups.values() for argument in group]
 
 
-def flags_of(preset: Mapping[str, str | None]) -> list[str]:
-    return [part for pair in preset.items() for part in pair if part is not None]
-
-
 def value_of(arguments: Sequence[str], flag: str) -> str | None:
     """The last value given for a flag, as `--flag value` or `--flag=value`."""
     found = None
@@ -168,26 +132,14 @@ def value_of(arguments: Sequence[str], flag: str) -> str | None:
     return found
 
 
-def image_size(images: str, given: str | None) -> tuple[int, int]:
-    """(height, width) in pixels, from --image-size or from a prepared folder."""
-    if given:
-        try:
-            sides = [int(part) for part in given.split(",")]
-            return sides[0], sides[-1]
-        except ValueError:
-            raise UsageError(
-                f"--image-size {given!r} is no size: give pixels, as 64 or 48,64 (height,width)"
-            ) from None
-    from diffusion_ext.prepare.build import read_meta
-
-    meta = read_meta(Path(images))
-    if meta is None:
-        what = "is no prepared folder" if Path(images).exists() else "does not exist"
+def check_size(given: str | None) -> None:
+    """UsageError where --image-size is no size."""
+    try:
+        [int(part) for part in (given or "0").split(",")]
+    except ValueError:
         raise UsageError(
-            f"--image-size is missing, and {images} {what}: give the pixels images are brought to, as"
-            " 64 or 48,64"
-        )
-    return tuple(meta["shape"][1:])
+            f"--image-size {given!r} is no size: give pixels, as 64 or 48,64 (height,width)"
+        ) from None
 
 
 def read_recipe(path: str) -> list[str]:
@@ -246,20 +198,29 @@ def train(command: list[str]) -> None:
         try:
             cli_main()
         except FloatingPointError as error:
-            left = last_checkpoint(value_of(command, "--save-dir"))
+            left = last_checkpoint(save_dir_of(command))
             raise UserError(
                 f"training stops: {str(error).rstrip('.')}; {left}; lower --lr or --clip-norm, or train"
                 " with --autocast fp32"
             ) from None
 
 
+def save_dir_of(command: list[str]) -> str:
+    """The folder that a training has just failed in."""
+    from ext_common.presets.save_dirs import default_save_dir
+
+    given = value_of(command, "--save-dir")
+    return given or str(default_save_dir(command[1], "diffusion")[0])
+
+
 def register() -> None:
     """Enter this plugin into fairseq, which imports no --user-dir a second time: it was imported before."""
     import fairseq  # noqa: F401
 
-    from ext_common import engine
+    from ext_common import engine, presets
 
     engine.apply()
+    presets.apply()
     from diffusion_ext import criterion, model, task  # noqa: F401
 
 

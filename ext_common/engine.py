@@ -9,8 +9,9 @@ A task of any plugin may have, and is asked for, where it does:
 and a learning-rate schedule may ask which model it is for: `trained_model`.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Optional
 
 from fairseq import checkpoint_utils, scoring, trainer
@@ -56,6 +57,16 @@ def trained_model() -> Optional[Trained]:
     return _being_built[-1] if _being_built else None
 
 
+@contextlib.contextmanager
+def building(trainer: Any) -> Iterator[None]:
+    """While a schedule is built for the model of ``trainer``."""
+    _being_built.append(Trained(trainer.cfg.model, trainer.model))
+    try:
+        yield
+    finally:
+        _being_built.pop()
+
+
 def _show_schedules_the_model() -> None:
     """Without it a schedule that depends on the model's dimension cannot be written.
 
@@ -66,11 +77,8 @@ def _show_schedules_the_model() -> None:
 
     def make(original: Callable) -> Callable:
         def _build_optimizer(self):
-            _being_built.append(Trained(self.cfg.model, self.model))
-            try:
+            with building(self):
                 return original(self)
-            finally:
-                _being_built.pop()
 
         return _build_optimizer
 

@@ -7,10 +7,13 @@ fairseq-train as for fairseq-hydra-train, where everything in the recipe counts 
 import argparse
 import contextlib
 import functools
+import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ext_common.cli import Parser
 
 # A group of a recipe and the flag of fairseq-train that names what is in it.
 NAMES = {
@@ -44,7 +47,12 @@ def _given_in(words: tuple[str, ...], hydra: bool) -> frozenset[str]:
         return given_in_recipe(words)
     from fairseq import options
 
-    return frozenset(vars(given_by(whole_parser(options.get_training_parser(), words), words)))
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            parser = whole_parser(options.get_training_parser(), words)
+            return frozenset(vars(given_by(parser, words)))
+    except SystemExit:  # arguments of another program, which builds a training by itself
+        return frozenset()
 
 
 def given_by(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
@@ -63,8 +71,8 @@ def whole_parser(
 ) -> argparse.ArgumentParser:
     """A training parser with the flags of the task, model, criterion, … as well.
 
-    parts: the ones to take where ``words`` name none, as {"arch": "conformer_speaker"}. What is named
-    wrongly is left out: fairseq says so later.
+    parts: what is taken where ``words`` name none, as {"arch": "conformer_speaker"}, else what the task's
+    presets name. What is named wrongly is left out: fairseq says so later.
     """
     from fairseq.dataclass.utils import gen_parser_from_dataclass
     from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
@@ -72,8 +80,11 @@ def whole_parser(
     from fairseq.tasks import TASK_REGISTRY
 
     named, _ = parser.parse_known_args(list(words))
-    names = {**(parts or {}), **{k: v for k, v in vars(given_by(parser, words)).items()}}
-    whole = argparse.ArgumentParser(add_help=False, allow_abbrev=False, parents=[parser])
+    presets = getattr(TASK_REGISTRY.get(named.task), "presets", None)
+    if parts is None:
+        parts = presets.names if presets else {}
+    names = {**parts, **vars(given_by(parser, words))}
+    whole = Parser(add_help=False, parents=[parser])
     model = whole.add_argument_group(argument_default=argparse.SUPPRESS)
     arch = names.get("arch")
     for registry, name, place in (
@@ -102,7 +113,7 @@ def given_in_recipe(words: Sequence[str]) -> frozenset[str]:
     if folder and typed.config_name:
         path = Path(folder) / typed.config_name
         path = path if path.suffix == ".yaml" else path.with_name(f"{path.name}.yaml")
-        recipe = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+        recipe: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
         for group, values in recipe.items():
             if isinstance(values, dict) and group != "hydra":
                 found |= {f"{group}.{key}" for key in values}

@@ -10,9 +10,10 @@ from ext_common import aliases
 
 aliases.install()
 if "fairseq" in sys.modules:
-    from ext_common import engine
+    from ext_common import engine, presets
 
     engine.apply()
+    presets.apply()
     from . import noam  # noqa: F401
     from .speaker import criterion, model, task  # noqa: F401
     from .translation import task as translation_task  # noqa: F401

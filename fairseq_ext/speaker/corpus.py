@@ -54,20 +54,7 @@ class Corpus:
     def open(cls, path):
         """The corpus in the folder ``path``; UserError where it is not a whole prepared folder."""
         path = Path(path)
-        if not path.is_dir():
-            raise UserError(f"{path} is not a folder: run fairseq_ext.speaker.prepare first")
-        part, final, _, journal = store_paths(path)
-        if not final.exists() and (part.exists() or journal.exists()):
-            raise UserError(
-                f"{path} is still being prepared, or its preparation was interrupted: "
-                "run the same prepare command again, it continues"
-            )
-        if not (path / "corpus.json").exists() or not final.exists():
-            raise UserError(
-                f"{path} is not a prepared folder (no corpus.json and features.bin): "
-                "run fairseq_ext.speaker.prepare first"
-            )
-        meta = read_meta(path / "corpus.json")
+        meta = described(path)
         store = open_store(path)
         table = path / "utterances.csv"
         if not table.exists() or sha256_file(table) != meta["utterances_sha256"]:
@@ -209,6 +196,24 @@ def frame_statistics(features_file, n_mels, spans):
     std = np.sqrt(np.maximum(squares / weight - np.square(mean), 0.0))
     std = np.maximum(std, MIN_STD).astype(np.float32)
     return (mean + shift).astype(np.float32), std, digest.hexdigest(), frames
+
+
+def described(path: Path) -> dict:
+    """corpus.json of a prepared folder; UserError where ``path`` is none, or not a whole one."""
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder: run fairseq_ext.speaker.prepare first")
+    part, final, _, journal = store_paths(path)
+    if not final.exists() and (part.exists() or journal.exists()):
+        raise UserError(
+            f"{path} is still being prepared, or its preparation was interrupted: "
+            "run the same prepare command again, it continues"
+        )
+    if not (path / "corpus.json").exists() or not final.exists():
+        raise UserError(
+            f"{path} is not a prepared folder (no corpus.json and features.bin): "
+            "run fairseq_ext.speaker.prepare first"
+        )
+    return read_meta(path / "corpus.json")
 
 
 def read_meta(path):

@@ -1,6 +1,7 @@
 """`--task speaker_id`: closed-set speaker identification on a folder made by `speaker.prepare`."""
 
 import logging
+import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -12,6 +13,7 @@ from omegaconf import II, MISSING, open_dict
 
 from ext_common.cli import UserError
 from ext_common.epochs import OwnBatches, Wanted
+from ext_common.presets import PresetOptions
 from fairseq_ext.speaker.augment import AUGMENTATIONS, Context, build_augmentation, mel_frequencies
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.dataset import CropDataset, UtteranceDataset, batches_by_frames
@@ -19,12 +21,13 @@ from fairseq_ext.speaker.features import FeatureSpec, audio_features, log_mel
 from fairseq_ext.speaker.inference import MAX_FRAMES
 from fairseq_ext.speaker.model import complete
 from fairseq_ext.speaker.prepare.tables import AUDIO_ENDINGS, audio_files
+from fairseq_ext.speaker.presets import PRESETS
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class SpeakerIdConfig(FairseqDataclass):
+class SpeakerIdConfig(PresetOptions, FairseqDataclass):
     data: str = field(
         default=MISSING, metadata={"help": "folder made by fairseq_ext.speaker.prepare"}
     )
@@ -74,6 +77,8 @@ class SpeakerIdTask(OwnBatches, FairseqTask):
     The names of the speakers and the feature specification travel in the checkpoint (`task_state`), so that a
     model can be used without the data it was trained on.
     """
+
+    presets = PRESETS
 
     def __init__(self, cfg: SpeakerIdConfig, from_checkpoint: bool = False):
         super().__init__(cfg)
@@ -189,6 +194,28 @@ class SpeakerIdTask(OwnBatches, FairseqTask):
     ):
         criterion.set_num_updates(update_num)
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+
+    def length_chosen(self, trainer, updates: int, before: int) -> None:
+        """--minutes has chosen the length: a margin that grows has all its size as early in a shorter one."""
+        criterion = trainer.get_criterion()
+        if getattr(criterion, "warmup", None) and updates < before:
+            start, end = (round(update * updates / before) for update in criterion.warmup)
+            criterion.warmup = (start, end)
+            with open_dict(trainer.cfg):
+                trainer.cfg.criterion.margin_start, trainer.cfg.criterion.margin_end = start, end
+
+    def next_command(self, save_dir: str, checkpoint: str) -> str:
+        """What a user does with a trained model."""
+        subset = "test" if "test" in self.corpus.splits else "valid"
+        words = [
+            "python",
+            "-m",
+            "fairseq_ext.speaker.identify",
+            self.cfg.data,
+            "--path",
+            checkpoint,
+        ]
+        return shlex.join([*words, "--subset", subset, "--output", "predictions.csv"])
 
     def max_positions(self):
         return None

@@ -7,10 +7,11 @@ from fairseq.tasks.translation import TranslationConfig
 from omegaconf import II
 
 from ext_common.cli import UserError
+from ext_common.presets import PresetOptions
 
 
 @dataclass
-class TranslationSpmConfig(TranslationConfig):
+class TranslationSpmConfig(PresetOptions, TranslationConfig):
     upsample_primary: int = field(
         default=1, metadata={"help": "times the pairs of train are used beside those of train1, …"}
     )

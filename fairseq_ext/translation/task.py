@@ -2,6 +2,8 @@
 
 import logging
 import math
+import shlex
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -16,6 +18,7 @@ from fairseq_ext.translation.batching import batches, fitting, too_long
 from fairseq_ext.translation.config import TranslationSpmConfig, check_options
 from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.decode.checkpoint import codecs_of
+from fairseq_ext.translation.presets import PRESETS
 from fairseq_ext.translation.sampling import SampledPairs, SubwordSampler
 from fairseq_ext.translation.score import metrics
 from fairseq_ext.translation.text.spm import Codec
@@ -38,6 +41,8 @@ class TranslationSpmTask(OwnBatches, TranslationTask):
     The models, and with them the dictionaries, travel in the checkpoint (`task_state`); DATA is opened only
     for its sentences, and refused where its models are others.
     """
+
+    presets = PRESETS
 
     def __init__(self, cfg: TranslationSpmConfig, from_checkpoint: bool = False):
         super().__init__(cfg, None, None)
@@ -278,6 +283,18 @@ class TranslationSpmTask(OwnBatches, TranslationTask):
         name = str(self.cfg.select_by)
         return None if name == "loss" or self.cfg.no_valid_text else (name, True)
 
+    def early_check(self, updates: float) -> float:
+        """How often a validation after so many updates fits into one of now.
+
+        What is not trained goes on to the longest output, about 2.5 times that of a trained model.
+        """
+        return 1.0 if self.cfg.no_valid_text else 1 + 1.5 * min(1.0, updates / 1500)
+
+    def next_command(self, save_dir: str, checkpoint: str) -> str:
+        """What a user does with a trained model."""
+        source, target = self.cfg.source_lang, self.cfg.target_lang
+        return translate_command(self.cfg.data, source, target, checkpoint)
+
     def valid_step(self, sample, model, criterion):
         loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
         if not self.cfg.no_valid_text and sample.get("target") is not None:
@@ -287,6 +304,14 @@ class TranslationSpmTask(OwnBatches, TranslationTask):
     def reduce_metrics(self, logging_outputs, criterion) -> None:
         super().reduce_metrics(logging_outputs, criterion)
         log_scores(logging_outputs, self.cfg.target_lang)
+
+
+def translate_command(data: Optional[str], source: str, target: str, checkpoint: str) -> str:
+    """The command line that translates the test of the (first) prepared folder."""
+    folder = Path(utils.split_paths(data)[0])
+    words = ["python", "-m", "fairseq_ext.translation.translate"]
+    places = [str(folder / "text" / f"test.{source}"), f"test.{target}"]
+    return shlex.join([*words, *places, "--path", checkpoint])
 
 
 def open_corpora(data: Optional[str]) -> List[Corpus]:

@@ -135,6 +135,18 @@ def test_the_printed_command_trains_the_same(train, run, tmp_path):
     assert_same_run(last(tmp_path / "ours"), last(tmp_path / "printed"))
 
 
+@pytest.mark.slow
+def test_the_shortest_command_is_fairseqs_too(run, faces, repo_root, tmp_path):
+    """`python -m diffusion_ext.train IMAGES` trains what `fairseq-train IMAGES --task diffusion` trains."""
+    more = ["--max-update 3 --sample-interval 0 --disable-validation --save-dir"]
+    ours = [sys.executable, "-m", "diffusion_ext.train", faces, *more]
+    log = run(*ours, tmp_path / "ours")
+    assert "40 images, 16 × 16 pixels" in log
+    theirs = [BIN / "fairseq-train", faces, "--user-dir diffusion_ext --task diffusion", *more]
+    run(*theirs, tmp_path / "theirs")
+    assert_same_run(last(tmp_path / "ours"), last(tmp_path / "theirs"))
+
+
 def test_a_recipe_is_the_same_as_its_flags(train, tmp_path, repo_root):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -5,6 +5,7 @@ Each command is a process of its own, as a user types it (fairseq keeps state in
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -216,3 +217,34 @@ def test_default_is_small(repo_root):
 def test_mistakes_are_one_sentence(train, tmp_path, flags, words):
     log = train(tmp_path / "ck", f"{flags} --max-update 1", code=1)
     assert words in log.splitlines()[-1] and "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_the_shortest_command_and_the_one_it_prints_train_the_same(run, tiny_data, tmp_path):
+    """Presets say the rest; 3 updates of the real model, and what `--presets off` makes of its line."""
+    log = run(
+        *(BIN / "fairseq-train", tiny_data, "--user-dir fairseq_ext --task speaker_id"),
+        *("--max-update 3 --save-dir", tmp_path / "short"),
+    )
+    (line,) = re.findall(r"the same again: (.*)", log)
+    words = shlex.split(line.replace(str(tmp_path / "short"), str(tmp_path / "long")))
+    run(BIN / words[0], *map(Path, words[1:]))
+    short, long = (read(tmp_path / name / "checkpoint_last.pt") for name in ("short", "long"))
+    assert_same_run(short, long)
+    chosen = json.loads(short["cfg"]["task"]["chosen"])
+    assert chosen["data"] == str(tiny_data) and "4 speakers" in chosen["why"]["data"]
+    assert long["cfg"]["task"]["chosen"] == ""
+
+
+@pytest.mark.slow
+def test_minutes_choose_a_length_that_a_resume_goes_on_to(run, tiny_data, tmp_path):
+    """Start-up alone spends this budget: some updates, a validation and a checkpoint nevertheless."""
+    flags = f"--user-dir fairseq_ext --task speaker_id {SMALL} --minutes 0.1 --save-dir"
+    log = run(BIN / "fairseq-train", tiny_data, flags, tmp_path / "run")
+    assert "0.1 minutes: " in log and "Saved checkpoint" in log and "valid on 'valid' subset" in log
+    state = read(tmp_path / "run" / "checkpoint_last.pt")
+    length = json.loads(state["cfg"]["task"]["chosen"])["updates"]
+    assert 0 < length < 1600 and state["cfg"]["lr_scheduler"]["max_update"] == length
+    again = run(BIN / "fairseq-train", tiny_data, flags, tmp_path / "run")
+    updates = state["optimizer_history"][-1]["num_updates"]
+    assert f"has all its {updates} updates" in again

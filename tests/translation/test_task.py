@@ -618,3 +618,12 @@ def test_lstm(toy_data, tmp_path):
     done = run("train", *flags.split())
     (found,) = validations(done.stdout + done.stderr)
     assert float(found["valid_chrf"]) >= 0
+
+
+def test_the_next_command_translates_the_test():
+    from fairseq_ext.translation.task import translate_command
+
+    line = translate_command("a b:c", "en", "zh", "x/checkpoint_best.pt")
+    assert line == (
+        "python -m fairseq_ext.translation.translate 'a b/text/test.en' test.zh --path x/checkpoint_best.pt"
+    )

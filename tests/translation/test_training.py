@@ -2,12 +2,15 @@
 
 import json
 import re
+import shlex
 
 import pytest
 import torch
 
+from tests.trainings import assert_same_run, read
+
+from .conftest import ROOT, train_flags
 from .conftest import fairseq as run
-from .conftest import train_flags
 
 NOAM = ["--lr", 0.25, "--lr-scheduler", "noam", "--warmup-updates", 15, "--log-interval", 1]
 QUIET = ["--no-valid-text", "--no-epoch-checkpoints"]
@@ -42,3 +45,23 @@ def test_two_processes_are_one_with_update_freq_2(toy_data, tmp_path):
     assert same_rates == rates and len(rates) == 12
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_the_shortest_command_and_the_one_it_prints_train_the_same(toy_data, tmp_path):
+    command = [
+        toy_data,
+        "--user-dir",
+        ROOT / "fairseq_ext",
+        "--task",
+        "translation_spm",
+        "--max-update",
+        3,
+    ]
+    done = run("train", *command, "--no-valid-text", "--save-dir", tmp_path / "short")
+    (line,) = re.findall(r"the same again: (.*)", done.stdout + done.stderr)
+    words = shlex.split(line.replace(str(tmp_path / "short"), str(tmp_path / "long")))
+    run("train", *words[1:])
+    short, long = (read(tmp_path / name / "checkpoint_last.pt") for name in ("short", "long"))
+    assert_same_run(short, long)
+    assert "601 pairs" in json.loads(short["cfg"]["task"]["chosen"])["why"]["data"]

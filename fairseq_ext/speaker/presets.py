@@ -1,0 +1,120 @@
+"""What `--task speaker_id` wants where no flag says it: as data, by what is in DATA and by the machine.
+
+The values are those of configs/speaker_id, where measured in docs; the recipes are snapshots of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ext_common.presets import Choice, Machine, TaskPresets, cosine, shared_batch
+from fairseq_ext.speaker.corpus import described
+
+FRAMES_PER_HOUR = 360_000
+# Mean length below which utterances are words, seconds.
+WORDS = 0.8
+# Hours from which the speakers of a course's size are expected.
+MANY_HOURS = 10
+TOTAL_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What corpus.json says of all splits together."""
+
+    hours: float
+    speakers: int
+    utterances: int
+
+    @property
+    def seconds(self) -> float:
+        """Mean length of an utterance."""
+        return 3600 * self.hours / max(1, self.utterances)
+
+
+@dataclass(frozen=True)
+class Size:
+    """crop: frames of 10 ms; the rest in updates, but for the rate lr."""
+
+    about: str
+    crop: int
+    epoch: int
+    lr: str
+    warmup: int
+    updates: int
+    log_interval: int
+    margin_end: int = 0
+    workers: int = 0
+
+
+SINGLE_WORDS = Size("single words", 51, 50, "0.002", 50, 300, 50)
+MINUTES = Size("some hours at most", 101, 200, "0.004", 200, 1600, 50)
+HOURS = Size("many hours", 128, 200, "0.002", 1000, 70000, 200, margin_end=4000, workers=2)
+
+
+def read(data: str, asked: Mapping[str, Any]) -> Facts:
+    """UserError where DATA is no folder made by speaker.prepare."""
+    meta = described(Path(data))
+    return Facts(meta["frames"] / FRAMES_PER_HOUR, len(meta["speakers"]), meta["utterances"])
+
+
+def size_of(facts: Facts) -> Size:
+    if facts.hours >= MANY_HOURS:
+        return HOURS
+    return SINGLE_WORDS if facts.seconds < WORDS else MINUTES
+
+
+def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence[Choice]:
+    size = size_of(facts)
+    updates = asked.get("max_update", size.updates)
+    batch, _, together = shared_batch(TOTAL_BATCH, machine.processes)
+    margin = {"--m": "0.2", "--s": "30.0"}
+    if size.margin_end:
+        margin |= {"--margin-start": "0", "--margin-end": str(size.margin_end)}
+    data = (
+        f"{facts.speakers:,} speakers, {facts.utterances:,} utterances of {facts.seconds:.1f} s,"
+        f" {facts.hours:.1f} hours: {size.about}"
+    )
+    schedule = cosine(updates, size.warmup, asked)
+    epochs = {"--keep-last-epochs": "5"} if size is HOURS else {"--no-epoch-checkpoints": None}
+    return [
+        Choice("data", {"--crop-frames": str(size.crop), "--epoch-updates": str(size.epoch)}, data),
+        Choice("arch", {"--arch": "conformer_speaker"}, "the best encoder of the ablation"),
+        Choice("criterion", {"--criterion": "am_softmax"} | margin, "earns 6 points over softmax"),
+        Choice(
+            "optimizer",
+            {"--optimizer": "adam", "--adam-betas": "(0.9, 0.98)", "--weight-decay": "0.0001"},
+            "decoupled, as AdamW",
+        ),
+        Choice("rate", {"--lr": size.lr}, f"for {TOTAL_BATCH} crops an update"),
+        Choice("schedule", schedule, "falls to 0 at the end of the training"),
+        Choice("clipping", {"--clip-norm": "5.0"}, "a rare large gradient costs nothing"),
+        Choice("batch", {"--batch-size": str(batch)}, together or "crops an update"),
+        Choice("length", {"--max-update": str(size.updates)}, "where accuracy stops rising"),
+        Choice(
+            "checkpoints", epochs, "of the average" if size is HOURS else "the best and the last"
+        ),
+        Choice(
+            "validation",
+            {"--best-checkpoint-metric": "accuracy", "--maximize-best-checkpoint-metric": None},
+            "what identification is judged by",
+        ),
+        Choice(
+            "loading",
+            {"--num-workers": str(size.workers), "--log-interval": str(size.log_interval)},
+            "crops are read faster than they are learnt",
+        ),
+    ]
+
+
+PRESETS = TaskPresets(
+    {
+        "arch": "conformer_speaker",
+        "criterion": "am_softmax",
+        "optimizer": "adam",
+        "lr_scheduler": "cosine",
+    },
+    read,
+    choose,
+)
