@@ -80,7 +80,7 @@ def test_what_both_rooms_say_of_a_function_is_in_one_wrapper():
     engine.apply()
     for function, says in (
         (Trainer.__init__, ("refuse_fp16", "refuse_apart", "choose")),
-        (Trainer.load_checkpoint, ("resume_from_whole_checkpoints", "_ask_before_resuming")),
+        (Trainer.load_checkpoint, ("resume_from_whole_checkpoints", "note_what_is_resumed")),
         (checkpoint_utils.load_checkpoint_to_cpu, ("explain_unreadable", "_ask_the_task")),
     ):
         assert not hasattr(function.__wrapped__, "__wrapped__")
@@ -131,9 +131,10 @@ def test_every_gap_finds_fairseq_as_expected_and_applying_again_changes_nothing(
 
 def gaps():
     """(name, function) of every gap there is."""
-    from ext_common.compat import checkpoints, messages, processes, training
+    from ext_common.compat import checkpoints, messages, processes, resume, training
 
-    return [gap for room in (messages, checkpoints, processes, training) for gap in room.GAPS]
+    rooms = (messages, checkpoints, processes, resume, training)
+    return [gap for room in rooms for gap in room.GAPS]
 
 
 # What is not fairseq's: torch's list of safe globals, Python's warnings and its excepthook.
