@@ -88,6 +88,8 @@ class DiffusionTask(FairseqTask):
     travels in the checkpoint as `task_state`.
     """
 
+    progress_unit = "images"
+
     def __init__(self, cfg: DiffusionConfig, from_checkpoint: bool = False):
         super().__init__(cfg)
         check_previews(cfg)

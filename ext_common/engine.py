@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Optional
 from fairseq import checkpoint_utils, scoring, trainer
 from omegaconf import open_dict
 
-from ext_common import compat
+from ext_common import compat, screen
 from ext_common.compat import resume
 from ext_common.compat.patching import after, replace
 from ext_common.given import given
@@ -39,6 +39,7 @@ def apply() -> None:
         _take_the_scorer_from_the_dictionary,
     ):
         add()
+    screen.apply()
 
 
 # --- schedules know the model ---------------------------------------------------------------------

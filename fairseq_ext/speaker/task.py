@@ -75,6 +75,8 @@ class SpeakerIdTask(FairseqTask):
     model can be used without the data it was trained on.
     """
 
+    progress_unit = "utterances"
+
     def __init__(self, cfg: SpeakerIdConfig, from_checkpoint: bool = False):
         super().__init__(cfg)
         self.from_checkpoint = from_checkpoint

@@ -39,6 +39,8 @@ class TranslationSpmTask(TranslationTask):
     for its sentences, and refused where its models are others.
     """
 
+    progress_unit = "tokens"
+
     def __init__(self, cfg: TranslationSpmConfig, from_checkpoint: bool = False):
         super().__init__(cfg, None, None)
         check_options(cfg)
