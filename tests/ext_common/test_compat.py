@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import subprocess
 import sys
 import types
 import warnings
@@ -16,6 +15,7 @@ from omegaconf import OmegaConf
 from ext_common import compat, engine
 from ext_common.cli import UserError
 from ext_common.compat.patching import after, before, replace
+from tests import processes
 
 compat.apply()
 
@@ -184,7 +184,7 @@ def undo_marks(monkeypatch):
 
 def test_importing_says_nothing():
     code = "import ext_common.compat, ext_common.compat.messages"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = processes.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -233,7 +233,7 @@ def _raise(what):
         "from ext_common.compat.messages import tell_mistakes_in_one_sentence as tell\n"
         f"tell(); tell(); raise {what}"
     )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return processes.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
 def test_only_known_warnings_are_left_out():

@@ -1,6 +1,5 @@
 """Compat at the end of a training: nothing reads data any more when Python ends."""
 
-import subprocess
 import sys
 import threading
 
@@ -9,6 +8,7 @@ from fairseq.data.iterators import BackgroundConsumer, BufferedIterator
 
 from ext_common import compat
 from ext_common.compat import training
+from tests import processes
 
 compat.apply()
 
@@ -85,7 +85,7 @@ sys.exit({code})
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_program_ends_while_its_data_are_being_read(code, tmp_path, repo_root):
-    ended = subprocess.run(
+    ended = processes.run(
         [sys.executable, "-c", READS_AHEAD.format(code=code)],
         cwd=repo_root,
         env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
