@@ -13,7 +13,14 @@ import pytest
 import torch
 import yaml
 
-from tests.trainings import assert_same_run, read, run_command, traced
+from tests.trainings import (
+    assert_can_be_followed,
+    assert_same_run,
+    read,
+    run_command,
+    run_on_terminal,
+    traced,
+)
 
 BIN = Path(sys.executable).parent
 SMALL = "--d-model 16 --nhead 2 --d-ffn 32 --layers 1 --kernel-size 7 --embedding-dim 16"
@@ -216,3 +223,11 @@ def test_default_is_small(repo_root):
 def test_mistakes_are_one_sentence(train, tmp_path, flags, words):
     log = train(tmp_path / "ck", f"{flags} --max-update 1", code=1)
     assert words in log.splitlines()[-1] and "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_a_training_can_be_followed(tiny_data, tmp_path, repo_root):
+    flags = TRAIN.replace("--log-format json", "") + " --cpu --num-workers 0 --max-update 6"
+    words = [BIN / "fairseq-train", tiny_data, flags, "--save-dir", tmp_path]
+    stayed, were = run_on_terminal(words, repo_root)
+    assert_can_be_followed(stayed, were, tmp_path, "utterances", 6)

@@ -2,13 +2,18 @@
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.trainings import assert_can_be_followed, run_on_terminal
+
 from .conftest import fairseq as run
 from .conftest import train_flags
 
+BIN = Path(sys.executable).parent
 NOAM = ["--lr", 0.25, "--lr-scheduler", "noam", "--warmup-updates", 15, "--log-interval", 1]
 QUIET = ["--no-valid-text", "--no-epoch-checkpoints"]
 
@@ -42,3 +47,13 @@ def test_two_processes_are_one_with_update_freq_2(toy_data, tmp_path):
     assert same_rates == rates and len(rates) == 12
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_a_training_can_be_followed(toy_data, tmp_path, repo_root):
+    flags = train_flags(toy_data, tmp_path, "--max-update", 6)
+    log = ("--no-progress-bar", "--log-format", "json")
+    words = [BIN / "fairseq-train", *(flag for flag in flags if flag not in log)]
+    stayed, were = run_on_terminal(words, repo_root)
+    assert_can_be_followed(stayed, were, tmp_path, "tokens", 6)
+    assert any("bleu" in part for part in stayed[-2:])
