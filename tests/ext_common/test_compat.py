@@ -318,6 +318,53 @@ def test_bf16_means_a_tpu_only_when_asked(toy_registered, tmp_path, flags, tpu, 
     assert (args.bf16, args.tpu) == (True, tpu)
 
 
+def test_amp_divides_gradients_by_the_loss_scale_once():
+    """With fairseq's own SGD and torch's scaler, on CPU: w − lr g, whatever the scale."""
+    from fairseq.optim.amp_optimizer import AMPOptimizer
+    from fairseq.optim.sgd import SGD
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    sgd = SGD(Namespace(lr=[0.5], momentum=0.0, weight_decay=0.0), [weight])
+    common = {"fp16_init_scale": 128, "min_loss_scale": 1e-4}
+    optimizer = AMPOptimizer(OmegaConf.create({"common": common, "optimizer": {}}), [weight], sgd)
+    optimizer._grad_scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    optimizer.backward((weight * torch.tensor([1.0, 2.0, 0.5])).sum())
+    optimizer.clip_grad_norm(0.0)
+    optimizer.step()
+    assert weight.tolist() == [0.5, 0.0, 0.75]
+
+
+def test_fairseqs_own_average_takes_the_retry_of_an_overflow(train_here, monkeypatch):
+    """--amp --store-ema: it has not the fault of averaging the attempt that was skipped."""
+    from fairseq.models.ema.ema import EMA
+    from fairseq.optim.amp_optimizer import AMPOptimizer
+
+    init, clip, step = AMPOptimizer.__init__, AMPOptimizer.clip_grad_norm, EMA.step
+    attempts, averaged = [], []
+
+    def with_a_scaler(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self._grad_scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+
+    def overflow_once(self, *args, **kwargs):
+        attempts.append(1)
+        if len(attempts) == 2:
+            self.optimizer.param_groups[0]["params"][0].grad[0] = torch.inf
+        return clip(self, *args, **kwargs)
+
+    def recorded(self, model, updates=None):
+        before = model.last.bias.item()
+        step(self, model, updates)
+        averaged.append((updates, before))
+
+    monkeypatch.setattr(AMPOptimizer, "__init__", with_a_scaler)
+    monkeypatch.setattr(AMPOptimizer, "clip_grad_norm", overflow_once)
+    monkeypatch.setattr(EMA, "step", recorded)
+    train_here("ck", "--batch-size", 3, "--max-update", 3, "--amp", "--store-ema")
+    assert len(attempts) == 4 and [updates for updates, _ in averaged] == [1, 2, 3]
+    assert len({weight for _, weight in averaged}) == 3
+
+
 def test_fp16_on_cpu_is_refused_in_words():
     from fairseq.trainer import Trainer
 
