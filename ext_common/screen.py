@@ -140,8 +140,7 @@ class Screen(logging.Handler):
     def open(self) -> None:
         """Send what is logged to a file beside the checkpoints, and here what a person wants of it."""
         path = Path(self.cfg.checkpoint.save_dir) / LOG
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = logging.FileHandler(path, encoding="utf-8")
+        self._file = _LogFile(path, encoding="utf-8", delay=True)
         self._file.setFormatter(logging.Formatter(_FORMAT, "%Y-%m-%d %H:%M:%S"))
         root = logging.getLogger()
         self._elsewhere = [h for h in root.handlers if type(h) is logging.StreamHandler]
@@ -348,6 +347,14 @@ def validated_every(cfg: Any, epoch_length: int) -> Optional[int]:
         cfg.dataset.validate_interval * epoch_length,
     )
     return min((interval for interval in intervals if interval > 0), default=0)
+
+
+class _LogFile(logging.FileHandler):
+    """Made when something is logged: a start that fails before leaves no folder."""
+
+    def _open(self):
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
 
 
 def _is(record: logging.LogRecord, text: str, key: tuple[str, str]) -> bool:

@@ -72,6 +72,8 @@ def train_here(toy_registered, tmp_path, monkeypatch):
     from fairseq.distributed import utils as distributed_utils
     from fairseq_cli import train
 
+    from ext_common import screen
+
     (tmp_path / "data").mkdir()
     threads = torch.get_num_threads()
 
@@ -86,6 +88,8 @@ def train_here(toy_registered, tmp_path, monkeypatch):
         return save_dir
 
     yield run
+    # What the end of a process would do.
+    screen._close()
     torch.set_num_threads(threads)
 
 

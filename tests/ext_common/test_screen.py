@@ -253,6 +253,13 @@ def test_a_training_on_a_terminal(train_here, monkeypatch, caplog):
     assert any("num. shared model params" in line for line in lines)
 
 
+def test_a_start_that_fails_at_once_leaves_no_folder(train_here, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdout", Terminal())
+    with pytest.raises(AssertionError, match="Must specify batch size"):
+        train_here("ck")
+    assert not (tmp_path / "ck").exists()
+
+
 def test_a_resumed_and_a_finished_training_say_so(train_here, monkeypatch, caplog):
     monkeypatch.setattr("sys.stdout", terminal := Terminal())
     caplog.set_level(logging.INFO)
