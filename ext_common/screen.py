@@ -156,9 +156,9 @@ class Screen(logging.Handler):
         """Give the log back."""
         root = logging.getLogger()
         self._end_line()
-        for handler in (self, self._file):
-            root.removeHandler(handler)
+        root.removeHandler(self)
         if self._file:
+            root.removeHandler(self._file)
             self._file.close()
             logging.captureWarnings(False)
         for handler in self._elsewhere:
@@ -258,9 +258,9 @@ class Screen(logging.Handler):
         text = text.replace(" · ", f" · {subset} ", 1)
         if number == 0 and name in values:
             self.values[f"{subset} {name}"] = values[name]
-            before = [self.best, getattr(checkpoint_utils.save_checkpoint, "best", None)]
+            known = (self.best, getattr(checkpoint_utils.save_checkpoint, "best", None))
+            before = [float(value) for value in known if value is not None]
             better = max if chosen.maximize_best_checkpoint_metric else min
-            before = [value for value in before if value is not None]
             self.best = better([values[name], *before])
             if self.best not in before:
                 text += " · the best so far"
@@ -352,7 +352,7 @@ def validated_every(cfg: Any, epoch_length: int) -> Optional[int]:
 class _LogFile(logging.FileHandler):
     """Made when something is logged: a start that fails before leaves no folder."""
 
-    def _open(self):
+    def _open(self) -> TextIO:
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
         return super()._open()
 
