@@ -95,6 +95,7 @@ class DiffusionTask(OwnBatches, FairseqTask):
     """
 
     presets = PRESETS
+    progress_unit = "images"
 
     def __init__(self, cfg: DiffusionConfig, from_checkpoint: bool = False):
         super().__init__(cfg)
@@ -200,10 +201,13 @@ class DiffusionTask(OwnBatches, FairseqTask):
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
     def optimizer_step(self, optimizer, model, update_num):
+        scale = loss_scale(optimizer)
         super().optimizer_step(optimizer, model, update_num)
+        if loss_scale(optimizer) < scale:
+            # --amp: the gradients overflowed, nothing was changed, and the update is tried again
+            return
         done = update_num + 1
         if done == self._done:
-            # --amp: a step that overflowed and is tried again
             return
         self._done = done
         size = self._batch_size(self.cfg.batch_size)
@@ -253,6 +257,12 @@ def grid_interval(updates: int, asked: int, evaluations: int, batch: int) -> int
     if not asked or not grids:
         return 0
     return max(min(asked, max(1, updates // 4)), -(-updates // grids))
+
+
+def loss_scale(optimizer) -> float:
+    """By what `--amp` multiplies the loss; it falls when an update is skipped. 1 without --amp."""
+    scaler = getattr(optimizer, "scaler", None)
+    return scaler.get_scale() if hasattr(scaler, "get_scale") else 1.0
 
 
 def check_previews(cfg) -> None:

@@ -11,13 +11,15 @@ and a learning-rate schedule may ask which model it is for: `trained_model`.
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Optional
 
 from fairseq import checkpoint_utils, scoring, trainer
 from omegaconf import open_dict
 
-from ext_common import compat
+from ext_common import compat, screen
+from ext_common.compat import resume
 from ext_common.compat.patching import after, replace
 from ext_common.given import given
 
@@ -33,10 +35,12 @@ def apply() -> None:
     for add in (
         _show_schedules_the_model,
         _ask_before_resuming,
+        _tell_of_a_new_curve,
         _take_the_best_metric_from_the_task,
         _take_the_scorer_from_the_dictionary,
     ):
         add()
+    screen.apply()
 
 
 # --- schedules know the model ---------------------------------------------------------------------
@@ -87,8 +91,6 @@ def _show_schedules_the_model() -> None:
 
 # --- questions before a resume --------------------------------------------------------------------
 
-_taking_over: list[tuple[Any, bool]] = []
-
 
 def _ask_before_resuming() -> None:
     """A task is asked whether a checkpoint fits it before a training takes the checkpoint over.
@@ -97,25 +99,55 @@ def _ask_before_resuming() -> None:
     it goes on with permuted labels and says nothing. same_run is False where only the weights are
     taken over.
     """
-
-    def make(original: Callable) -> Callable:
-        def load_checkpoint(self, filename, reset_optimizer=False, *args, **kwargs):
-            _taking_over.append((self.task, not reset_optimizer))
-            try:
-                return original(self, filename, reset_optimizer, *args, **kwargs)
-            finally:
-                _taking_over.pop()
-
-        return load_checkpoint
-
-    replace(trainer.Trainer, "load_checkpoint", make, ("reset_optimizer=False",))
+    resume.note_what_is_resumed()
     after(checkpoint_utils, "load_checkpoint_to_cpu", _ask_the_task, ("torch.load(f,",))
 
 
 def _ask_the_task(state: dict, *_args: Any, **_kwargs: Any) -> None:
-    task, same_run = _taking_over[-1] if _taking_over else (None, False)
-    if hasattr(task, "check_resume"):
-        task.check_resume(state, same_run)
+    now = resume.resuming()
+    if now and hasattr(now.trainer.task, "check_resume"):
+        now.trainer.task.check_resume(state, now.same_run)
+
+
+def _tell_of_a_new_curve() -> None:
+    """A longer `--max-update` under a schedule that ends with it: the rate jumps, which is said.
+
+    Without: the cosine of a finished training starts again near its middle, and says nothing.
+    """
+    after(
+        checkpoint_utils, "load_checkpoint", _compare_rates, ("trainer.lr_step(epoch_itr.epoch)",)
+    )
+
+
+def _compare_rates(result: Any, cfg: Any, trainer: Any, **_kwargs: Any) -> None:
+    before = (result[0] or {}).get("trained_with")
+    if before and not (cfg.reset_optimizer or cfg.reset_lr_scheduler):
+        said = new_curve(before, trainer.cfg, trainer.get_lr(), trainer.get_num_updates())
+        if said:
+            logger.warning(said)
+
+
+def new_curve(before: dict, cfg: Any, rate: float, updates: int) -> Optional[str]:
+    """What to say where another --max-update changed the rate of the next update; None elsewhere.
+
+    before: `trained_with` of the checkpoint, of ``updates`` updates; rate: that of the next one now.
+    """
+    old_length, length = before["optimization"].get("max_update"), cfg.optimization.max_update
+    name, old_rate = before["lr_scheduler"].get("_name"), before["lr"]
+    same_schedule = getattr(cfg.lr_scheduler, "_name", None) == name
+    if old_length == length or old_rate is None or not same_schedule:
+        return None
+    if math.isclose(old_rate, rate, rel_tol=1e-3, abs_tol=1e-12):
+        return None
+    # Behind its end a curve may begin anew (cosine), so that the rate there says nothing.
+    ended = updates >= (old_length or math.inf)
+    there, here = ("its end", "RATE") if ended else (f"{old_rate:.3g}", f"{old_rate:.3g}")
+    return (
+        f"--max-update was {old_length} and is {length}: the learning rate, which --lr-scheduler {name} had"
+        f" brought to {there}, is {rate:.3g} on the new curve, and this training takes that; to go"
+        f" on at a constant rate instead, give --lr-scheduler fixed --lr {here} --reset-lr-scheduler in"
+        f" place of the flags of {name}"
+    )
 
 
 # --- the task says what is best -------------------------------------------------------------------

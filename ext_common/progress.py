@@ -1,8 +1,13 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere, nothing for short work."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere, nothing for short work.
 
+Of a training, which has validations and no end until its length is known: `Pace` and `training_line`.
+"""
+
+import statistics
 import sys
 import time
 import typing
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -48,7 +53,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         elif self._spoken:
-            took = _minutes(self._clock() - self._start)
+            took = minutes(self._clock() - self._start)
             self._write(f"{self._done} {self._unit} in {took}")
             self._spoken = False
 
@@ -62,7 +67,7 @@ class Progress:
             text += f" {self._unit}"
         text += f", {rate:.3g} {self._unit}/s"
         if self._total and rate:
-            text += f", {_minutes((self._total - self._done) / rate)} left"
+            text += f", {minutes((self._total - self._done) / rate)} left"
         self._write(text)
         self._spoken = True
         self._next = now + self._every
@@ -95,7 +100,65 @@ def progress(
     return Progress(items, total, desc, unit, stream or sys.stderr, after, every, clock)
 
 
-def _minutes(seconds: float) -> str:
+class Pace:
+    """How long a training's updates and validations take, in seconds.
+
+    The first updates are slower than the rest, and some have a preview in them: an update takes what
+    the middle one of the recent ones took, a validation what the last one took.
+    """
+
+    def __init__(self, recent: int = 100) -> None:
+        self._updates: deque[float] = deque(maxlen=recent)
+        self._validation = 0.0
+
+    def updated(self, seconds: float) -> None:
+        self._updates.append(seconds)
+
+    def validated(self, seconds: float) -> None:
+        self._validation = seconds
+
+    @property
+    def update(self) -> float | None:
+        """Seconds an update takes; None before the first."""
+        return statistics.median_low(self._updates) if self._updates else None
+
+    def left(self, updates: int, validations: int) -> float | None:
+        """Seconds that so many more of them will take; None before the first update."""
+        one = self.update
+        return None if one is None else updates * one + validations * self._validation
+
+
+def validations_left(done: int, total: int, every: int) -> int:
+    """Validations after ``done`` updates of ``total``: at each multiple of ``every`` and at the end."""
+    if done >= total:
+        return 0
+    multiples = total // every - done // every if every else 0
+    return multiples + bool(not every or total % every)
+
+
+def training_line(
+    done: int,
+    total: int | None,
+    values: dict[str, float],
+    speed: float | None = None,
+    unit: str = "samples",
+    left: float | None = None,
+) -> str:
+    """One line on where a training is, as "update 120 of 2,500 · loss 1.234 · 310 images/s · 3:12 left".
+
+    values: name → what is shown of it, to four digits; speed: units a second; left: seconds.
+    """
+    parts = [f"update {done:,}" + (f" of {total:,}" if total else "")]
+    parts += [f"{name} {value:.4g}" for name, value in values.items()]
+    if speed is not None:
+        parts.append(f"{speed:,.0f} {unit}/s" if speed >= 10 else f"{speed:.2g} {unit}/s")
+    if left is not None:
+        parts.append(f"{minutes(left)} left")
+    return " · ".join(parts)
+
+
+def minutes(seconds: float) -> str:
+    """3:12, or 1:03:12."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

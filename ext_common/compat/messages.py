@@ -5,6 +5,7 @@ import logging
 import sys
 import types
 import warnings
+from collections.abc import Callable
 
 from ext_common.cli import Parser, UsageError, UserError
 from ext_common.compat.patching import as_expected
@@ -34,6 +35,10 @@ _HARMLESS_LOG_LINES = {
 }
 # said for every epoch and every validation; once is enough
 _ONCE_LOG_LINES = {"fairseq.logging.progress_bar": ("tensorboard not found", "wandb not found")}
+
+
+# Called before an error is printed, so that a line which is being rewritten is ended first.
+before_an_error: list[Callable[[], None]] = []
 
 
 def leave_out_harmless_warnings() -> None:
@@ -81,8 +86,10 @@ def tell_mistakes_in_one_sentence() -> None:
     before = sys.excepthook
 
     def hook(kind, error, trace):
+        for action in before_an_error:
+            action()
         if issubclass(kind, UserError):
-            _tell(error)
+            tell(error)
             if issubclass(kind, UsageError):
                 sys.exit(2)
         else:
@@ -108,7 +115,7 @@ def tell_mistakes_under_hydra() -> None:
     def return_value(self):
         error = getattr(self, "_return_value", None)
         if isinstance(error, UserError):
-            _tell(error)
+            tell(error)
             sys.exit(2 if isinstance(error, UsageError) else 1)
         return original.fget(self)
 
@@ -143,7 +150,8 @@ class _Argparse(types.ModuleType):
             super().__init__(**kwargs)
 
 
-def _tell(error: UserError) -> None:
+def tell(error: UserError) -> None:
+    """Print a mistake in its sentence."""
     sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr, flush=True)
 

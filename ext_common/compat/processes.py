@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ext_common.cli import UserError
 from ext_common.compat.command import in_training_command
+from ext_common.compat.messages import before_an_error, tell
 from ext_common.compat.patching import after, as_expected, before, replace
 from ext_common.given import given
 
@@ -333,7 +334,9 @@ def _worker(
         distributed_utils.distributed_main(index, main, cfg, kwargs)
         leave_group()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        for action in before_an_error:
+            action()
+        tell(error)
         sys.exit(1)
 
 

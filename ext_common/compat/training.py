@@ -14,6 +14,7 @@ from fairseq import options, trainer, utils
 from fairseq.data import data_utils, iterators
 from fairseq.logging import progress_bar
 from fairseq.models.ema import ema
+from fairseq.optim import amp_optimizer
 from torch.utils.data import dataloader
 
 from ext_common.cli import UserError
@@ -79,6 +80,25 @@ def bf16_without_tpu() -> None:
         return parse_args_and_arch
 
     replace(options, "parse_args_and_arch", make, ("if args.bf16:", "args.tpu = True"))
+
+
+def unscale_once() -> None:
+    """Symptom: under `--amp` SGD stands still, and Adam's eps is as if 128 times larger or more.
+
+    Gradients are divided by the loss scale when they are clipped, for the optimizer of PyTorch, and
+    again in the step, which names fairseq's own around it: torch's GradScaler takes it for another.
+
+    Thread: none found.
+    """
+
+    def make(_original: Callable) -> Callable:
+        def step(self):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+        return step
+
+    replace(amp_optimizer.AMPOptimizer, "step", make, ("self.scaler.step(self.fp32_optimizer)",))
 
 
 def refuse_fp16_on_cpu() -> None:
@@ -215,6 +235,7 @@ def name_the_metrics_there_are() -> None:
 GAPS = (
     average_any_model,
     bf16_without_tpu,
+    unscale_once,
     refuse_fp16_on_cpu,
     write_log_lines_once,
     name_the_missing_data_folder,

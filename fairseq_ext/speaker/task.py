@@ -79,6 +79,7 @@ class SpeakerIdTask(OwnBatches, FairseqTask):
     """
 
     presets = PRESETS
+    progress_unit = "utterances"
 
     def __init__(self, cfg: SpeakerIdConfig, from_checkpoint: bool = False):
         super().__init__(cfg)

@@ -43,6 +43,7 @@ class TranslationSpmTask(OwnBatches, TranslationTask):
     """
 
     presets = PRESETS
+    progress_unit = "tokens"
 
     def __init__(self, cfg: TranslationSpmConfig, from_checkpoint: bool = False):
         super().__init__(cfg, None, None)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from tests import processes
@@ -271,6 +272,46 @@ def test_a_step_that_is_tried_again_counts_once(build):
     assert torch.equal(made.model.ema.weights, kept)
     steps(made, 1, first=3)
     assert not torch.equal(made.model.ema.weights, kept)
+
+
+def test_an_overflow_is_left_out_of_the_average_and_the_retry_taken(build):
+    """fairseq's --amp with torch's scaler, on CPU: update 2 overflows twice, then one is skipped for good.
+
+    The average is that of a run without overflows, which has the same updates.
+    """
+    averages, weights = [], []
+    for attempts in ("+++", "+--+-+"):
+        made = build({"sample_interval": 0}, model={"ema_half_life": [30.0]})
+        optimizer = amp_optimizer(made.model.net.parameters())
+        update = 0
+        for attempt in attempts:
+            for weight in made.model.net.parameters():
+                # what multiply_grads and clip_grad_norm leave: the scale is taken out already
+                weight.grad = torch.full_like(weight, 1.0 if attempt == "+" else torch.inf)
+                weight.grad *= optimizer.scaler.get_scale()
+            optimizer.scaler.scale(torch.zeros(1))
+            optimizer.clip_grad_norm(0.0)
+            made.task.optimizer_step(optimizer, made.model, update)
+            update += attempt == "+"
+        averages.append(made.model.ema.weights.clone())
+        weights.append([weight.detach().clone() for weight in made.model.net.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*weights, strict=True))
+    assert torch.equal(*averages)
+
+
+def amp_optimizer(parameters):
+    """fairseq's optimizer for --amp around SGD, with a scaler that works on CPU."""
+    from fairseq.optim.amp_optimizer import AMPOptimizer
+
+    cfg = OmegaConf.create(
+        {"common": {"fp16_init_scale": 128, "min_loss_scale": 1e-4}, "optimizer": {}}
+    )
+    sgd = SimpleNamespace(optimizer=torch.optim.SGD(parameters, lr=0.125))
+    sgd.step, sgd.clip_grad_norm = sgd.optimizer.step, lambda *args: torch.tensor(1.0)
+    sgd.param_groups = sgd.optimizer.param_groups
+    optimizer = AMPOptimizer(cfg, None, sgd)
+    optimizer._grad_scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    return optimizer
 
 
 def test_checkpoints_do_not_go_into_the_images(build, small_images, tmp_path):

@@ -19,7 +19,14 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.trainings import assert_same_run, read, run_command, traced
+from tests.trainings import (
+    assert_can_be_followed,
+    assert_same_run,
+    read,
+    run_command,
+    run_on_terminal,
+    traced,
+)
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -242,3 +249,12 @@ def test_mistakes_in_data_are_one_sentence(train, tmp_path, faces):
     assert "lies in the folder of images" in one_error(inside)
     log = train(tmp_path / "x", "--image-size eight", code=2)
     assert "'eight' is no size" in one_error(log)
+
+
+@pytest.mark.slow
+def test_a_training_can_be_followed(faces, tmp_path, repo_root):
+    flags = SMALL.replace("--log-format json", "--user-dir diffusion_ext --task diffusion --cpu")
+    more = "--arch ddpm_unet --criterion ddpm --optimizer adam --num-workers 0 --max-update 6"
+    words = [BIN / "fairseq-train", faces, flags, more, "--save-dir", tmp_path]
+    stayed, were = run_on_terminal(words, repo_root)
+    assert_can_be_followed(stayed, were, tmp_path, "images", 6)

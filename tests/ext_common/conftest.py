@@ -63,6 +63,36 @@ def read_losses():
     return valid_losses
 
 
+@pytest.fixture
+def train_here(toy_registered, tmp_path, monkeypatch):
+    """fairseq-train with the toy plugin in this process: ``train_here(save_dir, *flags)``."""
+    import torch
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+    from fairseq.distributed import utils as distributed_utils
+    from fairseq_cli import train
+
+    from ext_common import screen
+
+    (tmp_path / "data").mkdir()
+    threads = torch.get_num_threads()
+
+    def run(save_dir, *flags):
+        save_dir = tmp_path / save_dir
+        words = [tmp_path / "data", *PLUGIN, *DATA, *TRAIN, "--save-dir", save_dir, *flags]
+        words = [str(word) for word in words]
+        monkeypatch.setattr("sys.argv", ["fairseq-train", *words])
+        args = options.parse_args_and_arch(options.get_training_parser(), words)
+        torch.set_num_threads(1)
+        distributed_utils.call_main(convert_namespace_to_omegaconf(args), train.main)
+        return save_dir
+
+    yield run
+    # What the end of a process would do.
+    screen._close()
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def new_toy(tmp_path_factory):
     """A function that makes a fresh :class:`Toy`."""

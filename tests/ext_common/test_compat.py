@@ -80,7 +80,7 @@ def test_what_both_rooms_say_of_a_function_is_in_one_wrapper():
     engine.apply()
     for function, says in (
         (Trainer.__init__, ("refuse_fp16", "refuse_apart", "choose")),
-        (Trainer.load_checkpoint, ("resume_from_whole_checkpoints", "_ask_before_resuming")),
+        (Trainer.load_checkpoint, ("resume_from_whole_checkpoints", "note_what_is_resumed")),
         (checkpoint_utils.load_checkpoint_to_cpu, ("explain_unreadable", "_ask_the_task")),
     ):
         assert not hasattr(function.__wrapped__, "__wrapped__")
@@ -131,9 +131,10 @@ def test_every_gap_finds_fairseq_as_expected_and_applying_again_changes_nothing(
 
 def gaps():
     """(name, function) of every gap there is."""
-    from ext_common.compat import checkpoints, messages, processes, training
+    from ext_common.compat import checkpoints, messages, processes, resume, training
 
-    return [gap for room in (messages, checkpoints, processes, training) for gap in room.GAPS]
+    rooms = (messages, checkpoints, processes, resume, training)
+    return [gap for room in rooms for gap in room.GAPS]
 
 
 # What is not fairseq's: torch's list of safe globals, Python's warnings and its excepthook.
@@ -315,6 +316,53 @@ def test_bf16_means_a_tpu_only_when_asked(toy_registered, tmp_path, flags, tpu, 
         options.get_training_parser(), [*argv, "--optimizer", "adam", *flags]
     )
     assert (args.bf16, args.tpu) == (True, tpu)
+
+
+def test_amp_divides_gradients_by_the_loss_scale_once():
+    """With fairseq's own SGD and torch's scaler, on CPU: w − lr g, whatever the scale."""
+    from fairseq.optim.amp_optimizer import AMPOptimizer
+    from fairseq.optim.sgd import SGD
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    sgd = SGD(Namespace(lr=[0.5], momentum=0.0, weight_decay=0.0), [weight])
+    common = {"fp16_init_scale": 128, "min_loss_scale": 1e-4}
+    optimizer = AMPOptimizer(OmegaConf.create({"common": common, "optimizer": {}}), [weight], sgd)
+    optimizer._grad_scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    optimizer.backward((weight * torch.tensor([1.0, 2.0, 0.5])).sum())
+    optimizer.clip_grad_norm(0.0)
+    optimizer.step()
+    assert weight.tolist() == [0.5, 0.0, 0.75]
+
+
+def test_fairseqs_own_average_takes_the_retry_of_an_overflow(train_here, monkeypatch):
+    """--amp --store-ema: it has not the fault of averaging the attempt that was skipped."""
+    from fairseq.models.ema.ema import EMA
+    from fairseq.optim.amp_optimizer import AMPOptimizer
+
+    init, clip, step = AMPOptimizer.__init__, AMPOptimizer.clip_grad_norm, EMA.step
+    attempts, averaged = [], []
+
+    def with_a_scaler(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self._grad_scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+
+    def overflow_once(self, *args, **kwargs):
+        attempts.append(1)
+        if len(attempts) == 2:
+            self.optimizer.param_groups[0]["params"][0].grad[0] = torch.inf
+        return clip(self, *args, **kwargs)
+
+    def recorded(self, model, updates=None):
+        before = model.last.bias.item()
+        step(self, model, updates)
+        averaged.append((updates, before))
+
+    monkeypatch.setattr(AMPOptimizer, "__init__", with_a_scaler)
+    monkeypatch.setattr(AMPOptimizer, "clip_grad_norm", overflow_once)
+    monkeypatch.setattr(EMA, "step", recorded)
+    train_here("ck", "--batch-size", 3, "--max-update", 3, "--amp", "--store-ema")
+    assert len(attempts) == 4 and [updates for updates, _ in averaged] == [1, 2, 3]
+    assert len({weight for _, weight in averaged}) == 3
 
 
 def test_fp16_on_cpu_is_refused_in_words():

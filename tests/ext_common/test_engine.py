@@ -158,3 +158,45 @@ def test_the_loss_that_was_asked_for_is_the_loss(new_toy, judged):
     assert "the best checkpoint is" not in log
     best = read(toy.folder / "ck" / "checkpoint_best.pt")
     assert best["extra_state"]["train_iterator"]["epoch"] == 4
+
+
+# --- a curve that ends with --max-update ----------------------------------------------------------
+
+COSINE = ["--batch-size", 6, "--lr-scheduler", "cosine", "--lr", 0.1]
+
+
+def test_another_length_of_a_cosine_is_said_with_both_ways(train_here, caplog):
+    """After 4 of 8 updates 0.1 (1 + cos π/2) / 2, of 16 updates 0.1 (1 + cos π/4) / 2."""
+    train_here("ck", *COSINE, "--max-update", 8, "--max-epoch", 1)
+    train_here("ck", *COSINE, "--max-update", 16, "--max-epoch", 1)
+    assert (
+        "--max-update was 8 and is 16: the learning rate, which --lr-scheduler cosine had brought to 0.05,"
+        " is 0.0854 on the new curve"
+    ) in caplog.text
+    assert "give --lr-scheduler fixed --lr 0.05 --reset-lr-scheduler in place of" in caplog.text
+
+
+def test_the_end_of_a_cosine_is_told_from_its_restart(train_here, caplog):
+    """fairseq's begins anew behind its end, at a tenth: that is not where the training stood."""
+    train_here("ck", *COSINE, "--max-update", 4)
+    train_here("ck", *COSINE, "--max-update", 5)
+    assert "cosine had brought to its end, is 0.00955 on the new curve" in caplog.text
+    assert "fixed --lr RATE" in caplog.text
+
+
+def test_the_other_way_trains_on_at_that_rate(train_here, caplog):
+    folder = train_here("ck", *COSINE, "--max-update", 8, "--max-epoch", 1)
+    caplog.clear()
+    flags = ["--lr-scheduler", "fixed", "--lr", 0.05, "--reset-lr-scheduler", "--max-update", 6]
+    train_here("ck", "--batch-size", 6, *flags)
+    assert "--max-update was" not in caplog.text
+    state = read(folder / "checkpoint_last.pt")
+    assert state["last_optimizer_state"]["param_groups"][0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("schedule", ["fixed", "inverse_sqrt"])
+def test_a_schedule_without_an_end_says_nothing(train_here, caplog, schedule):
+    flags = ["--batch-size", 6, "--lr-scheduler", schedule, "--lr", 0.1, "--warmup-updates", 2]
+    train_here("ck", *flags, "--max-update", 3)
+    train_here("ck", *flags, "--max-update", 4)
+    assert "--max-update was" not in caplog.text

@@ -14,7 +14,14 @@ import pytest
 import torch
 import yaml
 
-from tests.trainings import assert_same_run, read, run_command, traced
+from tests.trainings import (
+    assert_can_be_followed,
+    assert_same_run,
+    read,
+    run_command,
+    run_on_terminal,
+    traced,
+)
 
 BIN = Path(sys.executable).parent
 SMALL = "--d-model 16 --nhead 2 --d-ffn 32 --layers 1 --kernel-size 7 --embedding-dim 16"
@@ -248,3 +255,11 @@ def test_minutes_choose_a_length_that_a_resume_goes_on_to(run, tiny_data, tmp_pa
     again = run(BIN / "fairseq-train", tiny_data, flags, tmp_path / "run")
     updates = state["optimizer_history"][-1]["num_updates"]
     assert f"has all its {updates} updates" in again
+
+
+@pytest.mark.slow
+def test_a_training_can_be_followed(tiny_data, tmp_path, repo_root):
+    flags = TRAIN.replace("--log-format json", "") + " --cpu --num-workers 0 --max-update 6"
+    words = [BIN / "fairseq-train", tiny_data, flags, "--save-dir", tmp_path]
+    stayed, were = run_on_terminal(words, repo_root)
+    assert_can_be_followed(stayed, were, tmp_path, "utterances", 6)

@@ -3,15 +3,18 @@
 import json
 import re
 import shlex
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.trainings import assert_same_run, read
+from tests.trainings import assert_can_be_followed, assert_same_run, read, run_on_terminal
 
 from .conftest import ROOT, train_flags
 from .conftest import fairseq as run
 
+BIN = Path(sys.executable).parent
 NOAM = ["--lr", 0.25, "--lr-scheduler", "noam", "--warmup-updates", 15, "--log-interval", 1]
 QUIET = ["--no-valid-text", "--no-epoch-checkpoints"]
 
@@ -65,3 +68,13 @@ def test_the_shortest_command_and_the_one_it_prints_train_the_same(toy_data, tmp
     short, long = (read(tmp_path / name / "checkpoint_last.pt") for name in ("short", "long"))
     assert_same_run(short, long)
     assert "601 pairs" in json.loads(short["cfg"]["task"]["chosen"])["why"]["data"]
+
+
+@pytest.mark.slow
+def test_a_training_can_be_followed(toy_data, tmp_path, repo_root):
+    flags = train_flags(toy_data, tmp_path, "--max-update", 6)
+    log = ("--no-progress-bar", "--log-format", "json")
+    words = [BIN / "fairseq-train", *(flag for flag in flags if flag not in log)]
+    stayed, were = run_on_terminal(words, repo_root)
+    assert_can_be_followed(stayed, were, tmp_path, "tokens", 6)
+    assert any("bleu" in part for part in stayed[-2:])
