@@ -6,6 +6,8 @@ that need no model), nothing is imported, so that they start at once.
 
 import sys
 
+from ext_common import threads  # the first import: it settles OpenMP's threads for a command
+
 if "fairseq" in sys.modules:
     from ext_common import engine
 
