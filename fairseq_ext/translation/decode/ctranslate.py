@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ext_common.cli import UserError
-from ext_common.manifest import replace_folder, sha256_file, user_cache
+from ext_common.manifest import known_sha256, replace_folder, user_cache
 from fairseq_ext.translation.decode.checkpoint import Vocabulary
 from fairseq_ext.translation.decode.ctranslate_backend import (
     DESCRIPTION,
@@ -112,12 +112,11 @@ def converted(checkpoint: Path, compute_type: str, user_dir: str | None = None) 
         from fairseq_ext.translation.decode.checkpoint import read_state
 
         read_state(checkpoint)  # says why not
-    digest = sha256_file(checkpoint)
-    name = f"{checkpoint.name}.ctranslate2-{digest[:8]}-{compute_type}"
-    places = [checkpoint.absolute().parent, user_cache("fairseq_ext")]
-    for place in places:
-        if is_whole(place / name, digest):
-            return place / name
+    found = already_converted(checkpoint, compute_type)
+    if found is not None:
+        return found
+    digest = known_sha256(checkpoint)
+    name, places = _name(checkpoint, digest, compute_type), _places(checkpoint)
     print(
         f"converting {checkpoint} for CTranslate2 ({compute_type}); this happens once",
         file=sys.stderr,
@@ -134,6 +133,22 @@ def converted(checkpoint: Path, compute_type: str, user_dir: str | None = None) 
         if old.name != name and (old / DESCRIPTION).is_file():
             shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def already_converted(checkpoint: Path, compute_type: str) -> Path | None:
+    """The folder of the converted model where there is one."""
+    digest = known_sha256(checkpoint)
+    name = _name(checkpoint, digest, compute_type)
+    whole = (place / name for place in _places(checkpoint) if is_whole(place / name, digest))
+    return next(whole, None)
+
+
+def _name(checkpoint: Path, digest: str, compute_type: str) -> str:
+    return f"{checkpoint.name}.ctranslate2-{digest[:8]}-{compute_type}"
+
+
+def _places(checkpoint: Path) -> list[Path]:
+    return [checkpoint.absolute().parent, user_cache("fairseq_ext")]
 
 
 @contextlib.contextmanager
