@@ -15,11 +15,29 @@ COUNT, POLICY = "OMP_NUM_THREADS", "OMP_WAIT_POLICY"
 _POLICIES = (POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
+# variables that this process set for itself and what it starts
+settled: list[str] = []
+
+
 def settle(environ: MutableMapping[str, str] = os.environ) -> None:
     """Set the number of threads and the policy of waiting, each unless the user did."""
-    environ.setdefault(COUNT, str(cores()))
+    if COUNT not in environ:
+        environ[COUNT] = str(cores())
+        settled.append(COUNT)
     if not any(name in environ for name in _POLICIES):
         environ[POLICY] = "passive"
+        settled.append(POLICY)
+
+
+def given(name: str) -> str | None:
+    """The value that the user gave an environment variable."""
+    return None if name in settled else os.environ.get(name)
+
+
+def policy() -> str | None:
+    """How the user said that threads wait, as NAME=VALUE; None where nothing is said."""
+    found = (f"{name}={value}" for name in _POLICIES if (value := given(name)) is not None)
+    return next(found, None)
 
 
 def settle_a_command() -> None:
