@@ -6,6 +6,7 @@ torch's wheels bring GNU's OpenMP (libgomp); Intel's and LLVM's read the same tw
 """
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Iterator, MutableMapping
@@ -47,10 +48,11 @@ def settle_a_command() -> None:
         settle()
 
 
+@functools.cache
 def settle_fairseq() -> None:
     """Under fairseq's own programs, where torch is there already: set the threads, say what is missing.
 
-    Said once, by the first process, and only where several threads can wait for each other.
+    Said by the first process, and only where several threads can wait for each other; again does nothing.
     """
     program, environ = os.path.realpath((getattr(sys, "argv", None) or [""])[0]), os.environ
     name, folder = os.path.basename(program), os.path.basename(os.path.dirname(program))

@@ -6,7 +6,7 @@ that need no model), nothing is imported, so that they start at once.
 
 import sys
 
-from ext_common import threads  # the first import: it settles OpenMP's threads for a command
+import ext_common  # noqa: F401 (before torch: it settles OpenMP's threads where this is a command)
 
 if "fairseq" in sys.modules:
     from ext_common import engine

@@ -16,6 +16,7 @@ VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKT
 def unset(monkeypatch):
     for name in (*VARIABLES, "RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
+    threads.settle_fairseq.cache_clear()
     monkeypatch.setattr(threads, "settled", [])
     monkeypatch.setattr(threads, "cores", lambda: 3)
 
@@ -95,6 +96,7 @@ def test_under_fairseq_threads_are_set_and_the_variable_is_named(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch, "get_num_threads", lambda: count[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda n: count.__setitem__(0, n))
+    threads.settle_fairseq()
     threads.settle_fairseq()
     printed = capsys.readouterr().err
     assert ("export OMP_WAIT_POLICY=passive before" in printed) == said
