@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
@@ -17,25 +18,49 @@ def heavy_modules_later() -> Iterator[None]:
     """Symptom: `import fairseq` loads scikit-learn and scipy, half of its time, for metrics of other tasks.
 
     What is imported from them within the block are names that import the real ones when they are first used,
-    so that a criterion that needs one still finds it; afterwards both can be imported as ever.
+    so that a criterion that needs one still finds it; afterwards both can be imported as ever. Where more
+    of them is wanted, by another fairseq or by what it imports, all is as without this. (No thread upstream;
+    fairseq.criterions.sentence_prediction, fairseq.tasks.audio_classification.)
     """
     if any(name in sys.modules for name in ("fairseq", *_HEAVY)):
         yield
         return
-    stands_ins = {name: _Module(name) for name in _HEAVY}
-    sys.modules.update(stands_ins)
+    stand_ins = _StandIns()
     try:
         yield
     finally:
-        for name, module in stands_ins.items():
+        stand_ins.end()
+
+
+class _StandIns:
+    """Modules in the place of the heavy ones, and the finder that is asked for any other part of them."""
+
+    def __init__(self) -> None:
+        self.modules = {name: _Module(name) for name in _HEAVY}
+        sys.modules.update(self.modules)
+        sys.meta_path.insert(0, self)
+
+    def end(self) -> None:
+        for name, module in self.modules.items():
             if sys.modules.get(name) is module:
                 del sys.modules[name]
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        package = name.rpartition(".")[0]
+        if package not in self.modules:
+            return None
+        self.end()
+        importlib.import_module(package)
+        return importlib.util.find_spec(name)
 
 
 class _Module(ModuleType):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.__spec__ = ModuleSpec(name, None)
+        self.__path__: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
