@@ -160,6 +160,8 @@ def make_cases(folder):
     )
     recording = next((folder / "recordings").rglob("*.wav"))
     translate = ["fairseq_ext.translation.translate", "-", "-", "--path", str(translation)]
+    # an untrained model does not end by itself
+    translate += ["--max-len-a", "1", "--max-len-b", "5"]
     return [
         Case(
             "identify",
