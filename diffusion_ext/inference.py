@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from diffusion_ext.denoiser import Denoiser
+from diffusion_ext.network import network_of
 from diffusion_ext.pictures import to_uint8
 from diffusion_ext.randomness import ImageNoise
 from diffusion_ext.samplers import SAMPLERS, trajectory
-from diffusion_ext.schedules import build_schedule
+from diffusion_ext.schedules import NoiseSchedule, build_schedule
 from ext_common.checkpoints import build_network, read_state, usable_device, why_unfit
 from ext_common.cli import UserError
 
@@ -46,9 +47,7 @@ class DiffusionModel:
         self.label_dropout = label_dropout
         self.model, self.device = model.to(device).eval(), torch.device(device)
         self.spec = dict(spec)
-        self.schedule = build_schedule(
-            cfg["beta_schedule"], cfg["timesteps"], cfg["zero_terminal_snr"]
-        )
+        self.schedule = schedule_of(cfg)
         self.objective = cfg["objective"]
         known = range(len(model.ema.half_lives))
         if average is not None and average not in known:
@@ -68,7 +67,11 @@ class DiffusionModel:
         """The model in a checkpoint of fairseq-train; UserError, in one sentence, where it fails."""
         device = usable_device(device)
         state = read_checkpoint(path)
-        model = build_network(state, path, PARTS, user_dir)
+        model = build_network(state, path, PARTS, user_dir, network_of)
+        try:
+            schedule_of(state["cfg"]["task"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         spec, dropout = state["task_state"]["spec"], state["cfg"]["criterion"].get("label_dropout")
         return cls(model, state["cfg"]["task"], spec, device, average, dropout)
 
@@ -178,6 +181,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if why:
         raise UserError(f"{path} {why}: give a checkpoint of diffusion_ext.train")
     return state
+
+
+def schedule_of(cfg: Mapping) -> NoiseSchedule:
+    """The noise schedule that the options of a task describe; UserError for one that is not known."""
+    return build_schedule(cfg["beta_schedule"], cfg["timesteps"], cfg["zero_terminal_snr"])
 
 
 def why_no_diffusion_model(state: Any) -> str | None:

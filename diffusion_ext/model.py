@@ -1,95 +1,37 @@
 """The U-Net as a fairseq model: `--arch ddpm_unet`."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, List, Optional
+from dataclasses import dataclass
 
-import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models import BaseFairseqModel, register_model
-from omegaconf import OmegaConf
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 
-from diffusion_ext.ema import WeightAverages
-from diffusion_ext.unet import UNet, UNetOptions, divisor
-from ext_common.cli import UserError
+from diffusion_ext.network import ARCH, AveragedUNet, NetworkOptions, check_options, options_of  # noqa: F401
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class DdpmUNetConfig(UNetOptions, FairseqDataclass):
-    self_condition: bool = field(
-        default=False,
-        metadata={"help": "the network also gets its own guess at the image (arXiv 2208.04202)"},
-    )
-    learned_variance: bool = field(
-        default=False,
-        metadata={"help": "the network also predicts the variance of a step (arXiv 2102.09672)"},
-    )
-    ema_half_life: List[float] = field(
-        default_factory=lambda: [500_000.0],
-        metadata={"help": "half-lives of the averages of the weights, images, e.g. 100000,500000"},
-    )
-    ema_ramp_up: float = field(
-        default=0.05,
-        metadata={"help": "no half-life is longer than this share of the images seen so far"},
-    )
+class DdpmUNetConfig(NetworkOptions, FairseqDataclass):
+    pass
 
 
-@register_model("ddpm_unet", dataclass=DdpmUNetConfig)
-class DdpmUNet(BaseFairseqModel):
-    """A `UNet` and the averages of its weights (`ema`), which validation and samples use."""
-
-    def __init__(self, net: UNet, ema: WeightAverages, self_condition: bool, channels: int):
-        super().__init__()
-        self.net, self.ema = net, ema
-        self.self_condition, self.channels = self_condition, channels
+@register_model(ARCH, dataclass=DdpmUNetConfig)
+class DdpmUNet(AveragedUNet, BaseFairseqModel):
+    """An `AveragedUNet` with fairseq's interface."""
 
     @classmethod
     def build_model(cls, cfg, task):
-        spec = task.spec
-        options = options_of(UNetOptions, cfg)
-        check_options(options, cfg, spec["height"], spec["width"])
-        heights = [spec["height"] >> level for level in range(len(options.channel_mults))]
+        options = options_of(NetworkOptions, cfg)
+        heights = [task.spec["height"] >> level for level in range(len(options.channel_mults))]
         attends = set(options.attention_resolutions) - {0}
         if attends and attends.isdisjoint(heights):
             logger.warning(
                 f"--attention-resolutions {options.attention_resolutions} is none of the heights {heights} of"
                 " this network: only its middle attends"
             )
-        channels = spec["channels"]
-        net = UNet(
-            options,
-            channels * (2 if cfg.self_condition else 1),
-            channels * (2 if cfg.learned_variance else 1),
-            spec["height"],
-            len(spec["classes"]),
-            spec["condition_size"],
-        )
-        ema = WeightAverages(net, cfg.ema_half_life, cfg.ema_ramp_up)
-        return cls(net, ema, cfg.self_condition, channels)
-
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        label: Optional[Tensor] = None,
-        x0: Optional[Tensor] = None,
-        condition: Optional[Tensor] = None,
-        average: Optional[int] = None,
-    ) -> Tensor:
-        """Output (B, C or 2C, H, W) for noisy images x (B, C, H, W) at timesteps t (B,).
-
-        x0: an earlier guess, for self-conditioning; average: use this one of the averaged weights.
-        """
-        if self.self_condition:
-            x = torch.cat([x, torch.zeros_like(x) if x0 is None else x0], 1)
-        if average is None:
-            return self.net(x, t, label, condition)
-        return functional_call(self.net, self.ema.of(average), (x, t, label, condition))
+        return cls(options, task.spec)
 
     def max_positions(self):
         return None
@@ -100,41 +42,3 @@ def unwrapped(model) -> nn.Module:
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
     return model
-
-
-def check_options(options: UNetOptions, cfg, height: int, width: int) -> None:
-    """UserError for sizes that cannot be built, or that the images do not fit."""
-    if options.base_channels < 4 or options.base_channels % 4 or options.blocks < 1:
-        raise UserError(
-            "--base-channels is a multiple of 4, and --blocks is at least 1:"
-            f" got {options.base_channels} and {options.blocks}"
-        )
-    if not options.channel_mults or min(options.channel_mults) < 1:
-        raise UserError(
-            f"--channel-mults {options.channel_mults} must be numbers from 1, like 1,2,2"
-        )
-    if options.head_channels < 1:
-        raise UserError(f"--head-channels {options.head_channels} must be at least 1")
-    for mult in options.channel_mults:
-        heads = max(1, options.base_channels * mult // options.head_channels)
-        if options.base_channels * mult % heads:
-            raise UserError(
-                f"--head-channels {options.head_channels} does not divide the"
-                f" {options.base_channels * mult} channels of a resolution"
-            )
-    if not 0 <= options.dropout < 1:
-        raise UserError(f"--dropout {options.dropout} is not in [0, 1)")
-    if not cfg.ema_half_life or min(cfg.ema_half_life) < 0 or cfg.ema_ramp_up <= 0:
-        raise UserError("--ema-half-life is at least 0 images, and --ema-ramp-up is above 0")
-    n = divisor(options)
-    if height % n or width % n:
-        raise UserError(
-            f"images of {height} × {width} do not fit --channel-mults with {len(options.channel_mults)}"
-            f" resolutions: give --image-size in multiples of {n}, or fewer --channel-mults"
-        )
-
-
-def options_of(cls: type, cfg: Mapping) -> Any:
-    """The instance of an options dataclass that a part of fairseq's configuration describes."""
-    given = {f.name: cfg[f.name] for f in fields(cls)}
-    return cls(**{k: list(v) if OmegaConf.is_list(v) else v for k, v in given.items()})

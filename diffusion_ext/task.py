@@ -13,7 +13,8 @@ from omegaconf import II, MISSING
 
 from diffusion_ext.augment import AUGMENTATIONS, build_augmentations
 from diffusion_ext.dataset import ImageDataset
-from diffusion_ext.model import options_of, unwrapped
+from diffusion_ext.model import unwrapped
+from diffusion_ext.network import options_of
 from diffusion_ext.objectives import OBJECTIVES
 from diffusion_ext.prepare.build import is_prepared
 from diffusion_ext.prepare.options import ImageOptions, SplitOptions

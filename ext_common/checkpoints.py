@@ -17,15 +17,16 @@ OUR_PLUGINS = ("fairseq_ext", "diffusion_ext")
 def read_state(path: str | os.PathLike) -> dict[str, Any]:
     """What `torch.save` wrote, as plain dicts and tensors on the CPU.
 
-    Nothing the file holds is run (weights_only). UserError where it is missing or damaged.
+    Nothing the file holds is run (weights_only). Tensors are mapped from the file: those that nobody looks
+    at, such as the optimizer's, are not read. UserError where it is missing or damaged.
     """
     import torch
 
-    from ext_common.compat.files import allow_namespace, why_unreadable
+    from ext_common.compat.files import allow_namespace, is_archive, why_unreadable
 
     allow_namespace()
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
     except Exception as error:
         reason = why_unreadable(os.fspath(path), error)
         if reason is None:
@@ -55,17 +56,24 @@ def build_network(
     path: str | os.PathLike,
     parts: Sequence[str],
     user_dir: str | None = None,
+    own: Callable[[Mapping], Any] | None = None,
 ):
-    """The fairseq model of a checkpoint's state, with its weights.
+    """The network of a checkpoint's state, with its weights.
 
-    parts: modules of this project that register what the checkpoint's wing consists of.
+    parts: modules of this project that register what the checkpoint's wing consists of. own: state → the
+    network as a plain module, or None where another than this project's is described; then, and with a
+    plugin, fairseq builds it, which takes seconds to import.
     """
     from ext_common.compat.messages import leave_out_harmless_warnings
 
     leave_out_harmless_warnings()
+    if own is not None and plugin_of(state, user_dir) is None:
+        network = own_network(state, path, own)
+        if network is not None:
+            return network
+    # Without fairseq loaded first, importing fairseq_ext registers nothing.
+    import_fairseq()
     with untouched_logging():
-        # Without fairseq loaded first, importing fairseq_ext registers nothing.
-        import fairseq  # noqa: F401
         from fairseq import checkpoint_utils
         from omegaconf import OmegaConf
 
@@ -87,6 +95,24 @@ def build_network(
         place = "" if text.startswith(os.fspath(path)) else f"{path}: "
         raise UserError(f"{place}{text}{hint}") from error
     return models[0]
+
+
+def own_network(state: Mapping, path: str | os.PathLike, own: Callable[[Mapping], Any]):
+    """What `own` makes of a state, with the weights; UserError where its options or weights do not fit."""
+    from ext_common.compat.files import why_misfit
+
+    try:
+        network = own(state)
+        if network is not None:
+            network.load_state_dict(state["model"])
+    except (UserError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+    except RuntimeError as error:
+        reason = why_misfit(os.fspath(path), error)
+        if reason is None:
+            raise
+        raise UserError(reason) from error
+    return network
 
 
 def check_registered(state: Mapping, path: str | os.PathLike, hint: str) -> None:
@@ -111,10 +137,8 @@ def import_plugin(state: Mapping, user_dir: str | None) -> str | None:
 
     Returns the latter's name where it was not found; the checkpoint may do without.
     """
-    recorded = state["cfg"].get("common") or {}
-    recorded = recorded.get("user_dir") if isinstance(recorded, Mapping) else None
-    folder = user_dir or recorded
-    if not folder or Path(folder).name in OUR_PLUGINS:
+    folder = plugin_of(state, user_dir)
+    if folder is None:
         return None
     if not user_dir and not os.path.isdir(folder):
         return folder
@@ -149,6 +173,14 @@ def load_plugin(folder: str | None) -> None:
         )
 
 
+def plugin_of(state: Mapping, user_dir: str | None) -> str | None:
+    """`user_dir`, or the plugin a checkpoint was trained with; None where that is this project's or none."""
+    recorded = state["cfg"].get("common") or {}
+    recorded = recorded.get("user_dir") if isinstance(recorded, Mapping) else None
+    folder = user_dir or recorded
+    return folder if folder and Path(folder).name not in OUR_PLUGINS else None
+
+
 def name_of(state: Mapping, part: str) -> str | None:
     """The name of the task or model that a checkpoint was trained with, where it says so."""
     for source in (state.get("cfg"), state.get("args")):
@@ -160,6 +192,14 @@ def name_of(state: Mapping, part: str) -> str | None:
         if isinstance(entry, str):
             return entry
     return None
+
+
+def import_fairseq() -> None:
+    """`import fairseq` without what it loads for other tasks, and with logging as it was."""
+    from ext_common.compat.imports import heavy_modules_later
+
+    with untouched_logging(), heavy_modules_later():
+        import fairseq  # noqa: F401
 
 
 @contextlib.contextmanager

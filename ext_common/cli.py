@@ -24,6 +24,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
+from ext_common import threads
 from ext_common.progress import progress
 
 __all__ = [
@@ -58,8 +59,10 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     """Call ``main(argv)`` and exit with its code; see the module for what the codes mean.
 
     Anything but UserError, Ctrl-C and an environment that refuses to be written is a bug in this
-    project and keeps its traceback.
+    project and keeps its traceback. Programs that this one starts inherit OpenMP's threads.
     """
+    if argv is None:
+        threads.settle()
     try:
         code = main(list(sys.argv[1:] if argv is None else argv)) or 0
         sys.stdout.flush()

@@ -19,6 +19,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ext_common import threads
 from ext_common.cli import Parser, run
 from ext_common.pins import DISTRIBUTION, Pin, requirements, satisfies
 
@@ -102,6 +103,7 @@ def examine() -> Iterator[Finding]:
     python, pins, source = requirements()
     yield from check_python(python)
     yield from machine()
+    yield from openmp()
     if source is None:
         yield Finding("broken", f"{DISTRIBUTION} is not installed: pip install -e . in its folder")
     yield from itertools.chain.from_iterable(map(check_pin, pins.values()))
@@ -127,11 +129,28 @@ def machine() -> Iterator[Finding]:
     """System, processors and memory, as this process may use them."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    threads = os.environ.get("OMP_NUM_THREADS", "not set")
     yield Finding(
         "ok",
         f"{platform.system()} {platform.machine()}, {usable} of {os.cpu_count()} CPUs usable,"
-        f" {memory:.1f} GiB memory, OMP_NUM_THREADS {threads}",
+        f" {memory:.1f} GiB memory",
+    )
+
+
+def openmp() -> Iterator[Finding]:
+    """Threads and how they wait, as the user set them, and what our commands set where the user did not."""
+    count, policy = threads.given(threads.COUNT), threads.policy()
+    said = f"{threads.COUNT} {count or 'not set'}, {policy or f'{threads.POLICY} not set'}"
+    wanted = [] if count else [f"{threads.COUNT}={threads.cores()}"]
+    wanted += [] if policy else [f"{threads.POLICY}=passive"]
+    if wanted:
+        said += f"; our commands take {' '.join(wanted)}"
+    if policy or count == "1":
+        yield Finding("ok", said)
+        return
+    yield Finding(
+        "note",
+        f"{said}; before fairseq-train: export {threads.POLICY}=passive (threads that spin while they wait"
+        " make small models up to ten times slower on a busy machine)",
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Optional
 from fairseq import checkpoint_utils, scoring, trainer
 from omegaconf import open_dict
 
-from ext_common import compat, screen
+from ext_common import compat, screen, threads
 from ext_common.compat import resume
 from ext_common.compat.patching import after, replace
 from ext_common.given import given
@@ -32,6 +32,7 @@ _DEFAULT_METRIC = "loss"
 def apply() -> None:
     """Mend fairseq and add the above to it; what every plugin calls first. Again changes nothing."""
     compat.apply()
+    threads.settle_fairseq()
     for add in (
         _show_schedules_the_model,
         _ask_before_resuming,

@@ -8,11 +8,13 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 MANIFEST_NAME = "manifest.json"
 _DISTRIBUTIONS = (
@@ -104,6 +106,52 @@ def sha256_file(path: str | os.PathLike) -> str:
     """Hex SHA-256 of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_sha256(path: str | os.PathLike) -> str:
+    """As :func:`sha256_file`, but what has not changed is read once, and a large file once for all programs.
+
+    Unchanged is a file of the same :func:`identity`; digests of large ones are kept in the user's cache.
+    """
+    this = identity(path)
+    if this in _DIGESTS:
+        return _DIGESTS[this]
+    name = hashlib.sha256(repr(this).encode()).hexdigest()
+    note = user_cache("fairseq_ext", "sha256", name) if this.size >= _LARGE else None
+    digest = ""
+    if note is not None:
+        with contextlib.suppress(OSError, ValueError):
+            digest = note.read_text(encoding="ascii")
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        digest = sha256_file(path)
+        # a file that changed just now may do so again within the same tick of the clock
+        settled = time.time_ns() - max(this.modified, this.changed) > _SETTLED
+        if note is not None and settled and identity(path) == this:
+            with contextlib.suppress(OSError), atomic_write(note) as file:
+                file.write(digest)
+    _DIGESTS[this] = digest
+    return digest
+
+
+class Identity(NamedTuple):
+    """What tells a file, and each content of it, from every other; times in ns."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+def identity(path: str | os.PathLike) -> Identity:
+    """Which file and content a path leads to at this moment. OSError where there is none."""
+    s = os.stat(path)
+    return Identity(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+
+
+_DIGESTS: dict[Identity, str] = {}
+_LARGE = 1 << 24  # bytes; smaller files are read in a few hundredths of a second
+_SETTLED = 2 * 10**9  # ns
 
 
 def versions() -> dict[str, str]:

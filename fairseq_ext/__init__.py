@@ -6,7 +6,7 @@ that need no model), nothing is imported, so that they start at once.
 
 import sys
 
-from ext_common import aliases
+from ext_common import aliases  # ext_common before torch: it settles OpenMP's threads
 
 aliases.install()
 if "fairseq" in sys.modules:

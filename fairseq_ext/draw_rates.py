@@ -142,13 +142,12 @@ def main(argv: list[str]) -> int:
 
 
 def _load_fairseq() -> None:
-    from ext_common.checkpoints import untouched_logging
+    from ext_common.checkpoints import import_fairseq, untouched_logging
     from ext_common.compat.messages import leave_out_harmless_warnings
 
     leave_out_harmless_warnings()
+    import_fairseq()
     with untouched_logging():
-        import fairseq  # noqa: F401
-
         from fairseq_ext import noam  # noqa: F401
 
 

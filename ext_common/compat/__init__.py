@@ -6,6 +6,7 @@ must stand in fairseq's source: where they do not, the gap is left open with a w
 
     messages      known harmless warnings, one-sentence errors
     files         (no fairseq) what a checkpoint file is and how one is written
+    imports       (no fairseq) what fairseq imports for other tasks comes when it is used
     checkpoints   reading under weights_only, whole files whenever the process dies
     resume        going on at the same place of the data, not beyond the end
     processes     several processes: torchrun and spawning on CPU, gloo, buffers, gathers

@@ -21,6 +21,7 @@ from ext_common.compat.files import (
     foreign_globals,
     is_whole,
     plain_numbers,
+    why_misfit,
     why_unreadable,
     written_whole,
 )
@@ -255,16 +256,9 @@ def whole_checkpoint(path: str, suffix: str = "") -> str:
 
 def _why_unfit(path: str, error: Exception) -> str | None:
     text = str(error)
-    chain = error
-    while chain is not None and "loading state_dict" not in str(chain):
-        chain = chain.__cause__ or chain.__context__
-    if chain is not None:
-        lines = [line.strip() for line in str(chain).splitlines()[1:] if line.strip()]
-        detail = "; ".join(line if len(line) < 200 else line[:200] + "…" for line in lines[:2])
-        return (
-            f"{path} does not fit this model ({detail}): use the --arch and options it was trained "
-            "with, or another --save-dir"
-        )
+    misfit = why_misfit(path, error)
+    if misfit is not None:
+        return misfit
     unknown = re.match(r"Could not infer (task|model) type from", text)
     # fairseq formats its own message about an unknown model twice and trips over it.
     if unknown or (isinstance(error, KeyError) and error.args == ("'_name'",)):

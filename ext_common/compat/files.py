@@ -68,6 +68,29 @@ def why_unreadable(path: str, error: Exception) -> str | None:
     return None
 
 
+def why_misfit(path: str, error: BaseException | None) -> str | None:
+    """One sentence where ``error``, or one behind it, is of weights that do not fit a model; else None."""
+    while error is not None and "loading state_dict" not in str(error):
+        error = error.__cause__ or error.__context__
+    if error is None:
+        return None
+    lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
+    detail = "; ".join(line if len(line) < 200 else line[:200] + "…" for line in lines[:2])
+    return (
+        f"{path} does not fit this model ({detail}): use the --arch and options it was trained "
+        "with, or another --save-dir"
+    )
+
+
+def is_archive(path: str | os.PathLike) -> bool:
+    """Whether a file begins as what torch.save writes since PyTorch 1.6, a zip archive; False for none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError:
+        return False
+
+
 def foreign_globals(path: str, error: Exception | None = None) -> list[str]:
     """What a checkpoint names that is not allowed to be read, found without loading it."""
     try:

@@ -1,13 +1,13 @@
 """Datasets over a prepared `Corpus`: random crops for training, whole utterances for everything else."""
 
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, Dict, Optional, Sequence
 
 import numpy as np
 import torch
 from fairseq.data import FairseqDataset
-from torch import Tensor
 
 from fairseq_ext.speaker.augment import Context, change_speed
+from fairseq_ext.speaker.batching import batches_by_frames, pad  # noqa: F401 (public here of old)
 from fairseq_ext.speaker.corpus import Corpus
 
 
@@ -141,15 +141,6 @@ def collate(samples: Sequence[Dict]) -> Dict:
     }
 
 
-def pad(features: List[Tensor]):
-    """[(T_i, F)] → (B, max T, F) filled with zeros, and the padding mask (B, max T) or None."""
-    lengths = torch.tensor([len(f) for f in features])
-    if bool((lengths == lengths[0]).all()):
-        return torch.stack(list(features)), None
-    source = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
-    return source, torch.arange(source.shape[1]) >= lengths[:, None]
-
-
 def allocate(lengths: np.ndarray, total: int) -> np.ndarray:
     """`total` crops over utterances: at least one each, the rest by length (largest remainder)."""
     total = max(total, len(lengths))
@@ -159,20 +150,3 @@ def allocate(lengths: np.ndarray, total: int) -> np.ndarray:
     order = np.argsort(counts - share, kind="stable")
     counts[order[:missing]] += 1
     return counts + 1
-
-
-def batches_by_frames(sizes: np.ndarray, max_frames: int, max_utterances: Optional[int] = None):
-    """Indices in batches of similar length, each of at most `max_frames` padded frames.
-
-    Every index is in exactly one batch; an utterance longer than `max_frames` is a batch of its own.
-    """
-    batches: List[List[int]] = []
-    for index in np.argsort(sizes, kind="stable").tolist():
-        full = not batches or (
-            (len(batches[-1]) + 1) * sizes[index] > max_frames
-            or (max_utterances and len(batches[-1]) >= max_utterances)
-        )
-        if full:
-            batches.append([])
-        batches[-1].append(index)
-    return batches

@@ -5,7 +5,7 @@
 
 Needs the checkpoint and nothing else: no data folder, no environment variable, any working folder.
 Prediction changes nothing in the model, and what comes out for an utterance does not depend on what
-is predicted with it. torch and fairseq are imported when first used.
+is predicted with it. torch is imported when first used, fairseq for networks of other archs and plugins only.
 """
 
 import os
@@ -69,12 +69,14 @@ class SpeakerModel:
         user_dir: folder of the plugin with its parts, in place of the one it was trained with.
         """
         state = read_checkpoint(path)
-        network = build_network(state, path, PARTS, user_dir)
         task_state = state["task_state"]
         try:
             spec = FeatureSpec.from_dict(task_state["spec"])
         except (UserError, ValueError, TypeError) as error:
             raise UserError(f"{path}: {error}") from error
+        from fairseq_ext.speaker.network import network_of
+
+        network = build_network(state, path, PARTS, user_dir, network_of)
         return cls(network, task_state["speakers"], spec, usable_device(device))
 
     @property
@@ -132,7 +134,7 @@ class SpeakerModel:
     def _predict_window(self, window, batch_size, max_frames):
         import torch
 
-        from fairseq_ext.speaker.dataset import batches_by_frames, pad
+        from fairseq_ext.speaker.batching import batches_by_frames, pad
 
         sizes = np.array([len(features) for _, features in window], dtype=np.int64)
         for batch in batches_by_frames(sizes, max_frames, batch_size):

@@ -10,7 +10,7 @@ from typing import Optional
 import numpy as np
 
 from ext_common.cli import UsageError, UserError, progress
-from ext_common.manifest import sha256_file, versions
+from ext_common.manifest import known_sha256, sha256_file, versions
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.features import AudioError, FeatureSpec, audio_features
 from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
@@ -163,7 +163,7 @@ def check_output(output: str, given: list[str]) -> None:
 def provenance(source, options: PredictOptions, counts: dict) -> dict:
     """The content of a manifest: what went in, how, and what came out. Nothing is random here."""
     return {
-        "inputs": {options.path: sha256_file(options.path), **source.inputs()},
+        "inputs": {options.path: known_sha256(options.path), **source.inputs()},
         "counts": {"in": len(source), "out": len(source.ids), "bad": len(source.bad), **counts},
         "bad": source.bad,
         "options": options,

@@ -10,23 +10,13 @@ from omegaconf import II
 from torch import Tensor
 
 from ext_common.cli import UserError
-from fairseq_ext.speaker.network import NetworkOptions, SpeakerNetwork
-
-# Sizes by name; the recipes under configs/speaker_id say the same (a test compares them).
-PRESETS = {
-    "conformer_speaker": {},
-    "conformer_speaker_classroom": dict(
-        d_model=80,
-        nhead=2,
-        d_ffn=256,
-        layers=2,
-        pooled_layers="last",
-        front_end="linear",
-        embedding_dim=128,
-    ),
-    "conformer_speaker_large": dict(d_model=256, nhead=4, d_ffn=1024, layers=6, embedding_dim=256),
-    "transformer_speaker": dict(encoder="transformer"),
-}
+from fairseq_ext.speaker.network import (
+    PRESETS,
+    NamedNetwork,
+    NetworkOptions,
+    SpeakerNetwork,
+    fitting_head,
+)
 
 
 @dataclass
@@ -50,12 +40,11 @@ class SpeakerModelConfig(NetworkOptions, FairseqDataclass):
     criterion: str = II("criterion._name")
 
 
-class SpeakerModelBase(BaseFairseqModel):
+class SpeakerModelBase(NamedNetwork, BaseFairseqModel):
     """A `SpeakerNetwork` with fairseq's interface; forward returns embedding (B, D) and logits (B, C)."""
 
     def __init__(self, network: SpeakerNetwork, frozen: bool = False):
-        super().__init__()
-        self.network = network
+        super().__init__(network)
         self.frozen = frozen
         if frozen:
             for name, parameter in network.named_parameters():
@@ -79,9 +68,6 @@ class SpeakerModelBase(BaseFairseqModel):
             network.feature_mean.copy_(torch.as_tensor(task.feature_mean))
             network.feature_std.copy_(torch.as_tensor(task.feature_std))
         return cls(network, cfg.freeze_encoder)
-
-    def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None) -> Dict[str, Tensor]:
-        return self.network(source, padding_mask)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -125,11 +111,6 @@ def complete(cfg, task) -> None:
         for f in fields(NetworkOptions):
             if f.name in theirs and f.name not in ("subcenters", "dropout", "embedding_dropout"):
                 cfg[f.name] = theirs[f.name]
-
-
-def fitting_head(criterion: str) -> str:
-    """The head whose scores a criterion takes."""
-    return "linear" if criterion == "softmax" else "cosine"
 
 
 def read_speaker_checkpoint(path: str, task) -> Dict:

@@ -1,15 +1,33 @@
 """The speaker network as a plain module: features → encoder → pooling → embedding → class scores."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Dict, Optional, Tuple
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ext_common.checkpoints import name_of
 from fairseq_ext.speaker.conformer import ENCODERS, EncoderOptions, zero_padding
 from fairseq_ext.speaker.kernels import Linear
 from fairseq_ext.speaker.pooling import POOLINGS
+
+# Sizes by name; the recipes under configs/speaker_id say the same (a test compares them).
+PRESETS = {
+    "conformer_speaker": {},
+    "conformer_speaker_classroom": dict(
+        d_model=80,
+        nhead=2,
+        d_ffn=256,
+        layers=2,
+        pooled_layers="last",
+        front_end="linear",
+        embedding_dim=128,
+    ),
+    "conformer_speaker_large": dict(d_model=256, nhead=4, d_ffn=1024, layers=6, embedding_dim=256),
+    "transformer_speaker": dict(encoder="transformer"),
+}
 
 FEATURE_NORMS = ("none", "global", "utterance")
 
@@ -105,6 +123,17 @@ class SpeakerNetwork(nn.Module):
         return {"embedding": embedding, "logits": self.head(self.dropout(embedding))}
 
 
+class NamedNetwork(nn.Module):
+    """A `SpeakerNetwork` under the name that it has in a checkpoint."""
+
+    def __init__(self, network: SpeakerNetwork):
+        super().__init__()
+        self.network = network
+
+    def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None) -> Dict[str, Tensor]:
+        return self.network(source, padding_mask)
+
+
 class LinearFrontEnd(nn.Module):
     """`stack` neighbouring frames side by side → one linear layer: (B, T, F) → (B, ⌈T / stack⌉, d)."""
 
@@ -169,6 +198,32 @@ class Head(nn.Module):
         if self.subcenters > 1:
             cosines = cosines.view(len(x), -1, self.subcenters).amax(-1)
         return cosines
+
+
+def network_of(state: Mapping[str, Any]) -> Optional[NamedNetwork]:
+    """The network that a checkpoint's state describes, without its weights; None for one of another arch.
+
+    ValueError for options that cannot be.
+    """
+    model, saved = state["cfg"]["model"], state["task_state"]
+    arch = name_of(state, "model")
+    if (
+        name_of(state, "task") != "speaker_id"
+        or arch not in PRESETS
+        or not isinstance(model, Mapping)
+    ):
+        return None
+    given = {**PRESETS[arch], **model}
+    names = [f.name for f in fields(NetworkOptions) if f.name in given]
+    options = NetworkOptions(**{name: given[name] for name in names})
+    head = given.get("head") or fitting_head(given.get("criterion") or name_of(state, "criterion"))
+    classes = len(saved["speakers"])
+    return NamedNetwork(SpeakerNetwork(options, saved["spec"]["n_mels"], classes, head))
+
+
+def fitting_head(criterion: Optional[str]) -> str:
+    """The head whose scores a criterion takes."""
+    return "linear" if criterion == "softmax" else "cosine"
 
 
 def front_end(o: NetworkOptions, n_mels: int) -> nn.Module:

@@ -15,8 +15,9 @@ from ext_common.cli import UserError
 from ext_common.epochs import OwnBatches, Wanted
 from ext_common.presets import PresetOptions
 from fairseq_ext.speaker.augment import AUGMENTATIONS, Context, build_augmentation, mel_frequencies
+from fairseq_ext.speaker.batching import batches_by_frames
 from fairseq_ext.speaker.corpus import Corpus
-from fairseq_ext.speaker.dataset import CropDataset, UtteranceDataset, batches_by_frames
+from fairseq_ext.speaker.dataset import CropDataset, UtteranceDataset
 from fairseq_ext.speaker.features import FeatureSpec, audio_features, log_mel
 from fairseq_ext.speaker.inference import MAX_FRAMES
 from fairseq_ext.speaker.model import complete

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Optional
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, progress, run
-from ext_common.manifest import atomic_json, atomic_write, sha256_file, versions
+from ext_common.manifest import atomic_json, atomic_write, known_sha256, versions
 from fairseq_ext.translation.decode.checkpoint import split_paths
 from fairseq_ext.translation.decode.options import DecodeOptions
 from fairseq_ext.translation.decode.translator import BACKENDS, WINDOW, Translation, Translator
@@ -251,7 +251,7 @@ def provenance(source, output, paths, options, counts: Counts) -> dict:
     """The content of a manifest: what went in, how, and what came out."""
     inputs = [path for path in (source, *paths) if path != "-"]
     return {
-        "inputs": {path: sha256_file(path) for path in inputs if Path(path).is_file()},
+        "inputs": {path: known_sha256(path) for path in inputs if Path(path).is_file()},
         "counts": {"in": counts.lines, "out": counts.lines, **vars(counts)},
         "options": options,
         "seed": None,

@@ -1,7 +1,9 @@
 """Reverse models behind their interface: what becomes of a line, whose draws are its own."""
 
 import pytest
+import torch
 
+from ext_common import manifest
 from ext_common.cli import UserError
 from ext_common.manifest import sha256_file
 from ext_common.random import line_seed
@@ -113,6 +115,34 @@ def test_it_knows_its_languages_and_hash(model, reverse_checkpoint):
     described = describe_model(str(reverse_checkpoint), ModelOptions())
     assert described == model.description
     assert described["backend"] == "fairseq" and described["compute_type"] == "float32"
+
+
+def test_a_process_reads_a_checkpoint_once(model, reverse_checkpoint, tmp_path, monkeypatch):
+    """To describe and to open it; the moments of the optimizer, most of a file, are only hashed."""
+    state = torch.load(reverse_checkpoint, weights_only=False)
+    state["last_optimizer_state"] = {"state": {0: {"exp_avg": torch.ones(1 << 23)}}}
+    path = tmp_path / "large.pt"
+    torch.save(state, path)
+    loads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: loads.append(a[0]) or load(*a, **k))
+    hashed, digest = [], manifest.sha256_file
+    monkeypatch.setattr(manifest, "sha256_file", lambda p: hashed.append(p) or digest(p))
+    before = bytes_read()
+    said = describe_model(str(path), ModelOptions())
+    opened = open_model(str(path), ModelOptions(threads=1))
+    size = path.stat().st_size
+    assert (len(loads), len(hashed)) == (1, 1) and opened.description == said
+    assert size > 1 << 25 and size <= bytes_read() - before < 1.2 * size
+    # another content under the same name is another model
+    state["model"]["encoder.layer_norm.bias"] += 1
+    torch.save(state, path)
+    assert describe_model(str(path), ModelOptions())["sha256"] != said["sha256"]
+
+
+def bytes_read():
+    """What this process has read by system calls, which leave out what is mapped."""
+    with open("/proc/self/io") as file:
+        return int(dict(line.split(": ") for line in file)["rchar"])
 
 
 @pytest.mark.parametrize("mode", ["beam", "sampling", "topk", "topp", "noised-beam"])

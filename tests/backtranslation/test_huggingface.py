@@ -37,6 +37,16 @@ def opened(trained):
     return open_model(trained)
 
 
+def test_threads_are_those_of_the_process_but_while_it_decodes(trained, batch):
+    before = torch.get_num_threads()
+    backend, _ = open_model(trained, threads=before + 1)
+    seen = []
+    backend.model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    assert torch.get_num_threads() == before
+    backend.decode(batch[:2], DecodeOptions(beam=1), 5)
+    assert set(seen) == {before + 1} and torch.get_num_threads() == before
+
+
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory):
     """Random weights: many pieces have a chance."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
 from ext_common.cli import UserError
+from ext_common.manifest import sha256_file
 from fairseq_ext.backtranslation.models import huggingface_ctranslate as wing
 from fairseq_ext.backtranslation.models.huggingface import fingerprint
 from fairseq_ext.backtranslation.models.huggingface import open_model as open_huggingface
@@ -466,7 +467,7 @@ def test_a_folder_converted_from_fairseq(reverse_checkpoint, toy_mono, cache):
     lines = toy_mono[:30]
     found = Translator(backend, vocabulary)(lines, beam=1)
     assert found == Translator(*expected)(lines, beam=1)
-    assert wing.describe(made)["sha256"] == ctranslate.sha256_file(reverse_checkpoint)
+    assert wing.describe(made)["sha256"] == sha256_file(reverse_checkpoint)
     batch = [tuple(vocabulary.encode(vocabulary.clean(line))) for line in lines]
     options = SampleOptions(temperature=1.5)
     first = backend.sample(batch, range(30), options, 25)

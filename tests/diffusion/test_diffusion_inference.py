@@ -1,22 +1,28 @@
 """From a checkpoint to images that depend on seed and number alone, and what is no checkpoint of ours."""
 
+import copy
 import hashlib
 import os
 import re
+import subprocess
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("fairseq")
+from fairseq.models import BaseFairseqModel
 
 from diffusion_ext.denoiser import Denoiser
-from diffusion_ext.inference import DiffusionModel, read_checkpoint
+from diffusion_ext.inference import PARTS, DiffusionModel, read_checkpoint
+from diffusion_ext.network import network_of
 from diffusion_ext.pictures import to_uint8
 from diffusion_ext.randomness import ImageNoise
 from diffusion_ext.samplers import SAMPLERS, dpmpp_2m, trajectory
-from ext_common.checkpoints import untouched_logging
+from ext_common.checkpoints import build_network, untouched_logging
 from ext_common.cli import UserError
 
 STEPS = 3
@@ -299,6 +305,58 @@ def test_what_does_not_fit_together_is_refused_in_a_sentence(saved, change, word
     with pytest.raises(UserError, match=words) as caught:
         DiffusionModel.from_checkpoint(path, "cpu")
     assert re.match(re.escape(str(path)), str(caught.value)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spec, options",
+    [
+        ({}, {}),
+        (
+            {"classes": ["a", "b"], "condition_size": 3},
+            {"self_condition": True, "learned_variance": True, "ema_half_life": [10.0, 500.0]},
+        ),
+    ],
+)
+def test_the_network_is_the_one_that_fairseq_builds(tiny_checkpoint, spec, options):
+    """Bit for bit, with any of its averages."""
+    state = read_checkpoint(tiny_checkpoint)
+    state["task_state"]["spec"].update(spec)
+    state["cfg"]["model"].update(options)
+    torch.manual_seed(1)
+    state["model"] = {
+        k: torch.randn(v.shape) * 0.1 for k, v in network_of(state).state_dict().items()
+    }
+    ours, theirs = (
+        build_network(copy.deepcopy(state), tiny_checkpoint, PARTS, None, own).eval()
+        for own in (network_of, None)
+    )
+    assert isinstance(theirs, BaseFairseqModel) and not isinstance(ours, BaseFairseqModel)
+    x, t = torch.randn(2, 1, 16, 16), torch.tensor([3, 500])
+    label = torch.tensor([1, 2]) if spec else None
+    condition = torch.randn(2, 3) if spec else None
+    for average in (None, *range(len(ours.ema.half_lives))):
+        with torch.inference_mode():
+            mine, other = (net(x, t, label, x, condition, average) for net in (ours, theirs))
+        assert torch.equal(mine, other) and mine.std() > 0
+
+
+def test_drawing_images_needs_no_fairseq(tiny_checkpoint, tmp_path):
+    code = f"""
+import sys
+from diffusion_ext.sample import main
+main(["drawn", "--path", {str(tiny_checkpoint)!r}, "--num", "2", "--steps", "2", "--device", "cpu"])
+assert not {{"fairseq", "omegaconf", "scipy", "matplotlib"}} & set(sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=with_root(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
+
+
+def with_root():
+    root = str(Path(__file__).resolve().parents[2])
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
 
 
 def test_a_device_that_is_not_there(tiny_checkpoint):

@@ -44,10 +44,13 @@ def diagnose(folder, repo_root, modules=None, dists=None, flags=(), python_flags
 
 
 def test_healthy_environment(tmp_path, repo_root):
-    code, broken, lines = diagnose(tmp_path, repo_root, OMP_NUM_THREADS="5")
+    code, broken, lines = diagnose(
+        tmp_path, repo_root, OMP_NUM_THREADS="5", OMP_WAIT_POLICY="active"
+    )
     assert (code, broken) == (0, [])
     assert lines[-1] == "healthy"
     text = "\n".join(lines)
+    assert "ok      OMP_NUM_THREADS 5, OMP_WAIT_POLICY=active" in lines
     assert "OMP_NUM_THREADS 5" in text and "3 threads, built for CPU only" in text
     for name in ("ve-fairseq", "torch", "torchaudio", "hydra-core", "omegaconf", "numpy"):
         assert any(line.startswith(f"ok      {name} ") for line in lines)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +117,52 @@ def test_sha256_of_a_file(tmp_path):
     data = os.urandom(1 << 20) + b"tail"
     (tmp_path / "x").write_bytes(data)
     assert manifest.sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def hashed(tmp_path, monkeypatch):
+    """The files that were hashed; the user's cache is empty, every file is large and long unchanged."""
+    found, digest = [], manifest.sha256_file
+    monkeypatch.setattr(manifest, "sha256_file", lambda p: found.append(p) or digest(p))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(manifest, "_DIGESTS", {})
+    monkeypatch.setattr(manifest, "_LARGE", 0)
+    monkeypatch.setattr(manifest, "_SETTLED", -1)
+    return found
+
+
+def test_a_file_that_has_not_changed_is_hashed_once_for_all_programs(tmp_path, hashed):
+    path = tmp_path / "x"
+    path.write_bytes(b"first")
+    first = hashlib.sha256(b"first").hexdigest()
+    for _ in range(2):
+        assert [manifest.known_sha256(path) for _ in range(2)] == [first, first]
+        # as another process: nothing is remembered but the note
+        manifest._DIGESTS.clear()
+    assert len(hashed) == 1
+    # of the same size and time of change, in the same inode
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    time.sleep(0.02)
+    with open(path, "r+b") as file:
+        file.write(b"other")
+    os.utime(path, ns=times)
+    assert manifest.known_sha256(path) == hashlib.sha256(b"other").hexdigest()
+    # a note that is damaged
+    for note in (tmp_path / "cache" / "fairseq_ext" / "sha256").iterdir():
+        note.write_text("damaged")
+    manifest._DIGESTS.clear()
+    assert manifest.known_sha256(path) == hashlib.sha256(b"other").hexdigest()
+    assert len(hashed) == 3
+
+
+@pytest.mark.parametrize("name, value", [("_LARGE", 1 << 20), ("_SETTLED", 10**12)])
+def test_small_and_fresh_files_leave_no_note(tmp_path, hashed, monkeypatch, name, value):
+    monkeypatch.setattr(manifest, name, value)
+    (tmp_path / "x").write_bytes(b"text")
+    assert manifest.known_sha256(tmp_path / "x") == hashlib.sha256(b"text").hexdigest()
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(FileNotFoundError):
+        manifest.known_sha256(tmp_path / "y")
 
 
 def test_versions_name_what_is_installed():

@@ -15,6 +15,7 @@ from tests import processes
 pytest.importorskip("ctranslate2")
 
 from ext_common.cli import UserError
+from ext_common.manifest import sha256_file
 from fairseq_ext.translation.decode import ctranslate
 from fairseq_ext.translation.decode.translator import DecodeOptions, Translator
 
@@ -199,7 +200,7 @@ def test_a_damaged_folder_is_made_anew(own, converted, conversions, damage):
     else:
         (folder / damage).unlink()
     assert ctranslate.converted(path, "float32") == folder
-    assert conversions and ctranslate.is_whole(folder, ctranslate.sha256_file(path))
+    assert conversions and ctranslate.is_whole(folder, sha256_file(path))
     assert sorted(p.name for p in path.parent.iterdir()) == sorted([path.name, folder.name])
 
 

@@ -1,8 +1,11 @@
 """Lines in, as many lines out: the Python API, with stubs at scale and a real tiny model."""
 
 import copy
+import os
 import random
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -426,6 +429,44 @@ def test_a_checkpoint_of_fairseq_train_and_nothing_else(
     found = Translator.from_checkpoint("elsewhere.pt", threads=1)(lines)
     assert len(found) == 3 and found[1] == ""
     assert found == Translator.from_checkpoint(toy_checkpoint, threads=1)(lines)
+
+
+def test_threads_are_those_of_the_process_but_while_it_decodes(toy_checkpoint):
+    import torch
+
+    before = torch.get_num_threads()
+    translator = Translator.from_checkpoint(toy_checkpoint, threads=before + 1)
+    seen = []
+    layer = translator.backend.models[0].decoder.layers[0]
+    layer.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    assert torch.get_num_threads() == before
+    translator(["I like red apples."])
+    assert set(seen) == {before + 1} and torch.get_num_threads() == before
+
+
+def test_translating_loads_fairseq_without_what_its_other_tasks_need(toy_checkpoint, repo_root):
+    """And a criterion of fairseq that needs them has them all the same."""
+    code = f"""
+import sys
+from fairseq_ext.translation import Translator
+print(Translator.from_checkpoint({str(toy_checkpoint)!r})(["I like red apples."])[0] != "")
+loaded = {{name.partition(".")[0] for name in sys.modules}}
+assert "fairseq" in loaded and not {{"scipy", "sklearn", "matplotlib"}} & loaded
+from fairseq.criterions import sentence_prediction as criterion
+from fairseq.tasks import audio_classification as task
+assert round(criterion.f1_score([1, 0, 1], [1, 1, 1]), 3) == 0.8
+assert criterion.pearsonr([1, 2, 3], [2, 4, 6])[0] > 0.999
+assert task.sklearn_metrics.roc_curve([0, 1], [0.2, 0.8])[0].tolist() == [0, 0, 1]
+import scipy.stats, sklearn.metrics
+assert criterion.f1_score([1], [1]) == sklearn.metrics.f1_score([1], [1])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 def broken(kind, checkpoint, folder):

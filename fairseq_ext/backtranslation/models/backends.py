@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from ext_common.cli import UserError
-from ext_common.manifest import sha256_file
+from ext_common.manifest import known_sha256
 from ext_common.random import line_seed
 from ext_common.registry import Registry
 from fairseq_ext.backtranslation.modes import Mode
@@ -223,14 +223,18 @@ class Fairseq:
 
     @staticmethod
     def describe(path: str, options: ModelOptions) -> dict[str, Any]:
-        paths = split_paths(path)
-        saved = read_state(paths[0])["task_state"]["translation"]
+        # whoever asks what a model is mostly opens it next
+        saved = read_state(split_paths(path)[0], again=True)["task_state"]["translation"]
+        return Fairseq.described(path, options, saved["source_lang"], saved["target_lang"])
+
+    @staticmethod
+    def described(path: str, options: ModelOptions, source: str, target: str) -> dict[str, Any]:
         return {
-            "sha256": sha256_of(paths),
+            "sha256": sha256_of(split_paths(path)),
             "backend": "fairseq",
             "compute_type": options.compute_type or "float32",
-            "source_lang": saved["source_lang"],
-            "target_lang": saved["target_lang"],
+            "source_lang": source,
+            "target_lang": target,
         }
 
     @staticmethod
@@ -243,7 +247,9 @@ class Fairseq:
             options.user_dir,
             options.threads,
         )
-        return ReverseModel(translator, Fairseq.describe(path, options), options)
+        known = translator.vocabulary
+        description = Fairseq.described(path, options, known.source_lang, known.target_lang)
+        return ReverseModel(translator, description, options)
 
 
 @BACKENDS.register("huggingface")
@@ -284,14 +290,15 @@ class CTranslate2:
         from fairseq_ext.translation.decode.ctranslate import usable_device
         from fairseq_ext.translation.decode.ctranslate_backend import import_ctranslate2
 
+        device, _ = usable_device(options.device, import_ctranslate2())
+        kind = _quantised(options, device)
         if _is_checkpoint(path):
-            found = Fairseq.describe(path, options)
+            found = _converted(path, options, kind) or Fairseq.describe(path, options)
         else:
             from fairseq_ext.backtranslation.models import huggingface_ctranslate
 
             found = huggingface_ctranslate.describe(path, *_saying(options), options.tokenizer)
-        device, _ = usable_device(options.device, import_ctranslate2())
-        found |= {"backend": "ctranslate2", "compute_type": _quantised(options, device)}
+        found |= {"backend": "ctranslate2", "compute_type": kind}
         return {**found, "max_tokens": options.max_tokens or (1024 if device == "cpu" else 4096)}
 
     @staticmethod
@@ -334,13 +341,25 @@ def _quantised(options: ModelOptions, device: str) -> str:
     return options.compute_type or ("int8" if device == "cpu" else "float16")
 
 
+def _converted(path: str, options: ModelOptions, kind: str) -> dict[str, Any] | None:
+    """What `Fairseq.describe` would say of a checkpoint that CTranslate2 has already, without torch."""
+    from fairseq_ext.translation.decode.ctranslate import already_converted, read_description
+
+    paths = [Path(one) for one in split_paths(path)]
+    folder = already_converted(paths[0], kind) if len(paths) == 1 and paths[0].is_file() else None
+    if folder is None:
+        return None
+    known = read_description(folder)["vocabulary"]
+    return Fairseq.described(path, options, known["source_lang"], known["target_lang"])
+
+
 def _is_checkpoint(path: str) -> bool:
     return not os.path.isdir(path) and kind_of(path) == "fairseq"
 
 
 def sha256_of(paths: Sequence[str]) -> str:
     """SHA-256 of a file; of several, that of their hashes."""
-    digests = [sha256_file(path) for path in paths]
+    digests = [known_sha256(path) for path in paths]
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()

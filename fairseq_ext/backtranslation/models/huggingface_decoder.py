@@ -19,6 +19,7 @@ from transformers.generation import (
 
 from ext_common.cli import UserError
 from ext_common.random import uniforms
+from ext_common.threads import limited
 from fairseq_ext.backtranslation.models.huggingface_vocabulary import (
     HuggingFaceVocabulary,
     positions,
@@ -51,8 +52,7 @@ class HuggingFaceBackend:
                 f"the backend huggingface has no compute type {compute_type!r}: it has"
                 f" {', '.join(_TYPES)} (int8 is one of the backend ctranslate2)"
             )
-        if threads:
-            torch.set_num_threads(threads)
+        self.threads = threads
         self.device = torch.device(device)
         self.model = model.to(self.device, _TYPES[compute_type]).eval()
         card = model.generation_config
@@ -128,7 +128,7 @@ class HuggingFaceBackend:
             ids[row, : len(source)] = torch.tensor(source)
             mask[row, : len(source)] = 1
         config = GenerationConfig(**self._card, **search, do_sample=False, max_new_tokens=limit + 1)
-        with torch.inference_mode():
+        with limited(self.threads), torch.inference_mode():
             out = self.model.generate(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),

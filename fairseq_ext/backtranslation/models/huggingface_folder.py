@@ -9,7 +9,7 @@ from typing import Any
 import regex
 
 from ext_common.cli import UserError
-from ext_common.manifest import sha256_file
+from ext_common.manifest import known_sha256
 from fairseq_ext.translation.text.normalise import language
 
 INSTALL = "pip install -e '.[huggingface]'"
@@ -71,7 +71,7 @@ def fingerprint(path: str | os.PathLike) -> str:
     folder = find_folder(path)
     digest = hashlib.sha256()
     for file in model_files(folder):
-        digest.update(f"{file.name}\0{sha256_file(file)}\n".encode())
+        digest.update(f"{file.name}\0{known_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ext_common.parallel import in_order
+from ext_common.threads import limited
 from fairseq_ext.speaker.features import AudioError, Recording, log_mel, resample
 
 # What one call to a worker reads at least, so that small files do not pay for the way there.
@@ -38,7 +39,8 @@ def extract_all(tasks, spec, min_seconds, from_audio, workers):
     """
     work = (spec, min_seconds, from_audio)
     if workers <= 1:
-        with single_thread():
+        # the split of a sum over threads would show in the last bits
+        with limited(1):
             for task in tasks:
                 yield extract(task, *work)
         return
@@ -75,19 +77,6 @@ def start_worker():
     import torch
 
     torch.set_num_threads(1)
-
-
-@contextlib.contextmanager
-def single_thread():
-    """One thread for torch: the split of a sum over threads would show in the last bits."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def extract_batch(tasks, work):

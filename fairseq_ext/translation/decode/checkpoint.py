@@ -9,6 +9,7 @@ from typing import Any
 
 from ext_common import checkpoints
 from ext_common.cli import UserError
+from ext_common.manifest import Identity, identity
 from fairseq_ext.translation.text.normalise import detokenise, normalise, written
 from fairseq_ext.translation.text.spm import EOS, Codec
 
@@ -57,11 +58,26 @@ def split_paths(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[
     return found
 
 
-def read_state(path: str | os.PathLike) -> dict[str, Any]:
+def read_state(path: str | os.PathLike, again: bool = False) -> dict[str, Any]:
     """What `torch.save` wrote, as plain dicts and tensors on the CPU; nothing in it is run.
 
-    UserError where the file is missing, damaged, or of anything but a translation_spm model.
+    again: the file will be wanted once more, and is kept for the next call. UserError where it is missing,
+    damaged, or of anything but a translation_spm model.
     """
+    now = identity(path) if os.path.isfile(path) else None
+    state = _kept.pop(now, None)
+    if state is None:
+        state = _read(path)
+    if again:
+        _kept.clear()
+        _kept[now] = state
+    return state
+
+
+_kept: dict[Identity | None, dict[str, Any]] = {}
+
+
+def _read(path: str | os.PathLike) -> dict[str, Any]:
     state = checkpoints.read_state(path)
     why = why_no_translation_model(state)
     if why:

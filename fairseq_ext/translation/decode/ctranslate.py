@@ -19,7 +19,7 @@ from typing import Any
 
 from ext_common.cli import UserError
 from ext_common.folders import making
-from ext_common.manifest import sha256_file, user_cache
+from ext_common.manifest import known_sha256, user_cache
 from fairseq_ext.translation.decode.checkpoint import Vocabulary
 from fairseq_ext.translation.decode.ctranslate_backend import (
     DESCRIPTION,
@@ -113,8 +113,11 @@ def converted(checkpoint: Path, compute_type: str, user_dir: str | None = None) 
         from fairseq_ext.translation.decode.checkpoint import read_state
 
         read_state(checkpoint)  # says why not
-    digest = sha256_file(checkpoint)
-    name = f"{checkpoint.name}.ctranslate2-{digest[:8]}-{compute_type}"
+    found = already_converted(checkpoint, compute_type)
+    if found is not None:
+        return found
+    digest = known_sha256(checkpoint)
+    name = _name(checkpoint, digest, compute_type)
 
     def write(new: Path) -> str:
         from fairseq_ext.translation.decode.ctranslate_convert import convert
@@ -126,10 +129,25 @@ def converted(checkpoint: Path, compute_type: str, user_dir: str | None = None) 
                 shutil.rmtree(old, ignore_errors=True)
         return report
 
-    places = [checkpoint.absolute().parent, user_cache("fairseq_ext")]
     return converted_once(
-        places, name, digest, f"{checkpoint} for CTranslate2 ({compute_type})", write
+        _places(checkpoint), name, digest, f"{checkpoint} for CTranslate2 ({compute_type})", write
     )
+
+
+def already_converted(checkpoint: Path, compute_type: str) -> Path | None:
+    """The folder of the converted model where there is one."""
+    digest = known_sha256(checkpoint)
+    name = _name(checkpoint, digest, compute_type)
+    whole = (place / name for place in _places(checkpoint) if is_whole(place / name, digest))
+    return next(whole, None)
+
+
+def _name(checkpoint: Path, digest: str, compute_type: str) -> str:
+    return f"{checkpoint.name}.ctranslate2-{digest[:8]}-{compute_type}"
+
+
+def _places(checkpoint: Path) -> list[Path]:
+    return [checkpoint.absolute().parent, user_cache("fairseq_ext")]
 
 
 def converted_once(

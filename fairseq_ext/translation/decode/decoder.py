@@ -11,6 +11,7 @@ from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 
 from ext_common.cli import UserError
 from ext_common.random import uniforms
+from ext_common.threads import limited
 from fairseq_ext.translation.decode.draws import draw
 from fairseq_ext.translation.decode.options import Candidate, DecodeOptions, SampleOptions
 from fairseq_ext.translation.text.spm import EOS, PAD
@@ -22,6 +23,7 @@ class FairseqBackend:
     """Decodes ids with one fairseq model, or with several that vote (an ensemble).
 
     models: encoder-decoder models of one vocabulary. compute_type: float32, float16 or bfloat16.
+    threads: of torch on the CPU, while this decodes and no longer; None: as many as there are.
     """
 
     name = "fairseq"
@@ -40,8 +42,7 @@ class FairseqBackend:
                 f"the backend fairseq has no compute type {compute_type!r}: it has"
                 f" {', '.join(_TYPES)} (int8 is one of the backend ctranslate2)"
             )
-        if threads:
-            torch.set_num_threads(threads)
+        self.threads = threads
         self.device = torch.device(device)
         self.models = [m.to(self.device, _TYPES[compute_type]).eval() for m in models]
         for model in self.models:
@@ -85,7 +86,7 @@ class FairseqBackend:
         net_input = {"src_tokens": tokens.to(self.device), "src_lengths": lengths.to(self.device)}
         for model in self.models:
             set_beam(model, generator.beam_size)
-        with torch.inference_mode():
+        with limited(self.threads), torch.inference_mode():
             return generator.generate(self.models, {"net_input": net_input})
 
     def _generator(self, options: DecodeOptions, limit: int) -> SequenceGenerator:

@@ -1,0 +1,128 @@
+"""The network as a plain module: a U-Net and the averages of its weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, List, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from diffusion_ext.ema import WeightAverages
+from diffusion_ext.unet import UNet, UNetOptions, divisor
+from ext_common.checkpoints import name_of
+from ext_common.cli import UserError
+
+ARCH = "ddpm_unet"
+
+
+@dataclass
+class NetworkOptions(UNetOptions):
+    self_condition: bool = field(
+        default=False,
+        metadata={"help": "the network also gets its own guess at the image (arXiv 2208.04202)"},
+    )
+    learned_variance: bool = field(
+        default=False,
+        metadata={"help": "the network also predicts the variance of a step (arXiv 2102.09672)"},
+    )
+    ema_half_life: List[float] = field(
+        default_factory=lambda: [500_000.0],
+        metadata={"help": "half-lives of the averages of the weights, images, e.g. 100000,500000"},
+    )
+    ema_ramp_up: float = field(
+        default=0.05,
+        metadata={"help": "no half-life is longer than this share of the images seen so far"},
+    )
+
+
+class AveragedUNet(nn.Module):
+    """A `UNet` and the averages of its weights (`ema`), which validation and samples use.
+
+    spec: height, width, channels, classes (names) and condition_size of the images. UserError for options
+    that cannot be built, or that the images do not fit.
+    """
+
+    def __init__(self, options: NetworkOptions, spec: Mapping[str, Any]):
+        super().__init__()
+        check_options(options, options, spec["height"], spec["width"])
+        self.self_condition, self.channels = options.self_condition, spec["channels"]
+        self.net = UNet(
+            options_of(UNetOptions, vars(options)),
+            self.channels * (2 if options.self_condition else 1),
+            self.channels * (2 if options.learned_variance else 1),
+            spec["height"],
+            len(spec["classes"]),
+            spec["condition_size"],
+        )
+        self.ema = WeightAverages(self.net, options.ema_half_life, options.ema_ramp_up)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        label: Optional[Tensor] = None,
+        x0: Optional[Tensor] = None,
+        condition: Optional[Tensor] = None,
+        average: Optional[int] = None,
+    ) -> Tensor:
+        """Output (B, C or 2C, H, W) for noisy images x (B, C, H, W) at timesteps t (B,).
+
+        x0: an earlier guess, for self-conditioning; average: use this one of the averaged weights.
+        """
+        if self.self_condition:
+            x = torch.cat([x, torch.zeros_like(x) if x0 is None else x0], 1)
+        if average is None:
+            return self.net(x, t, label, condition)
+        return functional_call(self.net, self.ema.of(average), (x, t, label, condition))
+
+
+def network_of(state: Mapping[str, Any]) -> Optional[AveragedUNet]:
+    """The network that a checkpoint's state describes, without its weights; None for one of another arch.
+
+    UserError for options that cannot be.
+    """
+    model = state["cfg"]["model"]
+    ours = (name_of(state, "task"), name_of(state, "model")) == ("diffusion", ARCH)
+    if not ours or not isinstance(model, Mapping):
+        return None
+    return AveragedUNet(options_of(NetworkOptions, model), state["task_state"]["spec"])
+
+
+def check_options(options: UNetOptions, cfg, height: int, width: int) -> None:
+    """UserError for sizes that cannot be built, or that the images do not fit."""
+    if options.base_channels < 4 or options.base_channels % 4 or options.blocks < 1:
+        raise UserError(
+            "--base-channels is a multiple of 4, and --blocks is at least 1:"
+            f" got {options.base_channels} and {options.blocks}"
+        )
+    if not options.channel_mults or min(options.channel_mults) < 1:
+        raise UserError(
+            f"--channel-mults {options.channel_mults} must be numbers from 1, like 1,2,2"
+        )
+    if options.head_channels < 1:
+        raise UserError(f"--head-channels {options.head_channels} must be at least 1")
+    for mult in options.channel_mults:
+        heads = max(1, options.base_channels * mult // options.head_channels)
+        if options.base_channels * mult % heads:
+            raise UserError(
+                f"--head-channels {options.head_channels} does not divide the"
+                f" {options.base_channels * mult} channels of a resolution"
+            )
+    if not 0 <= options.dropout < 1:
+        raise UserError(f"--dropout {options.dropout} is not in [0, 1)")
+    if not cfg.ema_half_life or min(cfg.ema_half_life) < 0 or cfg.ema_ramp_up <= 0:
+        raise UserError("--ema-half-life is at least 0 images, and --ema-ramp-up is above 0")
+    n = divisor(options)
+    if height % n or width % n:
+        raise UserError(
+            f"images of {height} × {width} do not fit --channel-mults with {len(options.channel_mults)}"
+            f" resolutions: give --image-size in multiples of {n}, or fewer --channel-mults"
+        )
+
+
+def options_of(cls: type, cfg: Mapping) -> Any:
+    """The instance of an options dataclass that a part of fairseq's configuration describes."""
+    given = {f.name: cfg[f.name] for f in fields(cls) if f.name in cfg}
+    lists = {k for k, v in given.items() if isinstance(v, Sequence) and not isinstance(v, str)}
+    return cls(**{k: list(v) if k in lists else v for k, v in given.items()})
