@@ -52,10 +52,10 @@ def translation(recorded: Records) -> list[list[str]]:
     peer = f"{sides['fairseq-generate']['median']:.0f}"
     return [
         [
-            "English to Chinese, 27,835 pairs, 8 minutes",
+            "English to Chinese, 27,835 pairs, 8 minutes: LSTM",
             f"{lstm} BLEU",
             transformer,
-            "LSTM, Transformer",
+            "a Transformer, same time",
         ],
         ["translating, beam 5, int8 on 2 CPUs", fast, peer, "`fairseq-generate`"],
     ]
@@ -85,10 +85,10 @@ def diffusion(recorded: Records) -> list[list[str]]:
     ours = loose([m["value"] for m in metrics])
     (speed,) = recorded("diffusion_speed")
     training = speed["cases"][0]
-    what = "real digits beside real digits"
+    what = "half of the real digits, from the other half"
     peer = "denoising-diffusion-pytorch"
     return [
-        ["digits, Fréchet distance, 5 minutes on one core", ours, floor, what],
+        ["Fréchet distance of digits, 5 minutes on one core", ours, floor, what],
         [
             "training a U-Net at 32 × 32",
             *rates(training, speed["default"], "theirs, float32"),
