@@ -49,4 +49,5 @@ def filled(template: Path, tables: Mapping[str, str], made_by: str) -> str:
     text = PLACE.sub(place, template.read_text(encoding="utf-8"))
     if unused := set(tables) - used:
         raise KeyError(f"{template.name} has no place for {', '.join(sorted(unused))}")
-    return f"<!-- made by `{made_by}` from {template.parent.name}/{template.name}: do not edit -->\n\n{text}"
+    place = f"{template.parent.name}/{template.name}"
+    return f"<!-- made by `{made_by}` from {place}: do not edit -->\n\n{text.rstrip()}\n"

@@ -14,7 +14,7 @@ from benchmarks.backtranslation import report as backtranslation
 from benchmarks.diffusion import report as diffusion
 from benchmarks.diffusion import speed as diffusion_speed
 from benchmarks.headline import headline
-from benchmarks.pages import filled, origin
+from benchmarks.pages import filled, markdown, origin
 from benchmarks.recorded import RESULTS, ROOT, Results
 from benchmarks.speaker import report as speaker
 from benchmarks.translation import report as translation
@@ -82,7 +82,24 @@ def speed_tables() -> dict[str, str]:
     for figures in recorded("diffusion_speed"):
         line = origin(figures["command"], [figures])
         found["diffusion"] = f"{diffusion_speed.table(figures)}\n\n{line}"
+    found["startup"] = startup_section(recorded("startup"))
     return found
+
+
+def startup_section(records: list[dict]) -> str:
+    """What `python -m benchmarks.startup` measured, with its heading; empty where it was not run yet."""
+    parts = []
+    for figures in records:
+        rows = []
+        for row in figures["commands"]:
+            shown = [f"{side['above_torch']:.2f} s" for side in row["sides"].values()]
+            share = f"{row['share']:.0%}" if "share" in row else ""
+            rows.append([row["name"], *shown, share, f"{row['goal']:.0%}"])
+        sides = list(figures["commands"][0]["sides"])
+        torch = f"`import torch` alone takes {figures['torch']['wall']:.2f} s."
+        head = ["seconds above `import torch`", *sides, "share", "goal"]
+        parts += [torch, markdown(head, rows), origin(figures["command"], [figures])]
+    return "\n\n".join(["## Starting up", *parts]) if parts else ""
 
 
 def recorded(name: str) -> list[dict]:
