@@ -1,7 +1,8 @@
 """The pictures of README.md, from our own commands: `python -m benchmarks.pictures [JOB …]`.
 
 speaker      the learning curve of configs/speaker_id/fsdd.yaml, a minute on one core
-translation  attention of a Transformer after 2,000 updates on cmn-eng, about five minutes on one core
+translation  attention of a Transformer after 2,000 updates on cmn-eng, about five minutes on one core;
+                 needs a font with Chinese characters (fonts-noto-cjk)
 diffusion    of the grid that `benchmarks.diffusion.tables` recorded
 """
 
