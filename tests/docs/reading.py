@@ -12,7 +12,7 @@ BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-INLINE = re.compile(r"`((?:python -m|bash scripts/|fairseq-\w+|python scripts/)[^`]*)`")
+INLINE = re.compile(r"`((?:python -m \w+|bash scripts/|fairseq-\w+|python scripts/)[^`]*)`")
 
 
 @dataclass(frozen=True)

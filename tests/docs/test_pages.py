@@ -12,7 +12,7 @@ import yaml
 from tests.docs.reading import PAGES, RESULTS, ROOT, blocks, inline_commands, links
 
 # What is read by the shell or by programs that are not ours; only where a block is not run.
-FOREIGN = {"mkdir", "cut", "find", "done", "cp", "npm", "tar", "mv"}
+FOREIGN = {"export", "mkdir", "cut", "find", "done", "cp", "npm", "tar", "mv"}
 PARTS = [
     "fairseq_ext.noam",
     *(f"fairseq_ext.speaker.{part}" for part in ("criterion", "model", "task")),

@@ -75,7 +75,7 @@ def before(page, folder):
     prepare = ["python", "-m", "fairseq_ext.translation.prepare", "corpus.tsv", "DATA"]
     if page.stem == "backtranslation":
         return [[*prepare, "--source-lang", "en", "--target-lang", "zh"]]
-    if page.stem == "extending":
+    if page.stem in ("extending", "training"):
         return [["python", "-m", "fairseq_ext.speaker.prepare", "RECORDINGS", "DATA"]]
     return []
 
