@@ -3,8 +3,9 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from PIL import Image, ImageChops
 
-from benchmarks import report
+from benchmarks import pictures, report
 from benchmarks.pages import filled, origin, spread
 from benchmarks.recorded import Results
 from benchmarks.speaker import report as speaker
@@ -90,3 +91,13 @@ def test_effects_are_paired_by_seed_and_by_the_other_factors():
     row = speaker.effects_table(runs).splitlines()[-1]
     assert row == "| softmax → am_softmax | +3.0 ± 1.4 | +3.0 ± 1.4 |"
     assert spread([]) == "–" and spread([2.0]) == "2.0"
+
+
+def test_the_picture_of_digits_is_of_the_recorded_grid(tmp_path, monkeypatch, repo_root):
+    monkeypatch.setattr(pictures, "PICTURES", tmp_path)
+    pictures.diffusion(tmp_path)
+    made, shown = (
+        Image.open(folder / "diffusion.png")
+        for folder in (tmp_path, repo_root / "docs" / "pictures")
+    )
+    assert made.size == shown.size and not ImageChops.difference(made, shown).getbbox()
