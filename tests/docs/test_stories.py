@@ -29,7 +29,8 @@ SMALL = {
     " --decoder-attention-heads 2 --num-workers 0",
     "diffusion": "--max-update 2 --image-size 16 --base-channels 8 --channel-mults 1,2 --blocks 1"
     " --attention-resolutions 8 --head-channels 8 --batch-size 4 --warmup-updates 1 --sample-interval 0",
-    "recipe": "optimization.max_update=12 dataset.max_tokens=600 lr_scheduler.warmup_updates=4",
+    "recipe": f"common.user_dir={ROOT}/fairseq_ext optimization.max_update=12 dataset.max_tokens=600"
+    " lr_scheduler.warmup_updates=4",
 }
 
 
