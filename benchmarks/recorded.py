@@ -1,6 +1,7 @@
-"""Trainings from recipes, each recorded once: what the table scripts of this folder have in common."""
+"""What was measured, a line a run, and trainings from recipes, each recorded once."""
 
 import copy
+import fcntl
 import hashlib
 import json
 import os
@@ -13,10 +14,58 @@ from typing import Any
 
 import yaml
 
-from ext_common.manifest import atomic_json
+from ext_common.manifest import atomic_json, atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# The one place where data is looked for; docs/data.md says what lies there.
 SHARED = Path(os.environ.get("FAIRSEQ_EXT_DATA") or ROOT.parent / "shared" / "data")
+
+
+class Results:
+    """A JSON-lines file of runs: one record a line, each named by its "run", in the order of the names."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+
+    def all(self) -> list[dict]:
+        """Every record; none where there is no file."""
+        if not self.path.exists():
+            return []
+        with open(self.path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def get(self, run: str) -> dict | None:
+        """The record of one run."""
+        return next((record for record in self.all() if record["run"] == run), None)
+
+    def has(self, run: str, digest: str) -> bool:
+        """Whether the run is recorded with this recipe."""
+        record = self.get(run)
+        return record is not None and record["recipe_sha256"] == digest
+
+    def put(self, record: dict) -> None:
+        """Add a record, or replace that of the same run; safe beside other processes and threads."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            others = [one for one in self.all() if one["run"] != record["run"]]
+            with atomic_write(self.path) as file:
+                for one in sorted([*others, record], key=lambda one: one["run"]):
+                    file.write(json.dumps(one, ensure_ascii=False) + "\n")
+        finally:
+            os.close(folder)
+
+
+def data_file(name: str) -> Path:
+    """A file of the data; SystemExit with the remedy where it is not there."""
+    path = SHARED / name
+    if not path.exists():
+        raise SystemExit(
+            f"error: {path} is not there: set FAIRSEQ_EXT_DATA to the data's folder (docs/data.md)"
+        )
+    return path
 
 
 def changed_recipe(path: Path, changes: dict[str, Any]) -> dict:
@@ -34,11 +83,6 @@ def changed_recipe(path: Path, changes: dict[str, Any]) -> dict:
 def digest_of(*parts: Any) -> str:
     """What tells one recipe (and data) from another."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def is_recorded(path: Path, digest: str) -> bool:
-    """Whether a result of this recipe is in the file."""
-    return path.exists() and json.loads(path.read_text())["recipe_sha256"] == digest
 
 
 def train(config: dict, data: Path, digest: str, folder: Path, models: Path) -> dict:
@@ -59,7 +103,7 @@ def train_by(
 ) -> dict:
     """Write ``folder``/recipe.yaml and run the command, unless that was done; returns seconds."""
     done = folder / "train.json"
-    if is_recorded(done, digest):
+    if done.exists() and json.loads(done.read_text())["recipe_sha256"] == digest:
         return json.loads(done.read_text())
     # seconds are those of one process from the first update: a half-trained run begins again
     shutil.rmtree(folder, ignore_errors=True)

@@ -239,7 +239,7 @@ def closing(steps, data, checkpoint, second, options):
 
 OWN_MEANING = (
     "Nothing of test occurs in train on either side. A model this small, trained this shortly, is a "
-    "beginning: see\nthe README for a real recipe."
+    "beginning: see\ndocs/translation.md for a real recipe."
 )
 
 

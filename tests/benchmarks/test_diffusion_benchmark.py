@@ -17,10 +17,8 @@ from tests import processes
 pytest.importorskip("fairseq")
 peer = pytest.importorskip("denoising_diffusion_pytorch")
 
-from benchmarks import diffusion as benchmark  # noqa: E402
-from benchmarks import diffusion_cases as cases  # noqa: E402
-from benchmarks import diffusion_curves as curves  # noqa: E402
-from benchmarks import diffusion_sides as sides  # noqa: E402
+from benchmarks.diffusion import cases, curves, sides  # noqa: E402
+from benchmarks.diffusion import speed as benchmark  # noqa: E402
 from ext_common.checkpoints import untouched_logging  # noqa: E402
 from ext_common.cli import UserError  # noqa: E402
 

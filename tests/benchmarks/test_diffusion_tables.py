@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from benchmarks import diffusion_report as report
-from benchmarks import diffusion_tables as tables
 from benchmarks import recorded
+from benchmarks.diffusion import report, tables
 from benchmarks.recorded import changed_recipe, digest_of
 
+RECORDED = {record["run"]: record for record in tables.RECORDED.all()}
 RUNS = {name: run for runs in tables.GROUPS.values() for name, run in runs().items()}
 
 
@@ -34,10 +34,9 @@ def test_what_is_recorded_is_of_the_recipe_as_it_is(name):
     stem, _, seed = name.rpartition("-")
     ways = [f"{stem}{suffix}-{seed}" for suffix in (flags[0] if flags else {"": []})]
     for way in ways:
-        path = tables.RESULTS / f"{way}.json"
-        assert path.exists(), f"run: python -m benchmarks.diffusion_tables (for {way})"
-        found = json.loads(path.read_text())
-        assert found["run"] == way and found["recipe_sha256"] == digest
+        assert way in RECORDED, f"run: python -m benchmarks.diffusion.tables (for {way})"
+        found = RECORDED[way]
+        assert found["recipe_sha256"] == digest
         assert found["evaluation"]["metrics"]["frechet"]["n"] == tables.SAMPLES
 
 
@@ -54,17 +53,19 @@ def test_a_run_that_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
         (folder / f"{name}.grid.png").write_bytes(b"")
         return record(name, 3.0)["evaluation"]
 
-    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    results = recorded.Results(tmp_path / "results.jsonl")
+    monkeypatch.setattr(tables, "RECORDED", results)
+    monkeypatch.setattr(tables, "GRIDS", tmp_path)
     monkeypatch.setattr(recorded, "run", train)
     monkeypatch.setattr(tables, "judge", judge)
-    (tmp_path / "results").mkdir()
     what = tables.digits_runs()["digits-1"]
     for _ in range(2):
         tables.one("digits-1", *what, work=tmp_path)
     assert len(trained) == 1
     assert judged == ["digits-1", "digits_guidance_1.25-1", "digits_guidance_1.5-1"]
     assert "done before" in capsys.readouterr().out
-    (tmp_path / "results" / "digits_guidance_1.5-1.json").unlink()
+    others = [line for line in results.path.read_text().splitlines(True) if "_1.5-1" not in line]
+    results.path.write_text("".join(others))
     tables.one("digits-1", *what, work=tmp_path)
     assert len(trained) == 1 and judged[3:] == ["digits_guidance_1.5-1"]
 

@@ -12,8 +12,7 @@ from tests import processes
 fairseq = pytest.importorskip("fairseq")
 
 from benchmarks import common  # noqa: E402
-from benchmarks import speaker_cases as cases  # noqa: E402
-from benchmarks import speaker_peers as peers  # noqa: E402
+from benchmarks.speaker import cases, peers  # noqa: E402
 
 
 @pytest.fixture

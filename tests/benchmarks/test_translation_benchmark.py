@@ -10,7 +10,7 @@ from tests import processes
 pytest.importorskip("fairseq")
 pytest.importorskip("ctranslate2")
 
-from benchmarks import translation as benchmark
+from benchmarks.translation import speed as benchmark
 
 
 def test_share_of_equal_lines():
@@ -62,7 +62,7 @@ def test_the_command(repo_root, tmp_path, toy_benchmark_model):
 @pytest.fixture(scope="module")
 def toy_benchmark_model(tmp_path_factory):
     """The model and data of the quick speed part stand in for trained ones."""
-    from benchmarks.translation_cases import Size, read_corpus, write_case
+    from benchmarks.translation.cases import Size, read_corpus, write_case
 
     benchmark.quiet_imports()
     folder = tmp_path_factory.mktemp("toy") / "data"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_ext.controls import averaged_images, copies, covariance_gaussian
+from benchmarks.diffusion.controls import averaged_images, copies, covariance_gaussian
 from diffusion_ext.evaluate import evaluation
 from diffusion_ext.evaluate.__main__ import main
 from diffusion_ext.evaluate.cache import cache_folder, cache_key

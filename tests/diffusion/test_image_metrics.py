@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 
-from diffusion_ext.controls import averaged_images, copies, covariance_gaussian, noisy
+from benchmarks.diffusion.controls import averaged_images, copies, covariance_gaussian, noisy
 from diffusion_ext.evaluate import metrics
 from diffusion_ext.evaluate.leakage import (
     ASYMMETRY,

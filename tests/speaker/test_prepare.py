@@ -1,5 +1,4 @@
 import csv
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -695,13 +694,10 @@ def test_fsdd_with_the_command_of_the_help(tmp_path, shared_data):
 
 
 @pytest.mark.slow
-def test_the_shape_of_the_course_data(tmp_path, repo_root):
+def test_the_shape_of_the_course_data(tmp_path):
     """600 speakers with few utterances each, lengths as in the course, a list to predict."""
-    path = repo_root / "benchmarks" / "prepare_scale.py"
-    spec = importlib.util.spec_from_file_location("prepare_scale", path)
-    scale = importlib.util.module_from_spec(spec)
-    sys.modules["prepare_scale"] = scale
-    spec.loader.exec_module(scale)
+    from benchmarks.speaker import prepare as scale
+
     shape = scale.generate(tmp_path / "source", 1500, seed=1)
     assert (shape["speakers"], shape["frames_min"], shape["frames_max"]) == (600, 91, 7193)
     corpus = prepare(tmp_path / "source", tmp_path / "data", one(layout="hw4", workers=2))

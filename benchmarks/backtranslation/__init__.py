@@ -1,0 +1,1 @@
+"""`python -m benchmarks.backtranslation` measures speed; `tables` trains; `report` makes the tables."""

@@ -1,0 +1,6 @@
+"""The command of `speed`."""
+
+from benchmarks.backtranslation.speed import main
+from ext_common.cli import run
+
+run(main)

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.diffusion` measures speed; `tables` trains; `report` makes the tables."""

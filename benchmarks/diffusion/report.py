@@ -1,0 +1,127 @@
+"""The tables of `benchmarks.diffusion.tables` as Markdown, from their records."""
+
+from collections import defaultdict
+from statistics import mean, stdev
+
+from benchmarks.pages import markdown, origin
+
+COMMAND = "python -m benchmarks.diffusion.tables"
+CONTROL = "control: "
+
+
+def report(records: list[dict]) -> str:
+    """All tables of which at least one run is done."""
+    return "\n\n".join(tables(records).values()) or "no run is recorded yet"
+
+
+def tables(records: list[dict]) -> dict[str, str]:
+    """Name → table: mean ± standard deviation over seeds, or over sets of images."""
+    runs = defaultdict(list)
+    for record in records:
+        runs[record["run"].rsplit("-", 1)[0]].append(record)
+    digits = {n: r for n, r in runs.items() if n.startswith(("digits", "unlabelled"))}
+    controls = {n: r for n, r in runs.items() if n.startswith(CONTROL)}
+    ablation = {n: r for n, r in runs.items() if n.startswith(("sigmoid", "cosine", "linear"))}
+    samplers = {n: r for n, r in runs.items() if n.startswith("sampler-")}
+    emoji = {n: runs[n] for n in EMOJI if n in runs}
+    made = {
+        "digits unlabelled": (digits_table({**digits, **controls}), digits),
+        "ablation": (ablation_table(ablation), ablation),
+        "emoji": (emoji_table(emoji), emoji),
+        "samplers": (sampler_table([r for rs in samplers.values() for r in rs]), samplers),
+    }
+    return {
+        group: f"{table}\n\n{origin(f'{COMMAND} {group}', [r for rs in some.values() for r in rs])}"
+        for group, (table, some) in made.items()
+        if table
+    }
+
+
+EMOJI = {
+    "emoji_default": "the default: sigmoid and v",
+    "emoji_augmented": "with `--hflip 0.5 --color-jitter 0.5,0.5,0.5,0.1`",
+    "emoji_cosine_eps": "cosine and eps",
+}
+COLUMNS = ("Fréchet distance", "× floor", "precision", "recall", "CPU s", "seeds")
+
+
+def cells(records: list[dict]) -> list[str]:
+    metrics = [record["evaluation"]["metrics"] for record in records]
+    return [
+        spread([m["frechet"]["value"] for m in metrics]),
+        spread([m["frechet"]["ratio"] for m in metrics]),
+        spread([m["precision"]["value"] for m in metrics]),
+        spread([m["recall"]["value"] for m in metrics]),
+        f"{mean(r['cpu_seconds'] for r in records):.0f}" if "cpu_seconds" in records[0] else "",
+        str(len(records)),
+    ]
+
+
+def emoji_table(runs: dict) -> str:
+    rows = [[EMOJI[name], *cells(records)] for name, records in runs.items()]
+    return markdown(["emoji 32 × 32, 898 images", *COLUMNS], rows)
+
+
+def digits_table(runs: dict) -> str:
+    def more(found: list[dict]) -> list[str]:
+        near = [f["memorisation"]["pixels"] for f in found]
+        distances = spread([n["median"] for n in near]), f"{near[0]['median_held_out']:.3g}"
+        return [" / ".join(distances), str(min(10 - len(f["classes"]["missing"]) for f in found))]
+
+    rows = []
+    for name, records in runs.items():
+        title = name.replace("digits", "samples").replace("_guidance_", ", guidance ")
+        title = title.replace("unlabelled", "learnt without classes")
+        rows.append([title, *cells(records), *more([r["evaluation"] for r in records])])
+    heads = ["digits, 898 images", *COLUMNS, "nearest training image / of held-out", "classes"]
+    return markdown(heads, rows)
+
+
+def sampler_table(records: list[dict]) -> str:
+    """A row each sampler and spacing, a column each number of steps."""
+    steps = sorted({record["steps"] for record in records})
+    rows = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        rows[record["sampler"], record["spacing"]][record["steps"]].append(record)
+
+    lines = [
+        [name, spacing, *[scores(row[s]) if s in row else "" for s in steps]]
+        for (name, spacing), row in rows.items()
+    ]
+    heads = ["Fréchet distance × floor (precision, recall), 500 digits", "spacing"]
+    heads += [f"{s} steps" for s in steps]
+    return markdown(heads, lines)
+
+
+def ablation_table(runs: dict) -> str:
+    """Fréchet distance in floors, with precision and recall."""
+    rows = []
+    for schedule in ("sigmoid", "cosine", "linear"):
+        for objective in ("v", "eps"):
+            row = [f"{schedule}, {objective}"]
+            for augmentation in ("none", "leaky", "nonleaky", "rarely"):
+                records = runs.get(f"{schedule}_{objective}_{augmentation}", [])
+                row.append(scores(records) if records else "")
+            if any(row[1:]):
+                rows.append(row)
+    heads = [
+        "Fréchet distance × floor (precision, recall), digits",
+        "no augmentation",
+        "leaky",
+        "non-leaky",
+        "non-leaky, 15 %",
+    ]
+    return markdown(heads, rows)
+
+
+def scores(records: list[dict]) -> str:
+    """Fréchet distance in floors, and (precision, recall)."""
+    metrics = [record["evaluation"]["metrics"] for record in records]
+    others = [mean(m[name]["value"] for m in metrics) for name in ("precision", "recall")]
+    return f"{spread([m['frechet']['ratio'] for m in metrics])} ({others[0]:.2f}, {others[1]:.2f})"
+
+
+def spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3g}"
+    return f"{mean(values):.3g} ± {stdev(values):.2g}"

@@ -1,0 +1,102 @@
+"""The table of README.md: our figure beside that of the peer, from what is recorded."""
+
+from collections.abc import Callable
+from statistics import mean
+
+from benchmarks.backtranslation.report import by_name
+from benchmarks.diffusion.report import spread as loose
+from benchmarks.pages import markdown, spread
+from benchmarks.speaker.report import AS_IS, SHIFTED, top1s
+from benchmarks.translation.report import systems_of
+
+Records = Callable[[str], list[dict]]
+
+
+def headline(recorded: Records) -> str:
+    """recorded: the records of a table by its name."""
+    rows = [*speaker(recorded), *translation(recorded), *backtranslation(recorded)]
+    rows += diffusion(recorded)
+    return markdown(["", "here", "beside", "what stands beside it"], rows)
+
+
+def speaker(recorded: Records) -> list[list[str]]:
+    runs = {
+        who: [r for r in recorded("speaker_tables") if r["run"].startswith(f"main-{who}-")]
+        for who in ("ours", "baseline")
+    }
+    (speed,) = recorded("speaker_speed")
+    cells = [top1s(runs[who], f"{AS_IS}/test") + " %" for who in runs]
+    shifted = [top1s(runs[who], f"{SHIFTED}/test") + " %" for who in runs]
+    training = speed["cases"][0]
+    return [
+        [
+            "251 speakers, 1 s of speech, 7 minutes on one core",
+            *cells,
+            "the course's model, same time",
+        ],
+        ["the same through another microphone", *shifted, "the course's model, same time"],
+        [
+            "training such a network",
+            *rates(training, "ours", "torchaudio"),
+            "torchaudio's Conformer",
+        ],
+    ]
+
+
+def translation(recorded: Records) -> list[list[str]]:
+    systems = systems_of(recorded("translation_tables"))["same CPU time"]
+    transformer, lstm = (spread([r["test"]["bleu"] for r in runs]) for runs in systems.values())
+    (speed,) = recorded("translation_speed")
+    sides = speed["speed"]["results"][0]["sides"]
+    fast = f"{sides['ctranslate2 int8']['median']:.0f} sentences/s"
+    peer = f"{sides['fairseq-generate']['median']:.0f}"
+    return [
+        [
+            "English to Chinese, 27,835 pairs, 8 minutes: LSTM",
+            f"{lstm} BLEU",
+            transformer,
+            "a Transformer, same time",
+        ],
+        ["translating, beam 5, int8 on 2 CPUs", fast, peer, "`fairseq-generate`"],
+    ]
+
+
+def backtranslation(recorded: Records) -> list[list[str]]:
+    runs = by_name(recorded("backtranslation_tables"))
+    ours, alone = (spread([r["test"]["bleu"] for r in runs[n]]) for n in ("beam", "bitext"))
+    speed = next(f for f in recorded("backtranslation_speed") if f["run"] == "speed")["sides"]
+    fast = f"{speed['ours, ctranslate2 int8']['median']:.0f} lines/s"
+    peer = f"{speed['one generate call a line']['median']:.1f}"
+    return [
+        [
+            "8,000 pairs and 16,817 lines more, 6 minutes",
+            f"{ours} BLEU",
+            alone,
+            "the 8,000 pairs alone",
+        ],
+        ["writing synthetic text", fast, peer, "Hugging Face, a call a line"],
+    ]
+
+
+def diffusion(recorded: Records) -> list[list[str]]:
+    runs = [r for r in recorded("diffusion_tables") if r["run"].startswith("digits-")]
+    metrics = [run["evaluation"]["metrics"]["frechet"] for run in runs]
+    floor = f"{mean(m['floor']['mean'] for m in metrics):.1f}"
+    ours = loose([m["value"] for m in metrics])
+    (speed,) = recorded("diffusion_speed")
+    training = speed["cases"][0]
+    what = "half of the real digits, from the other half"
+    peer = "denoising-diffusion-pytorch"
+    return [
+        ["Fréchet distance of digits, 5 minutes on one core", ours, floor, what],
+        [
+            "training a U-Net at 32 × 32",
+            *rates(training, speed["default"], "theirs, float32"),
+            peer,
+        ],
+    ]
+
+
+def rates(case: dict, ours: str, theirs: str) -> list[str]:
+    here, beside = (case["sides"][side]["median"] for side in (ours, theirs))
+    return [f"{here:.0f} {case['unit']}", f"{beside:.0f}"]

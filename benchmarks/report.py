@@ -1,0 +1,111 @@
+"""Write docs/results, and the table of README.md, from what is recorded in benchmarks/results.
+
+    python -m benchmarks.report            writes what differs
+    python -m benchmarks.report --check    says what differs, exit code 1
+
+A page is a template beside the code of its job (benchmarks/speaker/page.md), whose prose says what the
+figures mean, with the tables put in. docs/fairseq-gaps.md comes from the docstrings of ext_common.compat.
+"""
+
+import re
+import sys
+
+from benchmarks.backtranslation import report as backtranslation
+from benchmarks.diffusion import report as diffusion
+from benchmarks.diffusion import speed as diffusion_speed
+from benchmarks.headline import headline
+from benchmarks.pages import filled, markdown, origin
+from benchmarks.recorded import RESULTS, ROOT, Results
+from benchmarks.speaker import report as speaker
+from benchmarks.translation import report as translation
+from ext_common.cli import Parser, UserError, run
+from ext_common.compat.__main__ import page as gaps_page
+
+MADE_BY = "python -m benchmarks.report"
+BEGIN, END = f"<!-- the table: made by `{MADE_BY}` -->", "<!-- end of the table -->"
+
+
+def main(argv):
+    """The command."""
+    parser = Parser(prog=MADE_BY, description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing: say what differs")
+    args = parser.parse_args(argv)
+    differing = []
+    for name, text in pages().items():
+        path = ROOT / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            differing.append(name)
+            if not args.check:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+    if differing and args.check:
+        raise UserError(f"{', '.join(differing)} differ from what is recorded: {MADE_BY}")
+    print("\n".join(differing) or "nothing differs", file=sys.stderr)
+
+
+def pages() -> dict[str, str]:
+    """Path below the repository → what has to stand there."""
+    tables = {
+        "speaker": speaker.tables(recorded("speaker_tables")),
+        "translation": translation.tables(
+            recorded("translation_tables"), recorded("translation_tests")
+        ),
+        "backtranslation": backtranslation.tables(
+            recorded("backtranslation_tables"), recorded("backtranslation_tests")
+        ),
+        "diffusion": diffusion.tables(recorded("diffusion_tables")),
+    }
+    found = {
+        f"docs/results/{job}.md": filled(ROOT / "benchmarks" / job / "page.md", made, MADE_BY)
+        for job, made in tables.items()
+    }
+    found["docs/results/speed.md"] = filled(
+        ROOT / "benchmarks" / "speed.md", speed_tables(), MADE_BY
+    )
+    note = f"<!-- made by `{MADE_BY}` from the docstrings of ext_common/compat: do not edit -->"
+    found["docs/fairseq-gaps.md"] = f"{note}\n\n{gaps_page()}"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = f"{BEGIN}\n\n{headline(recorded)}\n\n{END}"
+    found["README.md"] = re.sub(
+        f"(?s){re.escape(BEGIN)}.*{re.escape(END)}", lambda _: table, readme
+    )
+    return found
+
+
+def speed_tables() -> dict[str, str]:
+    """The tables of docs/results/speed.md."""
+    found = speaker.speed_tables(recorded("speaker_speed"), recorded("speaker_prepare"))
+    found |= translation.speed_tables(
+        recorded("translation_speed"), recorded("translation_prepare")
+    )
+    found |= backtranslation.speed_tables(recorded("backtranslation_speed"))
+    for figures in recorded("diffusion_speed"):
+        line = origin(figures["command"], [figures])
+        found["diffusion"] = f"{diffusion_speed.table(figures)}\n\n{line}"
+    found["startup"] = startup_section(recorded("startup"))
+    return found
+
+
+def startup_section(records: list[dict]) -> str:
+    """What `python -m benchmarks.startup` measured, with its heading; empty where it was not run yet."""
+    parts = []
+    for figures in records:
+        rows = []
+        for row in figures["commands"]:
+            shown = [f"{side['above_torch']:.2f} s" for side in row["sides"].values()]
+            share = f"{row['share']:.0%}" if "share" in row else ""
+            rows.append([row["name"], *shown, share, f"{row['goal']:.0%}"])
+        sides = list(figures["commands"][0]["sides"])
+        torch = f"`import torch` alone takes {figures['torch']['wall']:.2f} s."
+        head = ["seconds above `import torch`", *sides, "share", "goal"]
+        parts += [torch, markdown(head, rows), origin(figures["command"], [figures])]
+    return "\n\n".join(["## Starting up", *parts]) if parts else ""
+
+
+def recorded(name: str) -> list[dict]:
+    """The records of benchmarks/results/NAME.jsonl."""
+    return Results(RESULTS / f"{name}.jsonl").all()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.speaker` measures speed; `tables` trains; `report` makes the tables."""

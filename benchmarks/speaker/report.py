@@ -1,0 +1,177 @@
+"""The tables of `benchmarks.speaker` and its `tables` as Markdown, from their records."""
+
+import statistics
+from collections import defaultdict
+
+from benchmarks.pages import markdown, origin, spread
+
+AS_IS, SHIFTED = "libri251", "libri251-shifted"
+CHANGES = [("transformer", "conformer"), ("mean", "self_attention"), ("softmax", "am_softmax")]
+
+
+def report(records: list[dict]) -> str:
+    """All tables of which at least one run is done."""
+    return "\n\n".join(tables(records).values()) or "no run is recorded yet"
+
+
+def tables(records: list[dict]) -> dict[str, str]:
+    """Name → table: mean ± standard deviation over seeds."""
+    groups: dict = defaultdict(lambda: defaultdict(list))
+    for run in records:
+        group, rest = run["run"].split("-", 1)
+        groups[group][rest.rsplit("-", 1)[0]].append(run)
+    made = {
+        "main": main_table(groups["main"]),
+        "ablation": ablation_table(groups["ablation"]),
+        "effects": effects_table(groups["ablation"]),
+        "choices": choices_table(groups["choices"], groups["ablation"]),
+        "digits": digits_table(groups["digits"]),
+    }
+    return {
+        name: f"{table}\n\n{origin(command(name), of_group(groups, name))}"
+        for name, table in made.items()
+        if table
+    }
+
+
+def command(table: str) -> str:
+    group = "ablation" if table == "effects" else table
+    return f"python -m benchmarks.speaker.tables {group}"
+
+
+def of_group(groups: dict, table: str) -> list[dict]:
+    named = groups["ablation" if table == "effects" else table]
+    return [run for runs in named.values() for run in runs]
+
+
+def main_table(runs: dict) -> str:
+    rows = [
+        [name, top1s(r, f"{AS_IS}/test"), top1s(r, f"{SHIFTED}/test"), *cost(r)]
+        for name, r in sorted(runs.items(), reverse=True)
+    ]
+    head = ["libri251, test top-1 %", "as it is", "channel-shifted", "updates", "CPU s", "seeds"]
+    return markdown(head, rows)
+
+
+def digits_table(runs: dict) -> str:
+    rows = [[n, top1s(r, "fsdd/test"), *cost(r)] for n, r in sorted(runs.items(), reverse=True)]
+    return markdown(["fsdd, test top-1 %", "as it is", "updates", "CPU s", "seeds"], rows)
+
+
+def ablation_table(runs: dict) -> str:
+    rows = [
+        [*name.split("-"), top1s(r, f"{AS_IS}/test"), top1s(r, f"{SHIFTED}/test"), *cost(r)]
+        for name, r in sorted(runs.items(), reverse=True)
+    ]
+    head = ["encoder", "pooling", "criterion", "as it is", "channel-shifted", "updates", "CPU s"]
+    return markdown([*head, "seeds"], rows)
+
+
+def choices_table(runs: dict, ablation: dict) -> str:
+    """One change at a time to the Conformer with self-attention pooling and AM-softmax, on valid."""
+    reference = {"(the reference)": ablation.get("conformer-self_attention-am_softmax", [])}
+    rows = [
+        [
+            name.replace("_", " "),
+            top1s(r, f"{AS_IS}/valid"),
+            top1s(r, f"{SHIFTED}/valid"),
+            *cost(r),
+        ]
+        for name, r in {**reference, **runs}.items()
+        if r
+    ]
+    head = ["one change, valid top-1 %", "as it is", "channel-shifted", "updates", "CPU s", "seeds"]
+    return markdown(head, rows)
+
+
+def effects_table(runs: dict) -> str:
+    """What each change earns: the mean over the other two factors and the seeds, paired by run."""
+    rows = []
+    for before, after in CHANGES:
+        cells = []
+        for data in (AS_IS, SHIFTED):
+            gains = []
+            for name, with_change in runs.items():
+                parts = name.split("-")
+                if after in parts:
+                    parts[parts.index(after)] = before
+                    old = {r["run"][-1]: r for r in runs.get("-".join(parts), [])}
+                    gains += [
+                        top1(r, f"{data}/test") - top1(old[r["run"][-1]], f"{data}/test")
+                        for r in with_change
+                        if r["run"][-1] in old
+                    ]
+            cells.append(spread(gains, signed=True))
+        rows.append([f"{before} → {after}", *cells])
+    return markdown(["change", "as it is, points", "channel-shifted, points"], rows if runs else [])
+
+
+def speed_tables(speed: list[dict], prepared: list[dict]) -> dict[str, str]:
+    """Of the last run of `python -m benchmarks.speaker` and of `benchmarks.speaker.prepare`."""
+    found = {}
+    for figures in speed:
+        head = ["the same work", "ours", "beside", "ratio", "its smallest to largest", "goal"]
+        rows = [row for case in figures["cases"] for row in speed_rows(case)]
+        table = markdown([*head, "peak memory, ours / beside"], rows)
+        found["speaker"] = f"{table}\n\n{origin(figures['command'], [figures])}"
+    for figures in prepared:
+        found["speaker prepare"] = (
+            f"{prepare_line(figures)}\n\n{origin(figures['command'], [figures])}"
+        )
+    return found
+
+
+def speed_rows(case: dict) -> list[list[str]]:
+    """A row each other side of a case."""
+    ours, *others = case["sides"]
+    rows = []
+    for name in others:
+        here, beside = case["sides"][ours], case["sides"][name]
+        main = name == case["against"]
+        memory = [f"{s['memory']['peak_mb']:.0f}" for s in (here, beside) if s["memory"]]
+        rows.append(
+            [
+                case["case"],
+                f"{here['median']:,.0f} {case['unit']}",
+                f"{beside['median']:,.0f}, {name}",
+                f"{'**' * main}{case['ratios'][name]:.2f} ×{'**' * main}",
+                f"{case['ratio_min']:.2f} to {case['ratio_max']:.2f}" if main else "",
+                goal(case) if main else "",
+                f"{' / '.join(memory)} MB" if len(memory) == 2 else "",
+            ]
+        )
+    return rows
+
+
+def goal(case: dict) -> str:
+    if case["goal"] is None:
+        return ""
+    return f"{case['goal']:g}: {'met' if case['ratio'] >= case['goal'] else 'missed'}"
+
+
+def prepare_line(f: dict) -> str:
+    """What preparing the generated set costs."""
+    shape, read = f["set"], (f["first_crops_file_cached"], f["first_crops_file_not_cached"])
+    seconds = " to ".join(f"{one['total_s']:.1f}" for one in read)
+    note = f" {f['note']}" if "note" in f else ""
+    return (
+        f"{shape['utterances']:,} + {shape['unlabelled']:,} generated utterances,"
+        f" {f['features_gb']:.1f} GB: `prepare` takes {f['prepare_s']:.0f} s,"
+        f" {f['peak_rss_main_mb']:.0f} MB in its main process and {f['peak_pss_tree_mb']:.0f} MB with its"
+        f" workers; starting Python, opening DATA and reading the first crops ({f['crops']}) takes"
+        f" {seconds} s.{note}"
+    )
+
+
+def top1(run: dict, key: str) -> float:
+    return 100 * run[key]["top1"]
+
+
+def top1s(runs: list, key: str) -> str:
+    return spread([top1(r, key) for r in runs])
+
+
+def cost(runs: list) -> list:
+    updates = runs[0]["recipe"]["optimization"]["max_update"]
+    seconds = statistics.mean(r["cpu_seconds"] for r in runs)
+    return [str(updates), f"{seconds:.0f}", str(len(runs))]
