@@ -5,8 +5,10 @@ import logging
 import sys
 import types
 import warnings
+from collections.abc import Callable
 
 from ext_common.cli import Parser, UsageError, UserError
+from ext_common.compat.patching import replace
 
 # (category, start of the message as a regular expression, module that is blamed; "" for any)
 _HARMLESS = (
@@ -106,6 +108,26 @@ def tell_mistakes_under_hydra() -> None:
     JobReturn.return_value = property(return_value, original.fset)
 
 
+def tell_mistakes_of_workers() -> None:
+    """Symptom: a mistake found by a loading worker has a traceback of 16 lines for its sentence.
+
+    torch._utils.ExceptionWrapper makes what was printed in the worker the message of a new error.
+    """
+    from torch._utils import ExceptionWrapper
+
+    def make(original: Callable) -> Callable:
+        def reraise(self):
+            kind = self.exc_type
+            if not issubclass(kind, UserError):
+                return original(self)
+            sentence = self.exc_msg.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2]
+            raise (UsageError if issubclass(kind, UsageError) else UserError)(sentence.strip())
+
+        return reraise
+
+    replace(ExceptionWrapper, "reraise", make, ("Original {self.exc_msg}",))
+
+
 def tell_mistyped_flags_in_one_sentence() -> None:
     """Symptom: a mistyped flag ends in a hundred lines of all flags there are, and then its name.
 
@@ -138,5 +160,6 @@ GAPS = (
     leave_out_harmless_warnings,
     tell_mistakes_in_one_sentence,
     tell_mistakes_under_hydra,
+    tell_mistakes_of_workers,
     tell_mistyped_flags_in_one_sentence,
 )

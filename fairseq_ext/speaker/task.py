@@ -12,7 +12,14 @@ from omegaconf import II, MISSING, open_dict
 
 from ext_common.cli import UserError
 from ext_common.epochs import epoch_of, full_batches, update_freq
-from fairseq_ext.speaker.augment import AUGMENTATIONS, Context, build_augmentation, mel_frequencies
+from fairseq_ext.speaker.augment import (
+    AUGMENTATIONS,
+    Context,
+    build_augmentation,
+    mel_frequencies,
+    random_noise,
+    random_reverb,
+)
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.dataset import CropDataset, UtteranceDataset, batches_by_frames
 from fairseq_ext.speaker.features import FeatureSpec, audio_features, log_mel
@@ -235,10 +242,15 @@ def check_options(cfg: SpeakerIdConfig) -> None:
         raise UserError(
             f"--speed-perturb {cfg.speed_perturb} is not in [0, 1): give 0.1 for ± 10 %"
         )
-    build_augmentation(cfg.augment)
-    for flag, folder in (("--noise-dir", cfg.noise_dir), ("--rir-dir", cfg.rir_dir)):
+    steps = {step.func for step in build_augmentation(cfg.augment)}
+    for flag, folder, name, step in (
+        ("--noise-dir", cfg.noise_dir, "noise", random_noise),
+        ("--rir-dir", cfg.rir_dir, "reverb", random_reverb),
+    ):
         if folder and not Path(folder).is_dir():
             raise UserError(f"{flag} {folder} does not exist: give a folder of audio files")
+        if step in steps and not folder:
+            raise UserError(f"--augment {name} needs {flag}: give it a folder of audio files")
 
 
 def read_collection(folder: Optional[str], spec: FeatureSpec) -> List[np.ndarray]:
