@@ -153,7 +153,7 @@ def train(steps, data, updates):
     best = folder / "checkpoint_best.pt"
     command = (
         f"fairseq-train {{}} --user-dir {{}} --task speaker_id --arch conformer_speaker "
-        f"--criterion am_softmax --optimizer adam --lr 2e-3 "
+        f"--criterion am_softmax --m 0.2 --optimizer adam --lr 2e-3 "
         f"--lr-scheduler inverse_sqrt --warmup-updates 100 --batch-size 64 --epoch-updates 25 "
         f"--max-update {updates} --best-checkpoint-metric accuracy "
         f"--maximize-best-checkpoint-metric --save-dir {{}} --no-epoch-checkpoints "
