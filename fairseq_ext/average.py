@@ -98,9 +98,13 @@ def _choose_last(folder: Path, last: Optional[int]) -> list[Path]:
     )
     chosen = [path for _, path in found[-last if last else 0 :]]
     if not chosen or (last and len(chosen) < last):
+        fewer = f"give --last {len(chosen)}, or " if len(chosen) > 1 else ""
+        number = last or 5
         raise UserError(
             f"{folder} holds {len(chosen)} checkpoints named checkpointEPOCH.pt or "
-            f"checkpoint_EPOCH_UPDATE.pt, but {last or 'at least 1'} are asked for"
+            f"checkpoint_EPOCH_UPDATE.pt, but {last or 'at least 1'} are asked for: {fewer}train with "
+            f"--keep-last-epochs {number} instead of --no-epoch-checkpoints, or with "
+            f"--save-interval-updates UPDATES --keep-interval-updates {number}"
         )
     return chosen
 
