@@ -98,6 +98,16 @@ def atomic_json(path: str | os.PathLike, obj: Any) -> None:
         file.write(text + "\n")
 
 
+def beside(output: str | os.PathLike, what: str) -> Path:
+    """Where what belongs to an output lies: `predictions.csv`, "metrics.json" → `predictions.metrics.json`.
+
+    Only .csv and .npz are left out, so that `test.en` and `test.zh`, or two runs in one folder, keep theirs.
+    """
+    path = Path(output)
+    name = path.stem if path.suffix in (".csv", ".npz") else path.name
+    return path.with_name(f"{name}.{what}")
+
+
 def user_cache(*parts: str) -> Path:
     """The folder, or one below it, for what a user's programs can make again."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

@@ -170,9 +170,3 @@ def provenance(source, options: PredictOptions, counts: dict) -> dict:
         "seed": None,
         "versions": versions(),
     }
-
-
-def beside(output: str, ending: str) -> Path:
-    """`predictions.csv`, `.manifest.json` → `predictions.manifest.json`."""
-    path = Path(output)
-    return path.with_name((path.stem or path.name) + ending)
