@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -13,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
+
+from ext_common.cli import UserError
 
 MANIFEST_NAME = "manifest.json"
 _DISTRIBUTIONS = (
@@ -45,13 +48,18 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         raise ValueError(f"mode must be 'w' or 'wb', got {mode!r}")
     text = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
     if os.path.isdir(path):
-        raise IsADirectoryError(f"{path} is a folder, expected a file")
+        raise IsADirectoryError(errno.EISDIR, "is a folder, expected a file", os.fspath(path))
     if os.path.exists(path) and not os.path.isfile(path):
         with open(path, mode, **text) as file:
             yield file
         return
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): name another place"
+        ) from None
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, mode, **text) as file:

@@ -34,6 +34,8 @@ def main(argv: list[str], program: str = "fairseq_ext.average") -> None:
     if os.path.isdir(args.output):
         raise UsageError(f"--output {args.output} is a folder: give the file to write")
     paths = choose(args.checkpoints, args.last, args.best)
+    if Path(args.output).resolve() in [path.resolve() for path in paths]:
+        raise UsageError(f"--output {args.output} would replace an input: give another file")
     print(f"average of {len(paths)} checkpoints:")
     for path in paths:
         print(f"  {path}")

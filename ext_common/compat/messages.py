@@ -1,13 +1,19 @@
 """What a user reads: known harmless warnings left out, mistakes told in one sentence."""
 
 import argparse
+import ast
+import importlib.util
 import logging
+import os
+import re
 import sys
+import traceback
 import types
 import warnings
 from collections.abc import Callable
+from typing import Any
 
-from ext_common.cli import Parser, UsageError, UserError
+from ext_common.cli import Parser, UsageError, UserError, refused_by_the_system
 from ext_common.compat.patching import replace
 
 # (category, start of the message as a regular expression, module that is blamed; "" for any)
@@ -32,6 +38,12 @@ _HARMLESS_LOG_LINES = {
         "can_reuse_epoch_itr = ",
     ),
     "fairseq.tasks.text_to_speech": ("Please install tensorboardX",),
+}
+# the least that flags of fairseq's parsers may be; it checks none of them
+_LEAST = {
+    1: "batch_size max_tokens batch_size_valid max_tokens_valid update_freq log_interval save_interval"
+    " validate_interval beam nbest buffer_size num_shards distributed_world_size",
+    0: "num_workers max_epoch max_update seed save_interval_updates lr clip_norm",
 }
 # said for every epoch and every validation; once is enough
 _ONCE_LOG_LINES = {"fairseq.logging.progress_bar": ("tensorboard not found", "wandb not found")}
@@ -71,19 +83,21 @@ class _AtMost(logging.Filter):
 def tell_mistakes_in_one_sentence() -> None:
     """Symptom: a mistyped path ends fairseq-train in thirty lines of traceback.
 
-    Only UserError is told in words (exit code 1, UsageError 2); a bug keeps its traceback.
+    Told in words are UserError (exit code 1, UsageError 2) and what fairseq itself refuses, by `sentence_of`;
+    a bug keeps its traceback.
     """
     if getattr(sys.excepthook, "_ext_common", False):
         return
     before = sys.excepthook
 
     def hook(kind, error, trace):
-        if issubclass(kind, UserError):
-            _tell(error)
-            if issubclass(kind, UsageError):
-                sys.exit(2)
-        else:
-            before(kind, error, trace)
+        sentence = sentence_of(error)
+        if sentence is None:
+            return before(kind, error, trace)
+        _tell(sentence)
+        # after any other exception than SystemExit the code is 1
+        if issubclass(kind, UsageError):
+            sys.exit(2)
 
     hook._ext_common = True
     sys.excepthook = hook
@@ -99,8 +113,9 @@ def tell_mistakes_under_hydra() -> None:
 
     def return_value(self):
         error = getattr(self, "_return_value", None)
-        if isinstance(error, UserError):
-            _tell(error)
+        sentence = sentence_of(error) if isinstance(error, BaseException) else None
+        if sentence is not None:
+            _tell(sentence)
             sys.exit(2 if isinstance(error, UsageError) else 1)
         return original.fget(self)
 
@@ -151,9 +166,130 @@ class _Argparse(types.ModuleType):
             super().__init__(**kwargs)
 
 
-def _tell(error: UserError) -> None:
+def tell_missing_flags_and_impossible_numbers() -> None:
+    """Symptom: without `--arch` fairseq-train ends in a RuntimeError of no words, without `--path` fairseq-
+    interactive in "argument of type 'NoneType' is not iterable"; `--batch-size -3` finds no data,
+    `--log-interval 0` divides by it.
+    """
+    from fairseq import options
+
+    def make(original: Callable) -> Callable:
+        def parse_args_and_arch(parser, *args, **kwargs):
+            try:
+                parsed = original(parser, *args, **kwargs)
+            except RuntimeError as error:
+                if error.args:
+                    raise
+                raise UsageError(
+                    "--arch, the name of the network, is missing: fairseq-train --help lists them"
+                ) from None
+            except KeyError as error:
+                if error.args != (None,):
+                    raise
+                raise UsageError(
+                    "--task is missing: give the one that the checkpoint was trained with"
+                ) from None
+            check_flags(parsed[0] if isinstance(parsed, tuple) else parsed)
+            return parsed
+
+        return parse_args_and_arch
+
+    replace(
+        options, "parse_args_and_arch", make, ("raise RuntimeError()", "TASK_REGISTRY[args.task]")
+    )
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """UsageError for a missing --path, for numbers that are too small, and for what is no dictionary."""
+    if getattr(args, "path", "") is None:
+        raise UsageError("--path is missing: give a checkpoint that fairseq-train wrote")
+    for least, names in _LEAST.items():
+        for name in names.split():
+            value = getattr(args, name, None)
+            for one in value if isinstance(value, list) else [value]:
+                if isinstance(one, int | float) and one < least:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise UsageError(f"{flag} {one} is too small: give {least} or more")
+    overrides = getattr(args, "model_overrides", None)
+    if overrides and not isinstance(_literal(overrides), dict):
+        raise UsageError(
+            f"--model-overrides {overrides} is no dictionary: give one such as \"{{'data': 'DIR'}}\""
+        )
+
+
+def check_training(cfg: Any) -> None:
+    """UsageError for a training that cannot begin: asked before anything is built."""
+    if cfg.dataset.max_tokens is None and cfg.dataset.batch_size is None:
+        raise UsageError("--batch-size or --max-tokens, the size of a batch, is missing")
+    if not cfg.optimizer:
+        raise UsageError("--optimizer is missing: adam is usual")
+    betas = cfg.optimizer.get("adam_betas")
+    if isinstance(betas, str) and not _are_shares(_literal(betas)):
+        raise UsageError(f'--adam-betas {betas} are no two numbers in [0, 1): give "(0.9, 0.98)"')
+    if cfg.common.tpu and importlib.util.find_spec("torch_xla") is None:
+        raise UsageError("--tpu needs the package torch_xla: leave it out")
+    restore, save_dir = cfg.checkpoint.restore_file, cfg.checkpoint.save_dir
+    if restore and os.path.dirname(restore) and "://" not in restore:
+        elsewhere = os.path.realpath(os.path.dirname(restore)) != os.path.realpath(save_dir)
+        if elsewhere and not os.path.isfile(restore):
+            raise UsageError(f"--restore-file {restore} is no file: give the path of a checkpoint")
+
+
+def sentence_of(error: BaseException) -> str | None:
+    """What a user reads of an error; None for what may be a bug, whose traceback is needed.
+
+    In words: UserError; an environment that refuses; a path that was typed; parts of fairseq's
+    configuration that are missing; and what fairseq's own code raises or asserts with a text, which is
+    its check of options.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, UserError):
+        return str(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename:
+        typed = any(str(error.filename) in argument for argument in sys.argv[1:])
+        return f"{error.filename}: {error.strerror}" if typed else refused_by_the_system(error)
+    if missing := re.match(r"Error merging override \w+\.(\w+)=null", text):
+        return f"--{missing[1].replace('_', '-')} is missing"
+    if isinstance(error, OmegaConfBaseException) and "Interpolation key" in text:
+        key = re.search(r"Interpolation key '([\w.]+)'", text)
+        return (
+            f"--task, --arch and --criterion do not belong together: one needs {key[1] if key else 'more'},"
+            " which the others do not have"
+        )
+    place = _raised_by_fairseq(error)
+    return f"{text} ({place})" if text and place else None
+
+
+def _raised_by_fairseq(error: BaseException) -> str | None:
+    """File and line in fairseq where it refuses something; None for any other error."""
+    if not (isinstance(error, AssertionError | ValueError) or type(error) is Exception):
+        return None
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return None
+    last = frames[-1]
+    found = re.search(r"(?:^|/)((?:fairseq|fairseq_cli)/.+\.py)$", last.filename)
+    own = isinstance(error, AssertionError) or (last.line or "").startswith("raise ")
+    return f"{found[1]}, line {last.lineno}" if found and own else None
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return None
+
+
+def _are_shares(value: Any) -> bool:
+    numbers = isinstance(value, tuple | list) and len(value) == 2
+    return numbers and all(isinstance(one, int | float) and 0 <= one < 1 for one in value)
+
+
+def _tell(sentence: str) -> None:
     sys.stdout.flush()
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
 
 
 GAPS = (
@@ -162,4 +298,5 @@ GAPS = (
     tell_mistakes_under_hydra,
     tell_mistakes_of_workers,
     tell_mistyped_flags_in_one_sentence,
+    tell_missing_flags_and_impossible_numbers,
 )

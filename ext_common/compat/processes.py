@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch.multiprocessing import ProcessExitedException
 from torch.nn.parallel import DistributedDataParallel
 
-from ext_common.cli import UserError
+from ext_common.cli import UsageError, UserError
 from ext_common.compat.patching import replace
 
 
@@ -308,4 +308,4 @@ def _worker(index: int, main: Callable, cfg: Any, kwargs: dict, threads: int) ->
         leave_group()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UsageError) else 1)

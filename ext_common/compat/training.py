@@ -22,6 +22,7 @@ from torch.utils.data import dataloader
 
 from ext_common.cli import UserError
 from ext_common.compat import processes
+from ext_common.compat.messages import check_training
 from ext_common.compat.patching import replace
 
 logger = logging.getLogger(__name__)
@@ -218,6 +219,7 @@ def mend_the_training_command() -> None:
     - `--best-checkpoint-metric` naming no metric: KeyError after the first epoch (fairseq issues
       3881, 2141, 1910). One sentence lists those there are; a metric that only the task's
       post_validate adds no longer fails at the second validation.
+    - no optimizer, no batch size, …: see messages.check_training.
     - the count of `--patience` outlives a training in one process.
     - fairseq-hydra-train under torchrun: see processes.join_late.
     """
@@ -294,6 +296,7 @@ class _ValidStats(OrderedDict):
 def _after_joining_late(original: Callable) -> Callable:
     def add_defaults(cfg):
         original(cfg)
+        check_training(cfg)
         processes.join_late(cfg)
 
     return add_defaults

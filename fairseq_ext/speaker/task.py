@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import numpy as np
+from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass import FairseqDataclass
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING, open_dict
 
+from ext_common.checkpoints import refuse_foreign
 from ext_common.cli import UserError
 from ext_common.epochs import epoch_of, full_batches, update_freq
 from fairseq_ext.speaker.augment import (
@@ -28,6 +31,8 @@ from fairseq_ext.speaker.model import complete
 from fairseq_ext.speaker.prepare.tables import AUDIO_ENDINGS, audio_files
 
 logger = logging.getLogger(__name__)
+
+OWN = ("fairseq_ext.speaker",)
 
 
 @dataclass
@@ -142,7 +147,14 @@ class SpeakerIdTask(FairseqTask):
                 f" trained on {saved['spec']}: prepare the data again with its options"
             )
 
+    def build_criterion(self, cfg, from_checkpoint=False):
+        refuse_foreign(cfg, CRITERION_REGISTRY, "--criterion", OWN, "am_softmax")
+        return super().build_criterion(cfg, from_checkpoint)
+
     def build_model(self, cfg, from_checkpoint=False):
+        refuse_foreign(
+            cfg, ARCH_MODEL_REGISTRY | MODEL_REGISTRY, "--arch", OWN, "conformer_speaker"
+        )
         self.from_checkpoint = self.from_checkpoint or from_checkpoint
         if not self.from_checkpoint and "init_from" in cfg:
             # one of our models, not someone's own. fairseq builds from a copy of cfg, but saves cfg itself
