@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from ext_common.cli import UserError
+from ext_common.cli import UsageError, UserError
 
 MANIFEST_NAME = "manifest.json"
 _DISTRIBUTIONS = (
@@ -104,6 +104,18 @@ def atomic_json(path: str | os.PathLike, obj: Any) -> None:
     text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as file:
         file.write(text + "\n")
+
+
+def check_writable(output: str | os.PathLike) -> None:
+    """UsageError, before the work is done, where no file can be written to `output`."""
+    path = Path(os.path.realpath(output))
+    if path.is_dir():
+        raise UsageError(f"{output} is a folder: give the file to write")
+    above = next(parent for parent in path.parents if parent.exists())
+    if not above.is_dir():
+        raise UsageError(f"{output} cannot be written: {above} is a file")
+    if not os.access(path if path.exists() else above, os.W_OK):
+        raise UserError(f"{output} cannot be written: there is no permission to write in {above}")
 
 
 def beside(output: str | os.PathLike, what: str) -> Path:

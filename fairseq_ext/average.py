@@ -17,7 +17,7 @@ import torch
 
 from ext_common.checkpoints import read_state
 from ext_common.cli import Parser, UsageError, UserError, run
-from ext_common.manifest import atomic_write
+from ext_common.manifest import atomic_write, check_writable
 
 _PARTS = ("model", "criterion")
 _DROPPED = ("last_optimizer_state",)
@@ -33,6 +33,7 @@ def main(argv: list[str], program: str = "fairseq_ext.average") -> None:
     args = build_parser(program).parse_args(argv)
     if os.path.isdir(args.output):
         raise UsageError(f"--output {args.output} is a folder: give the file to write")
+    check_writable(args.output)
     paths = choose(args.checkpoints, args.last, args.best)
     if Path(args.output).resolve() in [path.resolve() for path in paths]:
         raise UsageError(f"--output {args.output} would replace an input: give another file")

@@ -42,8 +42,8 @@ _HARMLESS_LOG_LINES = {
 # the least that flags of fairseq's parsers may be; it checks none of them
 _LEAST = {
     1: "batch_size max_tokens batch_size_valid max_tokens_valid update_freq log_interval save_interval"
-    " validate_interval beam nbest buffer_size num_shards distributed_world_size",
-    0: "num_workers max_epoch max_update seed save_interval_updates lr clip_norm",
+    " validate_interval beam nbest num_shards distributed_world_size",
+    0: "buffer_size num_workers max_epoch max_update seed save_interval_updates lr clip_norm",
 }
 # said for every epoch and every validation; once is enough
 _ONCE_LOG_LINES = {"fairseq.logging.progress_bar": ("tensorboard not found", "wandb not found")}

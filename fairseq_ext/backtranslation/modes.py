@@ -100,7 +100,10 @@ class TopPOptions(SamplingOptions):
 class _Drawn(Mode):
     def __init__(self, temperature: float, **limits: float) -> None:
         self.how = {"topk": 0, "topp": 1.0, "temperature": temperature, **limits}
-        SampleOptions(**self.how)
+        try:
+            SampleOptions(**self.how)
+        except ValueError as error:
+            raise OptionError(str(error)) from None
 
     def search(self, nbest: int = 1, **more: Any) -> SampleOptions:
         return SampleOptions(nbest=nbest, **self.how, **more)

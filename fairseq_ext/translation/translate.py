@@ -20,6 +20,7 @@ from ext_common.manifest import (
     atomic_json,
     atomic_write,
     beside,
+    check_writable,
     sha256_file,
     versions,
 )
@@ -184,6 +185,7 @@ def check_files(source: str, output: str, paths: list[str]) -> None:
         return
     if os.path.isdir(output):
         raise UsageError(f"{output} is a folder: give the file to write")
+    check_writable(output)
     written = {os.path.realpath(output), os.path.realpath(beside(output, MANIFEST_NAME))}
     for path in [source, *paths]:
         if path != "-" and os.path.realpath(path) in written:
