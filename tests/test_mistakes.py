@@ -166,6 +166,12 @@ def images(more="", data="images", **flags):
     return "fairseq-train", train(data, DIFFUSION, more, **flags)
 
 
+def recipe(overrides):
+    line = "--config-dir {root}/configs/speaker_id --config-name fsdd common.user_dir={root}/fairseq_ext"
+    line += " checkpoint.save_dir={p}/new hydra.run.dir={p}/hydra common.cpu=true"
+    return "fairseq-hydra-train", f"{line} optimization.max_update=1 {overrides}"
+
+
 GENERATE = "{p}/text --user-dir {root}/fairseq_ext --task translation_spm --max-tokens 1000 --cpu"
 MODEL = " --path {p}/translation/checkpoint_last.pt"
 IDENTIFY = "{p}/rec/anna/0.wav --path {p}/speaker/checkpoint_last.pt"
@@ -255,6 +261,17 @@ MISTAKES = [
     (("fairseq-generate", GENERATE + MODEL + " --results-path {p}/file"), 1, "file: File exists"),
     (("fairseq-interactive", GENERATE + MODEL + " --input {p}/gone"), 1, "gone: No such file"),
     (("fairseq-validate", GENERATE + MODEL + " --valid-subset dev"), 1, "has no split 'dev'"),
+    # recipes
+    (recipe("task.data={p}/gone"), 1, "is not a folder"),
+    (recipe(""), 1, "data is missing: give it a value"),
+    (
+        recipe("task.data={p}/speakers dataset.batch_size=null"),
+        2,
+        "the size of a batch, is missing",
+    ),
+    (recipe("task.data={p}/speakers dataset.valid_subset=dev"), 1, "has no split 'dev'"),
+    (recipe("task.data={p}/speakers model._name=transformer"), 1, "give conformer_speaker"),
+    (recipe("task.data={p}/speakers task.augment=noise"), 1, "--augment noise needs --noise-dir"),
     # our own commands
     (("fairseq_ext.speaker.prepare", "{p}/gone {p}/new"), 1, "is not a folder"),
     (("fairseq_ext.speaker.prepare", "{p}/rec {p}/file/x"), 1, "Not a directory"),

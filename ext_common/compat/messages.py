@@ -242,7 +242,7 @@ def sentence_of(error: BaseException) -> str | None:
     configuration that are missing; and what fairseq's own code raises or asserts with a text, which is
     its check of options.
     """
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     if isinstance(error, UserError):
         return str(error)
@@ -252,6 +252,9 @@ def sentence_of(error: BaseException) -> str | None:
         return f"{error.filename}: {error.strerror}" if typed else refused_by_the_system(error)
     if missing := re.match(r"Error merging override \w+\.(\w+)=null", text):
         return f"--{missing[1].replace('_', '-')} is missing"
+    if isinstance(error, MissingMandatoryValue):
+        key = text.partition("full_key: ")[2].partition(" ")[0]
+        return f"{key} is missing: give it a value (of a recipe's task, as task.{key}=…)"
     if isinstance(error, OmegaConfBaseException) and "Interpolation key" in text:
         key = re.search(r"Interpolation key '([\w.]+)'", text)
         return (
