@@ -7,7 +7,7 @@ that need no model), nothing is imported, so that they start at once.
 import sys
 
 if "fairseq" in sys.modules:
-    from ext_common import compat
+    from ext_common import engine
 
-    compat.apply()
+    engine.apply()
     from . import criterion, model, task  # noqa: F401

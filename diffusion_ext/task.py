@@ -22,7 +22,7 @@ from diffusion_ext.schedules import SCHEDULES, build_schedule
 from diffusion_ext.store import Images, check_outside, open_images
 from ext_common.checkpoints import refuse_foreign
 from ext_common.cli import UserError
-from ext_common.epochs import epoch_of, full_batches, in_order, update_freq
+from ext_common.epochs import OwnBatches, Wanted, in_order, update_freq
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class DiffusionConfig(ImageOptions, SplitOptions, FairseqDataclass):
 
 
 @register_task("diffusion", dataclass=DiffusionConfig)
-class DiffusionTask(FairseqTask):
+class DiffusionTask(OwnBatches, FairseqTask):
     """Batches of images for training and validation; the averages of the weights after each update.
 
     What a sample needs beside the weights (size, channels, classes, width of the augmentation condition)
@@ -187,36 +187,12 @@ class DiffusionTask(FairseqTask):
             )
         self.datasets[split] = ImageDataset(self.images, rows, self.cfg.seed, shuffle=training)
 
-    def get_batch_iterator(
-        self,
-        dataset,
-        max_tokens=None,
-        max_sentences=None,
-        seed=1,
-        num_shards=1,
-        shard_id=0,
-        num_workers=0,
-        epoch=1,
-        data_buffer_size=0,
-        **_,
-    ):
-        """fairseq's, but every update is full: all processes and accumulation steps together have the
-        same images however many they are."""
-        size = self._batch_size(max_sentences)
-        if dataset.shuffle:
-            freq = update_freq(self.cfg.update_freq, epoch)
-            batches = full_batches(dataset, size, num_shards, freq, epoch, self.cfg.epoch_updates)
-        else:
-            batches = in_order(dataset, size)
-        return epoch_of(
-            dataset,
-            batches,
-            data_buffer_size,
-            seed=seed,
-            num_shards=num_shards,
-            shard_id=shard_id,
-            num_workers=num_workers,
-            epoch=epoch,
+    def batches_of(self, dataset, wanted: Wanted):
+        """Full updates for training: all processes and accumulation steps together have the same images
+        however many they are."""
+        size = self._batch_size(wanted.max_sentences)
+        return (
+            self.full_updates(dataset, size, wanted) if dataset.shuffle else in_order(dataset, size)
         )
 
     def _batch_size(self, max_sentences: Optional[int]) -> int:

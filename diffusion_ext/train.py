@@ -257,9 +257,9 @@ def register() -> None:
     """Enter this plugin into fairseq, which imports no --user-dir a second time: it was imported before."""
     import fairseq  # noqa: F401
 
-    from ext_common import compat
+    from ext_common import engine
 
-    compat.apply()
+    engine.apply()
     from diffusion_ext import criterion, model, task  # noqa: F401
 
 

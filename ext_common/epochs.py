@@ -5,9 +5,76 @@ what is left over of a multiple of 8.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from fairseq.data import iterators
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What fairseq asks of a task for an epoch; None is no limit.
+
+    max_tokens, max_sentences: of a batch; max_positions: of a sample, where ``ignore_invalid_inputs`` allows
+    to leave out what is longer; num_shards: processes.
+    """
+
+    max_tokens: int | None = None
+    max_sentences: int | None = None
+    max_positions: Any = None
+    ignore_invalid_inputs: bool = False
+    seed: int = 1
+    num_shards: int = 1
+    epoch: int = 1
+
+
+class OwnBatches:
+    """For a task that says what its batches are: `batches_of`; how they become an epoch is said here."""
+
+    passed_on: ClassVar[tuple[str, ...]] = ()  # of fairseq's options for the order of batches
+
+    def batches_of(self, dataset: Any, wanted: Wanted) -> Sequence:
+        """Lists of indices, those of all processes, in an order that fairseq shuffles for training."""
+        raise NotImplementedError
+
+    def get_batch_iterator(
+        self,
+        dataset,
+        max_tokens=None,
+        max_sentences=None,
+        max_positions=None,
+        ignore_invalid_inputs=False,
+        seed=1,
+        num_shards=1,
+        shard_id=0,
+        num_workers=0,
+        epoch=1,
+        data_buffer_size=0,
+        **more,
+    ):
+        """fairseq's, without its traps: nothing is dropped to round a batch to a multiple of 8, batches are
+        those of the epoch after a resume too, and workers see the epoch they work for."""
+        wanted = Wanted(
+            max_tokens, max_sentences, max_positions, ignore_invalid_inputs, seed, num_shards, epoch
+        )
+        return epoch_of(
+            dataset,
+            self.batches_of(dataset, wanted),
+            data_buffer_size,
+            seed=seed,
+            num_shards=num_shards,
+            shard_id=shard_id,
+            num_workers=num_workers,
+            epoch=epoch,
+            **{name: more[name] for name in self.passed_on if name in more},
+        )
+
+    def full_updates(self, dataset: Any, size: int, wanted: Wanted) -> list:
+        """`full_batches` of ``size``, with `--update-freq` and `--epoch-updates` of this task."""
+        freq = update_freq(self.cfg.update_freq, wanted.epoch)
+        return full_batches(
+            dataset, size, wanted.num_shards, freq, wanted.epoch, self.cfg.epoch_updates
+        )
 
 
 def epoch_of(dataset: Any, batches: Sequence, data_buffer_size: int, **options: Any):

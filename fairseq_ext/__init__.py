@@ -7,9 +7,9 @@ that need no model), nothing is imported, so that they start at once.
 import sys
 
 if "fairseq" in sys.modules:
-    from ext_common import compat
+    from ext_common import engine
 
-    compat.apply()
+    engine.apply()
     from . import noam  # noqa: F401
     from .speaker import criterion, model, task  # noqa: F401
     from .translation import task as translation_task  # noqa: F401

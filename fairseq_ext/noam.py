@@ -11,7 +11,7 @@ from omegaconf import II
 from omegaconf.errors import OmegaConfBaseException
 
 from ext_common.cli import UserError
-from ext_common.compat.schedules import trained_model
+from ext_common.engine import trained_model
 
 # fairseq's default of --lr, which it has whether anybody gave one or not.
 FAIRSEQ_LR = 0.25

@@ -86,6 +86,8 @@ UNITS = """mass-kilogram mass-gram mass-tonne length-kilometer length-meter leng
     duration-day duration-week duration-year temperature-celsius speed-kilometer-per-hour
     area-square-kilometer area-hectare power-watt power-kilowatt digital-megabyte digital-gigabyte
     electric-volt frequency-hertz""".split()
+# Draws in a row that bring no new pair, after which there are no more.
+MISSES = 2000
 
 
 @dataclass
@@ -168,7 +170,7 @@ def make_corpus(options: CorpusOptions) -> dict[str, list[Pair]]:
         rng = random.Random(f"{options.seed} {split}")
         pairs, misses = [], 0
         while len(pairs) < wanted[split]:
-            if misses > 2000:
+            if misses > MISSES:
                 raise UserError(
                     f"there are only {len(pairs)} different pairs for {split}: ask for fewer than "
                     f"{wanted[split]}"

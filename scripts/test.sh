@@ -26,8 +26,11 @@ ran=
 
 $python -m ruff check . || failed+=("ruff check")
 $python -m ruff format --check . || failed+=("ruff format (mend with: $python -m ruff format .)")
+# A process for each core, and a thread for each of these; a file stays in one process, as what its tests share
+# is made once a process.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 for suite in "${suites[@]}"; do
-    $python -m pytest -q --durations=5 -m "$suite" "$@"
+    $python -m pytest -q --durations=5 -n auto --maxprocesses 8 --dist loadfile -m "$suite" "$@"
     code=$?
     # 5: nothing selected. Right for one of the suites when arguments select from the other only.
     case $code in

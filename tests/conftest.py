@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.pairs import all_pairs
+
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -28,3 +30,17 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}: set FAIRSEQ_EXT_DATA to its folder")
     return folder.resolve()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of a test marked `pairs`, leave the cases that show every two values of its parameters together."""
+    cases = {}
+    for item in items:
+        if item.get_closest_marker("pairs") and hasattr(item, "callspec"):
+            cases.setdefault((item.path, item.cls, item.function), []).append(item)
+    left_out = set()
+    for group in cases.values():
+        kept = set(all_pairs([item.callspec.params for item in group]))
+        left_out |= {item for i, item in enumerate(group) if i not in kept}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]

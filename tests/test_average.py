@@ -2,7 +2,6 @@
 
 import functools
 import re
-import subprocess
 import sys
 from argparse import Namespace
 from collections import OrderedDict
@@ -19,6 +18,7 @@ from omegaconf import OmegaConf
 
 from ext_common.cli import UsageError, UserError
 from fairseq_ext import average
+from tests import processes
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -257,7 +257,7 @@ def test_translation_average_is_the_same_command(tmp_path):
         torch.save(one, tmp_path / f"checkpoint.best_bleu_{number}.0000.pt")
     out = tmp_path / "average.pt"
     command = [sys.executable, "-m", "fairseq_ext.translation.average", tmp_path, "--best", "2"]
-    done = subprocess.run([*command, "--output", out], capture_output=True, text=True)
+    done = processes.run([*command, "--output", out], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = torch.load(out, weights_only=False)
     assert len({weight.untyped_storage().data_ptr() for weight in result["model"].values()}) == 1
@@ -265,7 +265,7 @@ def test_translation_average_is_the_same_command(tmp_path):
     mean = (given[0].double() + given[1].double()) / 2
     assert torch.equal(result["model"][f"{names[2]}.weight"], mean.float())
     assert torch.equal(result["task_state"]["translation"]["spm"]["en"], torch.arange(9).byte())
-    usage = subprocess.run([*command[:3], "--help"], capture_output=True, text=True).stdout
+    usage = processes.run([*command[:3], "--help"], capture_output=True, text=True).stdout
     assert "fairseq_ext.translation.average" in usage and "--best N" in usage
 
 
@@ -326,9 +326,9 @@ def test_a_file_that_calls_is_refused_unrun(tmp_path):
 
 def test_as_a_command(folder, tmp_path):
     command = [sys.executable, "-m", "fairseq_ext.average"]
-    done = subprocess.run([*command, folder, "--output", tmp_path / "a.pt"], capture_output=True)
+    done = processes.run([*command, folder, "--output", tmp_path / "a.pt"], capture_output=True)
     assert done.returncode == 0 and not done.stderr
     assert (tmp_path / "a.pt").exists()
-    done = subprocess.run([*command, "none.pt", "--output", "a.pt"], capture_output=True, text=True)
+    done = processes.run([*command, "none.pt", "--output", "a.pt"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "error: none.pt does not exist: give the path of a checkpoint\n"

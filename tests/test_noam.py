@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from ext_common.cli import UserError
 from fairseq_ext.noam import FAIRSEQ_LR, NoamConfig, NoamSchedule, get_rate, model_dimension
+from tests import processes
 
 
 class Rate(FairseqOptimizer):
@@ -247,7 +248,7 @@ UPDATES, WARMUP, FACTOR, DIM = 12, 5, 2.0, 16
 
 def run_python(*arguments, cwd):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
         env=env,
@@ -503,7 +504,7 @@ def test_with_hydra_and_in_words(bitext, tmp_path):
     command += ["--config-dir", tmp_path, "--config-name", "noam", "hydra.run.dir=."]
 
     def run(*more):
-        return subprocess.run(
+        return processes.run(
             [*map(str, command), *more],
             cwd=tmp_path,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -1,6 +1,5 @@
 """Drawing schedules: what is drawn is what the scheduler classes set."""
 
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 
 from ext_common.cli import OptionError
 from fairseq_ext.draw_rates import ScheduleOptions, curves, main, table
+from tests import processes
 
 
 def test_curves_are_the_rates_of_the_schedulers():
@@ -77,6 +77,6 @@ def test_table_says_what_the_curves_are():
 
 def test_bad_usage_ends_in_one_sentence(tmp_path):
     command = [sys.executable, "-m", "fairseq_ext.draw_rates", str(tmp_path / "x.png")]
-    ended = subprocess.run([*command, "--noam-warmups", "0"], capture_output=True, text=True)
+    ended = processes.run([*command, "--noam-warmups", "0"], capture_output=True, text=True)
     assert ended.returncode == 2 and "at least 1" in ended.stderr
     assert "Traceback" not in ended.stderr and not list(tmp_path.iterdir())

@@ -7,11 +7,13 @@ import subprocess
 
 import torch
 
+from tests import processes
+
 
 def run_command(words, cwd, code=0, **environment):
     """Output of a command, one thread; asserts its exit code. A text among `words` is split at spaces."""
     words = [w for part in words for w in (part.split() if isinstance(part, str) else [part])]
-    result = subprocess.run(
+    result = processes.run(
         [str(w) for w in words],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},

@@ -1,18 +1,18 @@
-"""What fairseq 0.12.3 needs on today's Python and PyTorch, done at run time.
+"""What is broken in fairseq 0.12.3 on today's Python and PyTorch, mended at run time.
 
-Nothing in site-packages is edited.
-
-``apply()`` is called by the plugins when fairseq imports them. Each gap is one function, whose
-docstring states the symptom, the place in fairseq and the upstream issue where there is one:
+Nothing in site-packages is edited. Each gap is one function, which can be taken out when fairseq
+mends it; its docstring states the symptom and the upstream thread, the strings it `expects` are what
+must stand in fairseq's source: where they do not, the gap is left open with a warning.
 
     messages      known harmless warnings, one-sentence errors
     files         (no fairseq) what a checkpoint file is and how one is written
     checkpoints   reading under weights_only, whole files whenever the process dies, resume
     processes     several processes: torchrun and spawning on CPU, gloo, buffers, gathers
-    training      EMA, bf16, log file, best metric, data folder
-    schedules     what a learning-rate schedule knows of its model
+    training      EMA, bf16, log file, data folder, the end
+    patching      how a function is replaced;  command: where fairseq_cli.train is
 
-A gap whose place in fairseq no longer looks as it did is left open with a warning.
+``apply()`` closes them all. What we *add* to fairseq's training is in `ext_common.engine`, whose own
+``apply()`` the plugins call when fairseq imports them.
 """
 
 _applied = False
@@ -25,8 +25,9 @@ def apply() -> None:
         return
     # Set first: the imports below can come back here through another plugin.
     _applied = True
-    from ext_common.compat import checkpoints, messages, processes, schedules, training
+    from ext_common.compat import checkpoints, messages, processes, training
 
-    for room in (messages, checkpoints, processes, training, schedules):
+    processes.at_start[:] = [apply]
+    for room in (messages, checkpoints, processes, training):
         for close_gap in room.GAPS:
             close_gap()

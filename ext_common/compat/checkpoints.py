@@ -4,7 +4,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from fairseq import checkpoint_utils, trainer
 from fairseq.file_io import PathManager
 
 from ext_common.cli import UserError
+from ext_common.compat.command import training_commands
 from ext_common.compat.files import (
     allow_namespace,
     first_line,
@@ -24,7 +24,7 @@ from ext_common.compat.files import (
     why_unreadable,
     written_whole,
 )
-from ext_common.compat.patching import replace
+from ext_common.compat.patching import before, replace
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +35,18 @@ _WRITE_ATTEMPTS = 3
 def allow_what_checkpoints_hold() -> None:
     """Symptom: since torch 2.6 a checkpoint of a legacy architecture ends in an UnpicklingError.
 
-    It holds the architecture's options as an argparse.Namespace; nothing else is allowed here
-    (fairseq issue 5610 and RVC 2419; PR 5611 switches the safety off instead).
+    It holds the architecture's options as an argparse.Namespace; nothing else is allowed here.
+
+    Thread: fairseq 5610, RVC 2419; PR 5611 switches the safety off instead.
     """
     allow_namespace()
 
 
 def explain_unreadable_checkpoints() -> None:
-    """Symptom: a truncated, foreign or malicious file ends in a traceback of torch's zip reader."""
+    """Symptom: a truncated, foreign or malicious file ends in a traceback of torch's zip reader.
+
+    Thread: fairseq 2684 (a damaged file).
+    """
 
     def make(original: Callable) -> Callable:
         def load_checkpoint_to_cpu(path, *args, **kwargs):
@@ -81,7 +85,7 @@ def explain_unreadable_checkpoints() -> None:
 def explain_checkpoints_of_other_models() -> None:
     """Symptom: a checkpoint of another plugin or size ends in an assertion that prints everything.
 
-    fairseq 3683, 3964, 3677, 4717 ("Could not infer task type").
+    Thread: fairseq 3683, 3964, 3677, 4717 ("Could not infer task type").
     """
 
     def make(original: Callable) -> Callable:
@@ -112,6 +116,8 @@ def resume_from_whole_checkpoints() -> None:
     a warning. Here too: `--store-ema` turned on when resuming a run without (KeyError 'model':
     Trainer.load_checkpoint uses what it deleted) begins with the model's weights, and a checkpoint
     that does not fit says which parameter, instead of "ensure that the architectures match".
+
+    Thread: fairseq 2684, 1192.
     """
 
     def make(original: Callable) -> Callable:
@@ -154,39 +160,6 @@ def _ema_from_model(state: dict) -> dict:
     return state
 
 
-def ask_before_resuming() -> None:
-    """Symptom: a training resumes without asking the task whether the checkpoint fits it.
-
-    Other names for the same number of classes, or another vocabulary of the same size, and it goes on with
-    permuted labels and says nothing. Tasks with `check_resume(state, same_run)` are asked; same_run is False
-    where only the weights are taken over.
-    """
-    asked: list[tuple[Any, bool]] = []
-
-    def make_load_and_ask(original: Callable) -> Callable:
-        def load_checkpoint(self, filename, reset_optimizer=False, *args, **kwargs):
-            asked.append((self.task, not reset_optimizer))
-            try:
-                return original(self, filename, reset_optimizer, *args, **kwargs)
-            finally:
-                asked.pop()
-
-        return load_checkpoint
-
-    def make_read_and_answer(original: Callable) -> Callable:
-        def load_checkpoint_to_cpu(*args, **kwargs):
-            state = original(*args, **kwargs)
-            task, same_run = asked[-1] if asked else (None, False)
-            if hasattr(task, "check_resume"):
-                task.check_resume(state, same_run)
-            return state
-
-        return load_checkpoint_to_cpu
-
-    replace(trainer.Trainer, "load_checkpoint", make_load_and_ask, ("reset_optimizer=False",))
-    replace(checkpoint_utils, "load_checkpoint_to_cpu", make_read_and_answer, ("torch.load(f,",))
-
-
 def write_checkpoints_whole() -> None:
     """Symptom: kill -9 inside a copy leaves a truncated checkpoint_last.pt, which resume picks up.
 
@@ -197,6 +170,8 @@ def write_checkpoints_whole() -> None:
 
     Also here: a metric logged as np.float64 makes a file that weights_only refuses, so numpy
     scalars become Python numbers on the way.
+
+    Thread: fairseq 2684, 5603 (numpy).
     """
 
     def make(original: Callable) -> Callable:
@@ -229,20 +204,18 @@ def forget_the_run_before() -> None:
     The best value is an attribute of save_checkpoint and outlives the run, the count of --patience
     one of should_stop_early; load_checkpoint, which every training calls once before it begins,
     sets the former again from the checkpoint it resumes.
+
+    Thread: none found.
     """
 
-    def make(original: Callable) -> Callable:
-        def load_checkpoint(cfg, trainer, **kwargs):
-            if hasattr(checkpoint_utils.save_checkpoint, "best"):
-                del checkpoint_utils.save_checkpoint.best
-            train = sys.modules.get("fairseq_cli.train")
-            for name in ("best", "num_runs") if train else ():
+    def forget(cfg, trainer, **kwargs):
+        if hasattr(checkpoint_utils.save_checkpoint, "best"):
+            del checkpoint_utils.save_checkpoint.best
+        for train in training_commands():
+            for name in ("best", "num_runs"):
                 vars(train.should_stop_early).pop(name, None)
-            return original(cfg, trainer, **kwargs)
 
-        return load_checkpoint
-
-    replace(checkpoint_utils, "load_checkpoint", make, ("save_checkpoint.best = extra_state",))
+    before(checkpoint_utils, "load_checkpoint", forget, ("save_checkpoint.best = extra_state",))
 
 
 GAPS = (
@@ -250,7 +223,6 @@ GAPS = (
     explain_unreadable_checkpoints,
     explain_checkpoints_of_other_models,
     resume_from_whole_checkpoints,
-    ask_before_resuming,
     write_checkpoints_whole,
     forget_the_run_before,
 )

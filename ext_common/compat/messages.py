@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ext_common.cli import Parser, UsageError, UserError, refused_by_the_system
-from ext_common.compat.patching import replace
+from ext_common.compat.patching import after, as_expected, replace
 
 # (category, start of the message as a regular expression, module that is blamed; "" for any)
 _HARMLESS = (
@@ -55,6 +55,8 @@ def leave_out_harmless_warnings() -> None:
     Only those listed above, by category and message; everything else is shown as ever. Two lines
     are out of reach of fairseq-train, as they come before it imports the plugin: torch.jit.script
     and tensorboardX.
+
+    Thread: none found.
     """
     for category, message, module in _HARMLESS:
         warnings.filterwarnings("ignore", message=message, category=category, module=module)
@@ -85,6 +87,8 @@ def tell_mistakes_in_one_sentence() -> None:
 
     Told in words are UserError (exit code 1, UsageError 2) and what fairseq itself refuses, by `sentence_of`;
     a bug keeps its traceback.
+
+    Thread: none found.
     """
     if getattr(sys.excepthook, "_ext_common", False):
         return
@@ -104,11 +108,16 @@ def tell_mistakes_in_one_sentence() -> None:
 
 
 def tell_mistakes_under_hydra() -> None:
-    """The same for fairseq-hydra-train: hydra catches the error itself and prints a traceback."""
+    """Symptom: the same for fairseq-hydra-train: hydra catches the error and prints a traceback.
+
+    Thread: none found.
+    """
     from hydra.core.utils import JobReturn
 
     original = JobReturn.return_value
     if getattr(original.fget, "_ext_common", False):
+        return
+    if not as_expected(original.fget, ("raise self._return_value",), "JobReturn.return_value"):
         return
 
     def return_value(self):
@@ -127,6 +136,8 @@ def tell_mistakes_of_workers() -> None:
     """Symptom: a mistake found by a loading worker has a traceback of 16 lines for its sentence.
 
     torch._utils.ExceptionWrapper makes what was printed in the worker the message of a new error.
+
+    Thread: none found.
     """
     from torch._utils import ExceptionWrapper
 
@@ -147,10 +158,14 @@ def tell_mistyped_flags_in_one_sentence() -> None:
     """Symptom: a mistyped flag ends in a hundred lines of all flags there are, and then its name.
 
     fairseq.options makes its parsers by `argparse.ArgumentParser`, after the plugin is imported.
+
+    Thread: none found.
     """
     from fairseq import options
 
-    if not isinstance(options.argparse, _Argparse):
+    if isinstance(options.argparse, _Argparse):
+        return
+    if as_expected(options.get_parser, ("argparse.ArgumentParser(",), "options.get_parser"):
         options.argparse = _Argparse("argparse")
 
 
@@ -170,6 +185,8 @@ def tell_missing_flags_and_impossible_numbers() -> None:
     """Symptom: without `--arch` fairseq-train ends in a RuntimeError of no words, without `--path` fairseq-
     interactive in "argument of type 'NoneType' is not iterable"; `--batch-size -3` finds no data,
     `--log-interval 0` divides by it.
+
+    Thread: none found.
     """
     from fairseq import options
 
@@ -197,6 +214,26 @@ def tell_missing_flags_and_impossible_numbers() -> None:
     replace(
         options, "parse_args_and_arch", make, ("raise RuntimeError()", "TASK_REGISTRY[args.task]")
     )
+
+
+def refuse_trainings_that_cannot_begin() -> None:
+    """Symptom: without `--optimizer` or a batch size fairseq-train ends in a traceback, with
+    `--adam-betas x` in a NameError, and a mistyped `--restore-file` begins from scratch.
+
+    Thread: none found.
+    """
+    # not above: a command imports this room before fairseq, whose import says too much
+    from ext_common.compat.command import in_training_command
+
+    in_training_command(_check_first)
+
+
+def _check_first(train: types.ModuleType) -> None:
+    after(train, "add_defaults", _check, ("merge_with_parent",))
+
+
+def _check(_none: None, cfg: Any) -> None:
+    check_training(cfg)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -302,4 +339,5 @@ GAPS = (
     tell_mistakes_of_workers,
     tell_mistyped_flags_in_one_sentence,
     tell_missing_flags_and_impossible_numbers,
+    refuse_trainings_that_cannot_begin,
 )

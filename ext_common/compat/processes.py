@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -22,7 +23,9 @@ from torch.multiprocessing import ProcessExitedException
 from torch.nn.parallel import DistributedDataParallel
 
 from ext_common.cli import UsageError, UserError
-from ext_common.compat.patching import replace
+from ext_common.compat.command import in_training_command
+from ext_common.compat.patching import after, as_expected, before, replace
+from ext_common.given import given
 
 
 def form_one_group() -> None:
@@ -30,9 +33,11 @@ def form_one_group() -> None:
 
     fairseq takes torchrun's variables only when it already believes in several processes, which on
     CPU or with one GPU it does not (infer_init_method); with `--distributed-world-size 2` it
-    divides by zero GPUs, or spawns min(0, 2) processes and ends without having trained
-    (fairseq issue 2879, "--cpu" with several GPUs). Here a launcher's group is always joined, and
-    without a launcher the asked number of processes is started on CPU.
+    divides by zero GPUs, or spawns min(0, 2) processes and ends without having trained. Here a
+    launcher's group is always joined, and without a launcher the asked number of processes is
+    started on CPU.
+
+    Thread: fairseq 2879.
     """
 
     def make(original: Callable) -> Callable:
@@ -50,28 +55,44 @@ def form_one_group() -> None:
     replace(distributed_utils, "call_main", make, ("distributed_no_spawn", "spawn("))
 
 
+def join_from_inside() -> None:
+    """Symptom: the same for fairseq-hydra-train under torchrun.
+
+    It imports the plugin only in a training's main, when its call_main has been passed already: the
+    group is joined there.
+
+    Thread: fairseq 2879.
+    """
+    in_training_command(_join_in)
+
+
 def refuse_to_train_apart() -> None:
-    """The same symptom in a program that builds a Trainer without fairseq's call_main."""
+    """Symptom: the same in a program that builds a Trainer without fairseq's call_main.
 
-    def make(original: Callable) -> Callable:
-        def __init__(self, cfg, *args, **kwargs):
-            launch = launched()
-            if launch and not cfg.common.tpu and not dist.is_initialized():
-                raise UserError(
-                    f"{launch.world_size} processes were launched, but this program did not join "
-                    "them and each would train alone into the same folder: start it without "
-                    "torchrun, or use fairseq-train"
-                )
-            return original(self, cfg, *args, **kwargs)
+    Thread: fairseq 2879.
+    """
 
-        return __init__
+    def refuse_apart(self, cfg, *args, **kwargs):
+        launch = launched()
+        if launch and not cfg.common.tpu and not dist.is_initialized():
+            raise UserError(
+                f"{launch.world_size} processes were launched, but this program did not join "
+                "them and each would train alone into the same folder: start it without "
+                "torchrun, or use fairseq-train"
+            )
 
-    replace(trainer.Trainer, "__init__", make, ("self._wrapped_model = None",))
+    before(trainer.Trainer, "__init__", refuse_apart, ("self._wrapped_model = None",))
 
 
 def wrap_models_on_cpu() -> None:
-    """Symptom: the default `--ddp-backend pytorch_ddp` raises ValueError device_ids on CPU."""
+    """Symptom: the default `--ddp-backend pytorch_ddp` raises ValueError device_ids on CPU.
+
+    Thread: fairseq 2879.
+    """
     if getattr(distributed_fairseq_model.DistributedDataParallel, "_ext_common", False):
+        return
+    wrap = distributed_fairseq_model.DistributedFairseqModel
+    if not as_expected(wrap, ("device_ids=[args.device_id]",), "DistributedFairseqModel"):
         return
 
     def on_any_device(module, device_ids=None, output_device=None, **kwargs):
@@ -91,6 +112,8 @@ def resume_in_every_process() -> None:
     Process 0 sends what it read, options as a DictConfig included, and torch.load refuses that
     since 2.6. Options are sent as plain containers instead; what is read from the first process
     then holds nothing a checkpoint may not, but the marks where tensors go.
+
+    Thread: fairseq 5610 (its own call of torch.load is not mentioned there).
     """
 
     def make(original: Callable) -> Callable:
@@ -119,8 +142,9 @@ def resume_in_every_process() -> None:
 def gather_without_cuda() -> None:
     """Symptom: criterions whose outputs cannot be summed fail on CPU: all_gather_list wants CUDA.
 
-    Without NCCL the objects are gathered by torch itself, which also knows no maximal size
-    (fairseq issues 1826, 780, 1088).
+    Without NCCL the objects are gathered by torch itself, which also knows no maximal size.
+
+    Thread: fairseq 1826, 780, 1088.
     """
 
     def make(original: Callable) -> Callable:
@@ -143,35 +167,34 @@ def keep_buffers_alike() -> None:
     Neither backend sends buffers by default, so that validation measures models nobody keeps.
     Before each validation and each checkpoint the floating buffers become their mean over the
     processes (of variances too: the small part between the processes' means is left out).
+
+    Thread: fairscale 68, where fairseq's author says that they were taken out for speed.
     """
 
-    def make_begin(original: Callable) -> Callable:
-        def begin_valid_epoch(self, epoch):
-            average_buffers(self)
-            return original(self, epoch)
+    def alike_in_validation(self, epoch):
+        average_buffers(self)
 
-        return begin_valid_epoch
+    before(trainer.Trainer, "begin_valid_epoch", alike_in_validation, ("begin_valid_epoch(epoch",))
 
-    replace(trainer.Trainer, "begin_valid_epoch", make_begin, ("begin_valid_epoch(epoch",))
+    def alike_in_checkpoints(cfg, trainer, epoch_itr, val_loss):
+        average_buffers(trainer)
 
-    def make_save(original: Callable) -> Callable:
-        def save_checkpoint(cfg, trainer, epoch_itr, val_loss):
-            average_buffers(trainer)
-            return original(cfg, trainer, epoch_itr, val_loss)
-
-        return save_checkpoint
-
-    replace(checkpoint_utils, "save_checkpoint", make_save, ("checkpoint_conds",))
+    before(checkpoint_utils, "save_checkpoint", alike_in_checkpoints, ("checkpoint_conds",))
 
 
 GAPS = (
     form_one_group,
+    join_from_inside,
     refuse_to_train_apart,
     wrap_models_on_cpu,
     resume_in_every_process,
     gather_without_cuda,
     keep_buffers_alike,
 )
+
+
+# Called first in each process that is started here: it imports the plugin only later.
+at_start: list[Callable[[], None]] = []
 
 
 # --- what the gaps stand on ---------------------------------------------------------------------
@@ -208,7 +231,7 @@ def arrange(cfg: Any) -> int:
     on_cpu = cfg.common.cpu or not torch.cuda.is_available()
     if on_cpu and cfg.common.cpu and options.distributed_world_size == torch.cuda.device_count():
         # The default counts GPUs that --cpu just said not to use.
-        if not any(argument.startswith("--distributed-world-size") for argument in sys.argv):
+        if "distributed_world_size" not in given():
             options.distributed_world_size = 1
     launch = launched()
     if launch and not options.distributed_no_spawn:
@@ -292,16 +315,19 @@ def _spawn(count: int, main: Callable, cfg: Any, kwargs: dict) -> None:
     threads = max(1, torch.get_num_threads() // count)
     try:
         torch.multiprocessing.spawn(
-            fn=_worker, args=(main, cfg, {**kwargs, "start_rank": 0}, threads), nprocs=count
+            fn=_worker,
+            args=(main, cfg, {**kwargs, "start_rank": 0}, threads, tuple(at_start)),
+            nprocs=count,
         )
     except ProcessExitedException as error:
         sys.exit(error.exit_code or 1)
 
 
-def _worker(index: int, main: Callable, cfg: Any, kwargs: dict, threads: int) -> None:
-    from ext_common import compat
-
-    compat.apply()
+def _worker(
+    index: int, main: Callable, cfg: Any, kwargs: dict, threads: int, first: tuple[Callable, ...]
+) -> None:
+    for action in first:
+        action()
     torch.set_num_threads(threads)
     try:
         distributed_utils.distributed_main(index, main, cfg, kwargs)
@@ -309,3 +335,11 @@ def _worker(index: int, main: Callable, cfg: Any, kwargs: dict, threads: int) ->
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _join_in(train: ModuleType) -> None:
+    after(train, "add_defaults", _join_with, ("merge_with_parent",))
+
+
+def _join_with(_none: None, cfg: Any) -> None:
+    join_late(cfg)

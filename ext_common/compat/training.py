@@ -1,34 +1,26 @@
-"""Around training: averaged weights (EMA), bf16, log file, best metric, data folder, the end."""
+"""Around training: averaged weights (EMA), bf16, log file, data folder, the command itself, the end."""
 
 import atexit
-import logging
 import os
 import queue
-import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import torch
 from fairseq import options, trainer, utils
 from fairseq.data import data_utils, iterators
 from fairseq.logging import progress_bar
 from fairseq.models.ema import ema
-from omegaconf import open_dict
 from torch.utils.data import dataloader
 
 from ext_common.cli import UserError
-from ext_common.compat import processes
-from ext_common.compat.messages import check_training
-from ext_common.compat.patching import replace
+from ext_common.compat.command import in_training_command
+from ext_common.compat.patching import as_expected, before, replace
+from ext_common.given import given
 
-logger = logging.getLogger(__name__)
-
-# fairseq's default of --best-checkpoint-metric.
-_DEFAULT_METRIC = "loss"
 # Seconds that the end of a program waits for its loading threads: longer than a batch takes.
 _PATIENCE = 15.0
 
@@ -39,6 +31,8 @@ def average_any_model() -> None:
     EMA._step_internal multiplies the integer num_batches_tracked by the decay, and skips every
     name that contains "version" where it means fairseq's marker buffers named exactly so.
     Integers are copied here; the update is otherwise the original's.
+
+    Thread: none in fairseq's; BiomedGPT 16 has it too.
     """
 
     def make(original: Callable) -> Callable:
@@ -69,16 +63,16 @@ def average_any_model() -> None:
 def bf16_without_tpu() -> None:
     """Symptom: `--bf16` ends in 'NoneType' object has no attribute 'xla_device'.
 
-    The parser takes it for a TPU's flag (fairseq issue 2742). Where there is no torch_xla, only
-    --tpu itself means a TPU.
+    The parser takes it for a TPU's flag. Where there is no torch_xla, only --tpu itself means a TPU.
+
+    Thread: fairseq 2742.
     """
 
     def make(original: Callable) -> Callable:
-        def parse_args_and_arch(parser, input_args=None, *args, **kwargs):
-            result = original(parser, input_args, *args, **kwargs)
-            given = sys.argv[1:] if input_args is None else input_args
+        def parse_args_and_arch(parser, *args, **kwargs):
+            result = original(parser, *args, **kwargs)
             parsed = result[0] if isinstance(result, tuple) else result
-            if getattr(parsed, "tpu", False) and "--tpu" not in given and utils.xm is None:
+            if getattr(parsed, "tpu", False) and utils.xm is None and "tpu" not in given():
                 parsed.tpu = False
             return result
 
@@ -88,24 +82,25 @@ def bf16_without_tpu() -> None:
 
 
 def refuse_fp16_on_cpu() -> None:
-    """Symptom: `--fp16` without a GPU fails deep in an optimizer step."""
+    """Symptom: `--fp16` without a GPU fails deep in an optimizer step.
 
-    def make(original: Callable) -> Callable:
-        def __init__(self, cfg, *args, **kwargs):
-            on_cpu = cfg.common.cpu or not torch.cuda.is_available()
-            if cfg.common.fp16 and on_cpu and not cfg.common.tpu:
-                raise UserError("--fp16 needs a GPU: use --bf16, or leave it out")
-            return original(self, cfg, *args, **kwargs)
+    Thread: none found.
+    """
 
-        return __init__
+    def refuse_fp16(self, cfg, *args, **kwargs):
+        on_cpu = cfg.common.cpu or not torch.cuda.is_available()
+        if cfg.common.fp16 and on_cpu and not cfg.common.tpu:
+            raise UserError("--fp16 needs a GPU: use --bf16, or leave it out")
 
-    replace(trainer.Trainer, "__init__", make, ("cfg.common.fp16",))
+    before(trainer.Trainer, "__init__", refuse_fp16, ("if cfg.common.fp16:",))
 
 
 def write_log_lines_once() -> None:
     """Symptom: with `--log-file` the lines of epoch N are written N times.
 
     progress_bar opens the file once more for each epoch.
+
+    Thread: none found.
     """
 
     def make(original: Callable) -> Callable:
@@ -121,7 +116,10 @@ def write_log_lines_once() -> None:
 
 
 def name_the_missing_data_folder() -> None:
-    """Symptom: a mistyped data folder ends in a FileNotFoundError from a listing of it."""
+    """Symptom: a mistyped data folder ends in a FileNotFoundError from a listing of it.
+
+    Thread: none found.
+    """
 
     def make(original: Callable) -> Callable:
         def raise_if_valid_subsets_unintentionally_ignored(train_cfg):
@@ -147,6 +145,8 @@ def leave_foreign_workers_alone() -> None:
 
     A loader's worker is a fork and inherits the iterators its parent still holds; when its garbage
     collector finds one, PyTorch tries to end workers that are not this process's own.
+
+    Thread: none in fairseq's; many in others', as Patch-NetVLAD 34.
     """
 
     def make(original: Callable) -> Callable:
@@ -171,9 +171,14 @@ def stop_loading_before_exit() -> None:
     a destructor of PyTorch (each operation gives the GIL away and takes it back in one), C++ aborts
     the process. Here the threads are stopped while Python is still whole, and the DataLoader's
     workers with them.
+
+    Thread: none found.
     """
-    atexit.unregister(stop_loading)
-    atexit.register(stop_loading)
+    reader = iterators.BackgroundConsumer
+    expects = ("self.count >= self._max_len", "self._queue.put(_sentinel)")
+    if as_expected(reader, expects, "BackgroundConsumer"):
+        atexit.unregister(stop_loading)
+        atexit.register(stop_loading)
 
 
 def stop_loading(patience: float = _PATIENCE) -> None:
@@ -196,43 +201,15 @@ def stop_loading(patience: float = _PATIENCE) -> None:
                 pass
 
 
-def take_the_best_metric_from_the_task() -> None:
-    """Symptom: a task that is judged by BLEU or accuracy keeps the checkpoint of lowest loss, or
-    with `--best-checkpoint-metric bleu` alone the worst one, as it is then minimised.
+def name_the_metrics_there_are() -> None:
+    """Symptom: `--best-checkpoint-metric` naming no metric ends in a KeyError after the first epoch.
 
-    A task may have ``best_metric = (name, maximize)``; it counts where no metric was asked for.
+    One sentence lists those there are; a metric that only the task's post_validate adds no longer
+    fails at the second validation.
+
+    Thread: fairseq 3881, 2141, 1910.
     """
-
-    def make(original: Callable) -> Callable:
-        def __init__(self, cfg, task, *args, **kwargs):
-            original(self, cfg, task, *args, **kwargs)
-            _choose_best_metric(self.cfg, task)
-
-        return __init__
-
-    replace(trainer.Trainer, "__init__", make, ("self.cfg = cfg",))
-
-
-def mend_the_training_command() -> None:
-    """The gaps inside fairseq_cli.train, which need not be imported yet when the plugin is.
-
-    - `--best-checkpoint-metric` naming no metric: KeyError after the first epoch (fairseq issues
-      3881, 2141, 1910). One sentence lists those there are; a metric that only the task's
-      post_validate adds no longer fails at the second validation.
-    - no optimizer, no batch size, …: see messages.check_training.
-    - the count of `--patience` outlives a training in one process.
-    - fairseq-hydra-train under torchrun: see processes.join_late.
-    """
-
-    def make(original: Callable) -> Callable:
-        def import_user_module(args):
-            original(args)
-            _mend_train()
-
-        return import_user_module
-
-    replace(utils, "import_user_module", make, ("import_user_module.memo",))
-    _mend_train()
+    in_training_command(_know_the_metrics)
 
 
 GAPS = (
@@ -243,36 +220,12 @@ GAPS = (
     name_the_missing_data_folder,
     leave_foreign_workers_alone,
     stop_loading_before_exit,
-    take_the_best_metric_from_the_task,
-    mend_the_training_command,
+    name_the_metrics_there_are,
 )
 
 
-def _choose_best_metric(cfg: Any, task: Any) -> None:
-    best = getattr(task, "best_metric", None)
-    flags = ("--best-checkpoint-metric", "checkpoint.best_checkpoint_metric")
-    asked = any(argument.lstrip("+").startswith(flags) for argument in sys.argv[1:])
-    asked = asked or cfg.checkpoint.best_checkpoint_metric != _DEFAULT_METRIC
-    if best is None or asked or cfg.dataset.disable_validation:
-        return
-    # The same object as in fairseq_cli.train.main, which reads it after every validation.
-    with open_dict(cfg):
-        cfg.checkpoint.best_checkpoint_metric, cfg.checkpoint.maximize_best_checkpoint_metric = best
-    rule = "highest" if best[1] else "lowest"
-    logger.info(f"the best checkpoint is the one with the {rule} {best[0]}")
-
-
-def _mend_train() -> None:
-    for module in _training_commands():
-        replace(module, "get_valid_stats", _with_known_metrics, ("best_checkpoint_metric",))
-        replace(module, "add_defaults", _after_joining_late)
-
-
-def _training_commands() -> list[ModuleType]:
-    """fairseq_cli.train where it is imported, under its name or as the program itself."""
-    candidates = (sys.modules.get("fairseq_cli.train"), sys.modules.get("__main__"))
-    needed = ("get_valid_stats", "add_defaults", "should_stop_early")
-    return [module for module in candidates if all(hasattr(module, name) for name in needed)]
+def _know_the_metrics(train: ModuleType) -> None:
+    replace(train, "get_valid_stats", _with_known_metrics, ("best_checkpoint_metric",))
 
 
 def _with_known_metrics(original: Callable) -> Callable:
@@ -291,12 +244,3 @@ class _ValidStats(OrderedDict):
             f"--best-checkpoint-metric {name} is not measured in validation: "
             f"choose one of {', '.join(sorted(known))}"
         )
-
-
-def _after_joining_late(original: Callable) -> Callable:
-    def add_defaults(cfg):
-        original(cfg)
-        check_training(cfg)
-        processes.join_late(cfg)
-
-    return add_defaults

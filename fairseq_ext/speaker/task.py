@@ -14,7 +14,7 @@ from omegaconf import II, MISSING, open_dict
 
 from ext_common.checkpoints import refuse_foreign
 from ext_common.cli import UserError
-from ext_common.epochs import epoch_of, full_batches, update_freq
+from ext_common.epochs import OwnBatches, Wanted
 from fairseq_ext.speaker.augment import (
     AUGMENTATIONS,
     Context,
@@ -80,7 +80,7 @@ class SpeakerIdConfig(FairseqDataclass):
 
 
 @register_task("speaker_id", dataclass=SpeakerIdConfig)
-class SpeakerIdTask(FairseqTask):
+class SpeakerIdTask(OwnBatches, FairseqTask):
     """Crops for training, whole utterances for the rest; nothing is dropped from either.
 
     The names of the speakers and the feature specification travel in the checkpoint (`task_state`), so that a
@@ -193,40 +193,15 @@ class SpeakerIdTask(FairseqTask):
             read_rooms(self.cfg.rir_dir, spec),
         )
 
-    def get_batch_iterator(
-        self,
-        dataset,
-        max_tokens=None,
-        max_sentences=None,
-        seed=1,
-        num_shards=1,
-        shard_id=0,
-        num_workers=0,
-        epoch=1,
-        data_buffer_size=0,
-        **_,
-    ):
-        """fairseq's, without its traps: no utterance is dropped to round a batch to a multiple of 8,
-        workers see the epoch they work for, and validation is bounded in padded frames."""
-        if isinstance(dataset, CropDataset):
-            size = max_sentences or max(1, max_tokens // self.cfg.crop_frames)
-            if max_tokens:
-                size = max(1, min(size, max_tokens // self.cfg.crop_frames))
-            freq = update_freq(self.cfg.update_freq, epoch)
-            batches = full_batches(dataset, size, num_shards, freq, epoch, self.cfg.epoch_updates)
-        else:
-            frames = min(self.cfg.max_valid_frames, max_tokens or self.cfg.max_valid_frames)
-            batches = batches_by_frames(dataset.sizes, frames, max_sentences)
-        return epoch_of(
-            dataset,
-            batches,
-            data_buffer_size,
-            seed=seed,
-            num_shards=num_shards,
-            shard_id=shard_id,
-            num_workers=num_workers,
-            epoch=epoch,
-        )
+    def batches_of(self, dataset, wanted: Wanted):
+        """Full updates of crops for training; for the rest, validation is bounded in padded frames."""
+        if not isinstance(dataset, CropDataset):
+            frames = min(self.cfg.max_valid_frames, wanted.max_tokens or self.cfg.max_valid_frames)
+            return batches_by_frames(dataset.sizes, frames, wanted.max_sentences)
+        size = wanted.max_sentences or max(1, wanted.max_tokens // self.cfg.crop_frames)
+        if wanted.max_tokens:
+            size = max(1, min(size, wanted.max_tokens // self.cfg.crop_frames))
+        return self.full_updates(dataset, size, wanted)
 
     def train_step(
         self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs

@@ -14,12 +14,11 @@ from fairseq.tasks.translation import TranslationTask
 
 from ext_common.checkpoints import refuse_foreign
 from ext_common.cli import UserError
-from ext_common.epochs import epoch_of
+from ext_common.epochs import OwnBatches, Wanted
 from fairseq_ext.translation.batching import batches, fitting, too_long
 from fairseq_ext.translation.config import TranslationSpmConfig, check_options
 from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.decode.checkpoint import codecs_of
-from fairseq_ext.translation.hooks import score_by_language
 from fairseq_ext.translation.sampling import SampledPairs, SubwordSampler
 from fairseq_ext.translation.score import metrics
 from fairseq_ext.translation.text.spm import Codec
@@ -38,7 +37,7 @@ OWN = ("fairseq.", "fairseq_ext.translation")
 
 
 @register_task("translation_spm", dataclass=TranslationSpmConfig)
-class TranslationSpmTask(TranslationTask):
+class TranslationSpmTask(OwnBatches, TranslationTask):
     """Nothing is dropped, and text is what the SentencePiece model says it is.
 
     The models, and with them the dictionaries, travel in the checkpoint (`task_state`); DATA is opened only
@@ -219,51 +218,24 @@ class TranslationSpmTask(TranslationTask):
                     " prepare the data again"
                 )
 
-    def get_batch_iterator(
-        self,
-        dataset,
-        max_tokens=None,
-        max_sentences=None,
-        max_positions=None,
-        ignore_invalid_inputs=False,
-        seed=1,
-        num_shards=1,
-        shard_id=0,
-        num_workers=0,
-        epoch=1,
-        data_buffer_size=0,
-        skip_remainder_batch=False,
-        grouped_shuffling=False,
-        **_,
-    ):
-        """fairseq's, without its traps: no sentence is dropped to round a batch to a multiple of 8 or for
-        being longer than --max-tokens, batches are those of the epoch after a resume too, and workers see
-        the epoch they work for."""
-        dataset.set_epoch(epoch)
-        with data_utils.numpy_seed(seed + epoch):
+    passed_on = ("skip_remainder_batch", "grouped_shuffling")
+
+    def batches_of(self, dataset, wanted: Wanted):
+        """Sentences in the order of their lengths, none left out for being longer than --max-tokens."""
+        dataset.set_epoch(wanted.epoch)
+        with data_utils.numpy_seed(wanted.seed + wanted.epoch):
             indices = dataset.ordered_indices()
         if isinstance(dataset, SampledPairs):
-            dataset.budget = max_tokens
+            dataset.budget = wanted.max_tokens
         # the trainer's limit is the smaller of positions and --max-tokens
-        limits = self._limits() if self._positions else max_positions
+        limits = self._limits() if self._positions else wanted.max_positions
         indices, about = fitting(dataset, indices, limits)
-        if about and not ignore_invalid_inputs:
+        if about and not wanted.ignore_invalid_inputs:
             raise too_long(about)
         if about and about not in self._said:
             self._said.add(about)
             logger.warning(f"{about}: left out, the model cannot hold them")
-        return epoch_of(
-            dataset,
-            batches(dataset, indices, max_tokens, max_sentences),
-            data_buffer_size,
-            seed=seed,
-            num_shards=num_shards,
-            shard_id=shard_id,
-            num_workers=num_workers,
-            epoch=epoch,
-            skip_remainder_batch=skip_remainder_batch,
-            grouped_shuffling=grouped_shuffling,
-        )
+        return batches(dataset, indices, wanted.max_tokens, wanted.max_sentences)
 
     # --- text -----------------------------------------------------------------------------------
 
@@ -345,6 +317,3 @@ def refuse_synthetic_targets(corpora: List[Corpus], source: str) -> None:
                 f"{corpus.path} has synthetic {corpus.languages[0]}, which is to be translated from, not"
                 f" to: give -s {corpus.languages[0]} -t {corpus.languages[1]}"
             )
-
-
-score_by_language()

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -23,6 +22,7 @@ from fairseq_ext.translation.prepare.__main__ import PrepareOptions, prepare
 from fairseq_ext.translation.prepare.filter_chain import FILTERS
 from fairseq_ext.translation.text.normalise import normalise
 from fairseq_ext.translation.text.spm import EOS, UNK
+from tests import processes
 
 from .test_guards import change_manifest, toy_pairs, write_lines, write_synth
 
@@ -171,7 +171,7 @@ def test_the_real_command(data, tmp_path):
     command = [sys.executable, "-m", "fairseq_ext.backtranslation.assemble", data, folder]
     command += [tmp_path / "bt", "--tag", "<BT>", "--upsample", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
+    done = processes.run(list(map(str, command)), capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     check_folder(tmp_path / "bt", data, [(folder, pairs)], 2)
     bitext = Corpus.open(data).splits["train"]
@@ -681,7 +681,7 @@ def test_fairseq_trains_on_it(data, tmp_path, direction):
         --save-dir {tmp_path}/ckpt"""
     call = [Path(sys.executable).with_name("fairseq-train"), *flags.split(), *direction]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, call)), capture_output=True, text=True, env=env)
+    done = processes.run(list(map(str, call)), capture_output=True, text=True, env=env)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-3000:]
     assert "en → zh" in said

@@ -2,11 +2,12 @@
 
 import json
 import random
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+
+from tests import processes
 
 pytest.importorskip("fairseq")
 pytest.importorskip("ctranslate2")
@@ -144,7 +145,7 @@ def test_the_command(repo_root, tmp_path):
     command = [sys.executable, "-m", "benchmarks.backtranslation", "--tiny", "--threads", "1"]
     command += ["--sentences", "6", "--rounds", "1", "--folder", str(tmp_path)]
     command += ["--record", "--output", str(output)]
-    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)
+    done = processes.run(command, cwd=repo_root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())["speed"]
     assert set(found["sides"]) == set(sides.SIDES)
@@ -164,7 +165,7 @@ def test_quality_of_the_command(repo_root, tmp_path, tiny_case):
     command = [sys.executable, "-m", "benchmarks.backtranslation", "--quality", "--threads", "1"]
     command += ["--path", str(data / "model.pt"), "--data", str(data), "--folder", str(tmp_path)]
     command += ["--record", "--output", str(output)]
-    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)
+    done = processes.run(command, cwd=repo_root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())["quality"]
     assert found["sentences"] == 6 and set(found["sides"]) == set(checks.QUALITY)

@@ -4,7 +4,6 @@ import json
 import math
 import multiprocessing
 import statistics
-import subprocess
 import sys
 from importlib import metadata
 
@@ -12,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from tests import processes
 
 pytest.importorskip("fairseq")
 peer = pytest.importorskip("denoising_diffusion_pytorch")
@@ -255,7 +256,7 @@ def test_the_command(repo_root, tmp_path):
     output = tmp_path / "figures.json"
     command = [sys.executable, "-m", "benchmarks.diffusion", "--quick", "--threads", "1"]
     command += ["--output", str(output), "--folder", str(tmp_path)]
-    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)
+    done = processes.run(command, cwd=repo_root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads(output.read_text())
     assert len(figures["cases"]) == 4 and figures["rounds"] == figures["threads"] == 1

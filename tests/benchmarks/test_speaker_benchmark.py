@@ -1,12 +1,13 @@
 """The benchmark compares like with like, and one command runs all of it."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+
+from tests import processes
 
 fairseq = pytest.importorskip("fairseq")
 
@@ -128,7 +129,7 @@ def test_memory_of_what_is_known(repo_root):
         "print(json.dumps(common.memory_increase(work)))"
     )
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=True)
+    done = processes.run(command, cwd=repo_root, capture_output=True, text=True, check=True)
     assert 36 < json.loads(done.stdout)["peak_mb"] < 60
 
 
@@ -137,7 +138,7 @@ def test_the_command(repo_root, tmp_path):
     output = tmp_path / "figures.json"
     command = [sys.executable, "-m", "benchmarks.speaker", "--quick", "--threads", "1"]
     command += ["--output", str(output), "--folder", str(tmp_path)]
-    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)
+    done = processes.run(command, cwd=repo_root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads(output.read_text())
     assert [case["case"] for case in figures["cases"]] == [

@@ -1,10 +1,11 @@
 """The benchmark compares like with like, and one command runs all of it."""
 
 import json
-import subprocess
 import sys
 
 import pytest
+
+from tests import processes
 
 pytest.importorskip("fairseq")
 pytest.importorskip("ctranslate2")
@@ -38,7 +39,7 @@ def test_the_command(repo_root, tmp_path, toy_benchmark_model):
     command = [sys.executable, "-m", "benchmarks.translation", "--quick", "--threads", "1"]
     command += ["--rounds", "1", "--output", str(output), "--folder", str(tmp_path)]
     command += ["--path", str(checkpoint), "--bitext", str(data)]
-    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)
+    done = processes.run(command, cwd=repo_root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads(output.read_text())
     sides = {benchmark.PEER, *benchmark.SIDES}

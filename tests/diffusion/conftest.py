@@ -1,7 +1,6 @@
 """What the tests of diffusion share."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from tests import processes
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +22,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
         --base-channels 8 --head-channels 8 --batch-size 8 --lr 0.01 --warmup-updates 1"""
     command = [sys.executable, "-m", "diffusion_ext.train", *args.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = processes.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return folder / "checkpoints" / "checkpoint_last.pt"
 

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -11,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from tests import processes
 
 pytest.importorskip("fairseq")
 
@@ -522,7 +523,7 @@ def test_training_asks_before_it_resumes(tiny_checkpoint, tmp_path):
     assert len(Images.open(data)) == 1797
     args = f"""{data} --save-dir {folder} --max-update 3 --sample-interval 0 --base-channels 8
         --head-channels 8 --batch-size 8 --objective x0"""
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-m", "diffusion_ext.train", *args.split()],
         capture_output=True,
         text=True,

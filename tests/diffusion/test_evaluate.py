@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -23,6 +22,7 @@ from diffusion_ext.prepare.options import ImageOptions, SplitOptions
 from diffusion_ext.prepare.sets import array_set, open_reals, open_samples
 from diffusion_ext.store import open_images
 from ext_common.cli import UserError, run
+from tests import processes
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +115,7 @@ def test_each_number_stands_beside_its_floor(folders, capsys, tmp_path):
 def test_the_screen_can_be_the_json_alone(folders):
     real, fake = folders
     program = [sys.executable, "-m", "diffusion_ext.evaluate", "--real", real, "--fake", fake]
-    found = subprocess.run([*program, "--output", "-"], capture_output=True, text=True, check=True)
+    found = processes.run([*program, "--output", "-"], capture_output=True, text=True, check=True)
     assert json.loads(found.stdout)["metrics"]["recall"]["n"] == 40
     assert json.loads(found.stdout)["memorisation"] is None
     assert "precision" in found.stderr

@@ -1,6 +1,5 @@
 import json
 import math
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -26,6 +25,7 @@ from diffusion_ext.schedules import NoiseSchedule, build_schedule
 from diffusion_ext.unet import UNet, UNetOptions, divisor
 from ext_common import cli
 from ext_common.cli import UserError
+from tests import processes
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("safetensors")
@@ -301,7 +301,7 @@ def variant(tiny_checkpoint, tmp_path):
 
 def run(*args):
     command = [sys.executable, "-m", "diffusion_ext.export", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return processes.run(command, capture_output=True, text=True)
 
 
 def export(*args):

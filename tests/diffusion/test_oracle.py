@@ -20,6 +20,8 @@ from diffusion_ext.randomness import ImageNoise
 from diffusion_ext.samplers import SAMPLERS, SPACINGS, Level, Trajectory, trajectory
 from diffusion_ext.schedules import SCHEDULES, build_schedule
 
+pytestmark = pytest.mark.pairs
+
 MU, S = 0.3, 0.4
 SPECS = [(name, zero) for name in SCHEDULES.names() for zero in (False, True)]
 IDS = [f"{name}{'-zero' if zero else ''}" for name, zero in SPECS]

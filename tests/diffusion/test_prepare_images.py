@@ -19,6 +19,7 @@ from diffusion_ext.prepare.known import IMAGE_DATASETS, Labelled
 from diffusion_ext.prepare.options import ImageOptions
 from diffusion_ext.store import Images, open_images
 from ext_common.cli import UsageError, UserError
+from tests import processes
 
 FILES = {"images.bin", "images.json", "images.meta.json", "manifest.json"}
 
@@ -34,7 +35,7 @@ def write(folder, count=4, side=10):
 
 def run(*args):
     command = [sys.executable, "-m", "diffusion_ext.prepare", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return processes.run(command, capture_output=True, text=True)
 
 
 class TestFolder:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 from io import BytesIO
 
@@ -12,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from tests import processes
 
 pytest.importorskip("fairseq")
 
@@ -374,7 +375,7 @@ def test_files_that_are_no_checkpoint(draw, tiny_checkpoint, tmp_path, make, wor
 
 
 def run(cwd, *arguments):
-    return subprocess.run(
+    return processes.run(
         [sys.executable, "-m", "diffusion_ext.sample", *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

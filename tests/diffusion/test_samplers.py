@@ -30,6 +30,8 @@ from diffusion_ext.samplers import (
 from diffusion_ext.schedules import SCHEDULES, build_schedule
 from ext_common.cli import UserError
 
+pytestmark = pytest.mark.pairs
+
 TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 names = pytest.mark.parametrize("name", SCHEDULES.names())
 objectives = pytest.mark.parametrize("objective", OBJECTIVES.names())

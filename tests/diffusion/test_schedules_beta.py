@@ -23,6 +23,8 @@ from diffusion_ext.schedules import (
 )
 from ext_common.cli import UserError
 
+pytestmark = pytest.mark.pairs
+
 NAMES = ("cosine", "linear", "sigmoid")
 LENGTHS = (10, 100, 1000, 4000)
 both = pytest.mark.parametrize("zero_terminal", [False, True], ids=["plain", "zero_terminal"])

@@ -14,6 +14,8 @@ from diffusion_ext.schedules import SCHEDULES, build_schedule
 from diffusion_ext.weightings import WEIGHTINGS, loss_weights
 from ext_common.cli import UserError
 
+pytestmark = pytest.mark.pairs
+
 SPECS = ("min_snr", "min_snr:gamma=1", "p2", "p2:k=0.5,gamma=2")
 objectives = pytest.mark.parametrize("objective", OBJECTIVES.names())
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
+
 TOY = Path(__file__).resolve().parent.parent / "toy_plugin"
 BIN = Path(sys.executable).parent
 PLUGIN = ["--user-dir", str(TOY), "--task", "toy", "--criterion", "toy_mse", "--cpu"]
@@ -26,7 +28,7 @@ class Toy:
         self.data.mkdir()
 
     def run(self, command, *arguments, code=0, before=()):
-        result = subprocess.run(
+        result = processes.run(
             [*map(str, before), *map(str, command), *map(str, arguments)],
             cwd=self.folder,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

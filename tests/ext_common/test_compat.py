@@ -2,7 +2,7 @@
 
 import logging
 import os
-import subprocess
+import re
 import sys
 import types
 import warnings
@@ -12,11 +12,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ext_common import compat
+from ext_common import compat, engine
 from ext_common.cli import UsageError, UserError
-from ext_common.compat.patching import replace
+from ext_common.compat.patching import after, before, replace
 from ext_common.parallel import in_order
 from fairseq_ext.speaker.features import AudioError
+from tests import processes
 
 compat.apply()
 
@@ -54,6 +55,39 @@ def test_two_remedies_stack_in_one_place():
     for make in (first, second, first, second):
         replace(owner, "plain", make, ("return x + 1",))
     assert owner.plain(1) == 25
+    assert owner.plain.__wrapped__ is plain
+
+
+def test_before_and_after_see_the_arguments_and_leave_the_result():
+    owner = types.SimpleNamespace(__name__="owner", plain=plain)
+    seen = []
+
+    def first(x):
+        seen.append(("before", x))
+
+    def last(result, x):
+        seen.append(("after", result, x))
+
+    for _ in range(2):
+        before(owner, "plain", first, ("return x + 1",))
+        after(owner, "plain", last, ("return x + 1",))
+    assert owner.plain(1) == 2
+    assert seen == [("before", 1), ("after", 2, 1)]
+
+
+def test_what_both_rooms_say_of_a_function_is_in_one_wrapper():
+    from fairseq import checkpoint_utils
+    from fairseq.trainer import Trainer
+
+    engine.apply()
+    for function, says in (
+        (Trainer.__init__, ("refuse_fp16", "refuse_apart", "choose")),
+        (Trainer.load_checkpoint, ("resume_from_whole_checkpoints", "_ask_before_resuming")),
+        (checkpoint_utils.load_checkpoint_to_cpu, ("explain_unreadable", "_ask_the_task")),
+    ):
+        assert not hasattr(function.__wrapped__, "__wrapped__")
+        names = function.__ext_common_compat__.names
+        assert all(any(word in name for name in names) for word in says), names
 
 
 def test_leaves_what_it_does_not_know_with_a_warning():
@@ -97,9 +131,61 @@ def test_every_gap_finds_fairseq_as_expected_and_applying_again_changes_nothing(
     assert patched() == before
 
 
+def gaps():
+    """(name, function) of every gap there is."""
+    from ext_common.compat import checkpoints, messages, processes, training
+
+    return [gap for room in (messages, checkpoints, processes, training) for gap in room.GAPS]
+
+
+# What is not fairseq's: torch's list of safe globals, Python's warnings and its excepthook.
+OUTSIDE = {
+    "allow_what_checkpoints_hold",
+    "leave_out_harmless_warnings",
+    "tell_mistakes_in_one_sentence",
+}
+
+
+@pytest.mark.parametrize("gap", gaps(), ids=lambda gap: gap.__name__)
+def test_every_gap_states_symptom_thread_and_guard(gap, monkeypatch):
+    from ext_common.compat import patching
+
+    text = " ".join(gap.__doc__.split())
+    assert text.startswith("Symptom: ") and re.search(r" Thread: \S", text), gap.__name__
+    looked_for = []
+    monkeypatch.setattr(
+        patching, "_looks_like", lambda function, expects: bool(looked_for.append(expects))
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        undo_marks(monkeypatch)
+        gap()
+    assert bool(looked_for and all(looked_for)) == (gap.__name__ not in OUTSIDE)
+
+
+def undo_marks(monkeypatch):
+    """Make fairseq look as if nothing were replaced yet, so that a gap asks for its guard again."""
+    import argparse
+
+    from fairseq import options
+    from fairseq.models import distributed_fairseq_model
+    from hydra.core.utils import JobReturn
+    from torch.nn.parallel import DistributedDataParallel
+
+    from ext_common.compat import patching
+
+    monkeypatch.setattr(patching, "_LAYERS", "__nothing__")
+    monkeypatch.setattr(options, "argparse", argparse)
+    monkeypatch.setattr(
+        distributed_fairseq_model, "DistributedDataParallel", DistributedDataParallel
+    )
+    plain = property(lambda self: None, JobReturn.return_value.fset)
+    monkeypatch.setattr(JobReturn, "return_value", plain)
+
+
 def test_importing_says_nothing():
     code = "import ext_common.compat, ext_common.compat.messages"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = processes.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -188,7 +274,7 @@ def _raise(what):
         "from ext_common.compat.messages import tell_mistakes_in_one_sentence as tell\n"
         f"tell(); tell(); raise {what}"
     )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return processes.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
 def test_only_known_warnings_are_left_out():
@@ -259,9 +345,13 @@ def test_ema_is_the_closed_form_for_every_parameter(fp32):
 
 
 @pytest.mark.parametrize(("flags", "tpu"), [(["--bf16"], False), (["--bf16", "--tpu"], True)])
-def test_bf16_means_a_tpu_only_when_asked(toy_registered, tmp_path, flags, tpu):
+def test_bf16_means_a_tpu_only_when_asked(toy_registered, tmp_path, flags, tpu, monkeypatch):
     from fairseq import options
 
+    from ext_common.compat import training
+
+    typed = frozenset(flag.lstrip("-") for flag in flags)
+    monkeypatch.setattr(training, "given", lambda: typed)
     argv = [str(tmp_path), "--task", "toy", "--arch", "toy_model", "--criterion", "toy_mse"]
     args = options.parse_args_and_arch(
         options.get_training_parser(), [*argv, "--optimizer", "adam", *flags]
@@ -333,7 +423,7 @@ def test_unknown_best_metric_names_the_known_ones(monkeypatch):
 
     from ext_common.compat import training
 
-    training._mend_train()
+    training.name_the_metrics_there_are()
     cfg = OmegaConf.create(
         {
             "checkpoint": {

@@ -94,7 +94,7 @@ def test_a_group_set_up_by_hand_is_left_alone(environment):
 
 
 def test_processes_are_started_on_cpu_when_asked(environment):
-    environment.setattr("sys.argv", ["fairseq-train", "--distributed-world-size", "2"])
+    environment.setattr(processes, "given", lambda: frozenset({"distributed_world_size"}))
     cfg = config(distributed_world_size=2)
     assert processes.arrange(cfg) == 2
     assert cfg.distributed_training.distributed_init_method.startswith("tcp://127.0.0.1:")
@@ -107,7 +107,7 @@ def test_processes_are_started_on_cpu_when_asked(environment):
 def test_cpu_does_not_start_a_process_for_each_gpu(environment):
     environment.setattr(torch.cuda, "is_available", lambda: True)
     environment.setattr(torch.cuda, "device_count", lambda: 8)
-    environment.setattr("sys.argv", ["fairseq-train", "--cpu"])
+    environment.setattr(processes, "given", lambda: frozenset({"cpu"}))
     cfg = config(distributed_world_size=8)
     assert processes.arrange(cfg) == 0
     assert cfg.distributed_training.distributed_world_size == 1

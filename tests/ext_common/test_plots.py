@@ -1,7 +1,6 @@
 import io
 import json
 import logging
-import subprocess
 import sys
 
 import matplotlib.image
@@ -11,6 +10,7 @@ import pytest
 from ext_common import plots
 from ext_common.cli import UserError
 from ext_common.trainlog import Point, collect_curves, parse_log
+from tests import processes
 
 
 def fairseq_log(kind):
@@ -118,7 +118,7 @@ def reddish(image):
 def test_learning_curve_command(tmp_path):
     log, out = tmp_path / "train.log", tmp_path / "curve.png"
     log.write_text("\n".join(fairseq_log("simple")))
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-m", "ext_common.plots", str(log), str(out)],
         capture_output=True,
         text=True,

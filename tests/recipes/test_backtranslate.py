@@ -15,6 +15,8 @@ import pytest
 import torch
 import yaml
 
+from tests import processes
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "backtranslate.py"
 LANGUAGES = ["--source-lang", "en", "--target-lang", "zh"]
@@ -77,7 +79,7 @@ def corpus(tmp_path_factory):
         (folder / f"mono.{lang}").write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "fairseq_ext.translation.prepare", folder / "pairs.tsv"]
     command += [folder / "data", *LANGUAGES, "--spm-size", "330", "--on-leak", "remove"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    done = processes.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     write_recipes(folder)
     return folder
@@ -383,7 +385,7 @@ def test_help_of_the_shell_script_names_the_command():
 def run_recipe(args):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *args]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
+    return processes.run(command, capture_output=True, text=True, env=env, timeout=900)
 
 
 def commands(out):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests import processes
+
 SPEAKERS, MELS = 600, 40
 BIN = Path(sys.executable).parent
 
@@ -48,7 +50,7 @@ def test_from_the_course_files_to_a_submission(repo_root, tmp_path):
     test, names = write_course(tmp_path / "Dataset")
 
     def run(*command):
-        result = subprocess.run(
+        result = processes.run(
             [str(part) for part in command],
             cwd=repo_root,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 DOWNLOAD = SCRIPTS / "download_fsdd.py"
@@ -40,7 +42,7 @@ JOB = {"quickstart": "test", "data": None}
 
 
 def python(*args, **kwargs):
-    return subprocess.run(
+    return processes.run(
         [sys.executable, *map(str, args)], capture_output=True, text=True, timeout=900, **kwargs
     )
 
@@ -205,7 +207,7 @@ def test_failed_training_is_told_in_its_own_words(tmp_path):
 
 
 def test_unknown_quickstart():
-    done = subprocess.run(
+    done = processes.run(
         ["bash", SCRIPTS / "quickstart.sh", "spaeker"], capture_output=True, text=True
     )
     assert "spaeker" in one_sentence(done, 2) and "speaker" in done.stderr

@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import itertools
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fairseq_ext.translation.text.normalise import match_key, normalise, script_share
+from tests import processes
 
 pytest.importorskip("babel")
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "cldr_corpus.py"
@@ -30,7 +30,7 @@ cldr = load_script()
 
 
 def make(*args):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True)
+    return processes.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +179,7 @@ def test_the_other_files_do_not_depend_on_how_many_lines_are_wanted(tmp_path):
 
 def test_asking_too_much_and_mistakes_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(cldr, "KINDS", {"time": 1})
+    monkeypatch.setattr(cldr, "MISSES", 20)
     monkeypatch.setitem(cldr.TEMPLATES, "time", [("It is {time}.", "现在{time}。")])
     with pytest.raises(cldr.UserError, match="there are only .* different pairs for test"):
         cldr.make_corpus(cldr.CorpusOptions(pairs=1, valid=1, test=10_000))

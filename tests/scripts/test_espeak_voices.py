@@ -3,13 +3,14 @@
 import csv
 import importlib.util
 import os
-import subprocess
 import sys
 import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests import processes
 
 pytest.importorskip("espeakng_loader")
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "espeak_voices.py"
@@ -26,7 +27,7 @@ espeak_voices = load_script()
 
 
 def speak(*args):
-    return subprocess.run(
+    return processes.run(
         [sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, timeout=300
     )
 

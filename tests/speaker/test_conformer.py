@@ -19,6 +19,8 @@ from fairseq_ext.speaker.conformer import (
     conformer,
 )
 
+pytestmark = pytest.mark.pairs
+
 KERNEL = 7
 
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import subprocess
 import sys
 import threading
 
@@ -19,6 +18,7 @@ from fairseq_ext.speaker.identify import main
 from fairseq_ext.speaker.inference import SpeakerModel
 from fairseq_ext.speaker.metrics import wilson_interval
 from fairseq_ext.speaker.prepare.__main__ import PrepareOptions, prepare
+from tests import processes
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def test_refusals_before_the_model_is_loaded(identify, tiny_data, tiny_recording
 def test_help_and_mistakes_on_the_command_line(tiny_data, tmp_path):
     def command(*args):
         line = [sys.executable, "-m", "fairseq_ext.speaker.identify", *map(str, args)]
-        return subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+        return processes.run(line, capture_output=True, text=True, cwd=tmp_path)
 
     done = command("--help")
     assert done.returncode == 0 and "Id,Category,Score1,Category2,Score2" in done.stdout

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
 
@@ -15,6 +14,7 @@ import torch
 from ext_common.cli import UserError
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.inference import SpeakerModel, rank, read_checkpoint
+from tests import processes
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def python(arguments, cwd):
     env = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
     if "PYTHONPATH" in os.environ:
         env["PYTHONPATH"] = os.environ["PYTHONPATH"]
-    return subprocess.run(
+    return processes.run(
         [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True
     )
 
@@ -327,7 +327,7 @@ def test_no_output_replaces_the_model(command, tiny_recordings, save_checkpoint)
     before = path.read_bytes()
     audio = next(tiny_recordings.rglob("*.wav"))
     arguments = [audio, "--path", path, "--output", path]
-    result = subprocess.run(
+    result = processes.run(
         [sys.executable, "-m", f"fairseq_ext.speaker.{command}", *map(str, arguments)],
         capture_output=True,
         text=True,

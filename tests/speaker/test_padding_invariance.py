@@ -11,6 +11,8 @@ from fairseq_ext.speaker.margins import MARGINS
 from fairseq_ext.speaker.network import NetworkOptions, SpeakerNetwork
 from fairseq_ext.speaker.pooling import POOLINGS
 
+pytestmark = pytest.mark.pairs
+
 MELS, CLASSES, KERNEL = 6, 5, 7
 LENGTHS = [23, 11, 1]
 TINY = dict(

@@ -15,6 +15,8 @@ from fairseq_ext.speaker.pooling import (
     weighted_mean,
 )
 
+pytestmark = pytest.mark.pairs
+
 DIM = 8
 LENGTHS = [9, 4, 1]
 BUILDS = [(name, None) for name in POOLINGS.names()] + [

@@ -20,6 +20,7 @@ from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.features import FeatureSpec, audio_features
 from fairseq_ext.speaker.prepare import __main__ as command
 from fairseq_ext.speaker.prepare.__main__ import PrepareOptions, main, prepare
+from tests import processes
 
 RATE = 16000
 PRODUCTS = ("features.bin", "features.json", "utterances.csv", "corpus.json")
@@ -53,7 +54,7 @@ def one(**options):
 
 def run(*args, **kwargs):
     full = [sys.executable, "-m", "fairseq_ext.speaker.prepare", *map(str, args)]
-    return subprocess.run(full, capture_output=True, text=True, **kwargs)
+    return processes.run(full, capture_output=True, text=True, **kwargs)
 
 
 @pytest.fixture

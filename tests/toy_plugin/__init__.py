@@ -1,7 +1,7 @@
-"""A small --user-dir for the tests of ext_common.compat: a linear regression on made-up data."""
+"""A small --user-dir for the tests of ext_common.compat and engine: a linear regression on made-up data."""
 
-from ext_common import compat
+from ext_common import engine
 
-compat.apply()
+engine.apply()
 
 from . import toy  # noqa: E402, F401

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
+
 ROOT = Path(__file__).resolve().parents[2]
 # English word for word Chinese, so that a tiny model learns it in a few dozen updates.
 WORDS = {
@@ -51,7 +53,7 @@ def fairseq(command: str, *arguments, check: bool = True, **options) -> subproce
     """Run fairseq-train, -generate, …; asserts that it ended well unless ``check`` is False."""
     call = [Path(sys.executable).with_name(f"fairseq-{command}"), *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(call, capture_output=True, text=True, env=env, **options)
+    done = processes.run(call, capture_output=True, text=True, env=env, **options)
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done

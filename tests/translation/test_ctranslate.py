@@ -5,11 +5,12 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 pytest.importorskip("ctranslate2")
 
@@ -140,7 +141,7 @@ t = Translator.from_checkpoint({str(checkpoint)!r}, backend="ctranslate2", threa
 print(ascii(t(["I like red apples."])))
 assert not {{"torch", "fairseq"}} & set(sys.modules), "imported"
 """
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,

@@ -4,7 +4,6 @@ import os
 import pickle
 import random
 import re
-import subprocess
 import sys
 
 import pytest
@@ -23,6 +22,7 @@ from fairseq_ext.translation.prepare.filter_chain import (
 from fairseq_ext.translation.prepare.filters import longest_loop
 from fairseq_ext.translation.prepare.hashes import HashSet, key_hash, text_hash
 from fairseq_ext.translation.text.normalise import length, normalise, read_pairs
+from tests import processes
 
 ALIGNED = [
     ("Stop!", "站住！"),
@@ -383,7 +383,7 @@ def test_someones_own_filter_comes_with_their_user_dir(tmp_path, repo_root):
     folder.mkdir()
     (folder / "__init__.py").write_text(PLUGIN)
     environment = {**os.environ, "PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", USE, str(folder)],
         capture_output=True,
         text=True,

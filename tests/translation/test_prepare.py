@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from itertools import product
@@ -25,6 +24,7 @@ from fairseq_ext.translation.prepare.__main__ import PrepareOptions, main, prepa
 from fairseq_ext.translation.prepare.hashes import key_hash
 from fairseq_ext.translation.prepare.splits import split_sha256
 from fairseq_ext.translation.text.normalise import match_key, normalise, opencc, read_pairs
+from tests import processes
 
 from .conftest import ROOT, fairseq
 
@@ -166,7 +166,7 @@ def test_the_real_command(tmp_path):
     command = [sys.executable, "-m", "fairseq_ext.translation.prepare", source, tmp_path / "data"]
     command += ["--source-lang", "en", "--target-lang", "zh"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
+    done = processes.run(list(map(str, command)), capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     check_folder(tmp_path / "data", [source])
     report = json.loads((tmp_path / "data" / "manifest.json").read_text())

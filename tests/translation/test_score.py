@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 import sys
 
 import numpy as np
@@ -18,6 +17,7 @@ from fairseq_ext.translation.score import significance
 from fairseq_ext.translation.score.__main__ import ScoringOptions, score
 from fairseq_ext.translation.score.scoring import Metric, choose_tokenizer
 from fairseq_ext.translation.text.normalise import normalise
+from tests import processes
 
 FAST = ScoringOptions(bootstrap=50, randomisations=50)
 ZH = ["我爱北京天安门。", "今天天气很好，我们去公园吧！", "他有3本书。", "你会说中文吗？"]
@@ -331,11 +331,11 @@ def test_command_prints_choice_signatures_and_both_tests(files, capsys):
 def test_command_as_a_process_with_standard_streams(files):
     program = [sys.executable, "-m", "fairseq_ext.translation.score", "-", "--lang", "zh"]
     program += ["--ref", f"{files}/ref", "--json", "-", "--bootstrap", "50"]
-    done = subprocess.run(program, input=(files / "hyp").read_bytes(), capture_output=True)
+    done = processes.run(program, input=(files / "hyp").read_bytes(), capture_output=True)
     assert done.returncode == 0
     assert json.loads(done.stdout)["lines"] == 4 and b"tokenizer of BLEU" in done.stderr
     (files / "hyp").write_bytes(b"a\n")
-    done = subprocess.run(program, input=b"\xff\n", capture_output=True)
+    done = processes.run(program, input=b"\xff\n", capture_output=True)
     assert done.returncode == 1 and done.stderr.startswith(b"error: -, line 1")
 
 

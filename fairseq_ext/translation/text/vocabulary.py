@@ -13,6 +13,7 @@ import torch
 from fairseq.data import Dictionary
 
 from ext_common.cli import UserError
+from fairseq_ext.translation.score.metrics import CorpusScorer
 from fairseq_ext.translation.text.normalise import normalise, written
 from fairseq_ext.translation.text.spm import SPECIALS, Codec
 
@@ -44,6 +45,10 @@ class SpmDictionary(Dictionary):
         self.codec, self.lang, self.always_text = codec, lang, always_text
         for piece in codec.pieces(range(SPECIALS, codec.size)):
             self.add_symbol(piece)
+
+    def scorer(self) -> CorpusScorer:
+        """What `fairseq-generate` ends with where `--scoring` does not say: by the language's rules."""
+        return CorpusScorer(self.lang)
 
     def string(
         self,

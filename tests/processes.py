@@ -1,0 +1,168 @@
+"""Commands as processes of their own, without the seconds that importing torch and fairseq takes in each.
+
+One process imports them once, and none of this project's modules, and forks for every command: the fork has
+its own arguments, environment, folder, streams and exit code, as if it had been started.
+"""
+
+import atexit
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+# what is imported before forking; a command that may not see fairseq loaded gets the first
+_READY = {
+    "python": ("numpy", "torch"),
+    "fairseq": ("numpy", "torch", "sacrebleu", "fairseq_cli.train", "fairseq_cli.hydra_train"),
+}
+_TRAINS = ("diffusion_ext.train",)
+_servers: dict[str, subprocess.Popen] = {}
+_turn = threading.Lock()
+
+
+def run(
+    words,
+    cwd=None,
+    env=None,
+    input=None,
+    capture_output=False,
+    text=False,
+    timeout=600,
+    check=False,
+    **streams,
+) -> subprocess.CompletedProcess:
+    """`subprocess.run` for `python -m MODULE …`, `python FILE …` and the commands of fairseq.
+
+    Others are started as they are. streams: stdout and stderr, PIPE or (stderr) STDOUT.
+    """
+    words = [os.fspath(word) if isinstance(word, os.PathLike) else str(word) for word in words]
+    kind = _kind(words)
+    if capture_output:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if kind is None or not streams:
+        return subprocess.run(
+            words, cwd=cwd, env=env, input=input, text=text, timeout=timeout, check=check, **streams
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        names = {name: os.path.join(folder, name) for name in ("stdin", "stdout", "stderr")}
+        Path(names["stdin"]).write_bytes((input or "").encode() if text else input or b"")
+        joined = streams.get("stderr") == subprocess.STDOUT
+        request = {
+            "words": words,
+            "cwd": os.fspath(cwd or os.getcwd()),
+            "env": dict(os.environ if env is None else env),
+            "streams": [
+                names["stdin"],
+                names["stdout"],
+                names["stdout" if joined else "stderr"],
+            ],
+            "timeout": timeout,
+        }
+        code = _ask(kind, request)
+        if code is None:
+            raise subprocess.TimeoutExpired(words, timeout)
+        out = Path(names["stdout"]).read_bytes()
+        err = None if joined else Path(names["stderr"]).read_bytes()
+    if text:
+        out, err = out.decode(), err if err is None else err.decode()
+    if check and code:
+        raise subprocess.CalledProcessError(code, words, out, err)
+    return subprocess.CompletedProcess(words, code, out, err)
+
+
+def _kind(words: list[str]) -> str | None:
+    if Path(words[0]).name.startswith("fairseq-") and Path(words[0]).parent == _bin():
+        return "fairseq"
+    if words[:2] == [sys.executable, "-m"] and not words[2].startswith("pytest"):
+        return "fairseq" if words[2] in _TRAINS else "python"
+    if words[0] == sys.executable and words[1].endswith(".py"):
+        return "python"
+    return None
+
+
+def _bin() -> Path:
+    return Path(sys.executable).parent
+
+
+def _ask(kind: str, request: dict) -> int | None:
+    with _turn:
+        server = _servers.get(kind)
+        if server is None or server.poll() is not None:
+            server = _servers[kind] = subprocess.Popen(
+                [sys.executable, __file__, kind],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            atexit.register(server.kill)
+        server.stdin.write(json.dumps(request).encode() + b"\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+
+# --- in the process that forks ------------------------------------------------------------------------
+
+
+def serve(kind: str) -> None:
+    """Fork for each request on standard input and answer with its exit code; a fork runs it and returns."""
+    # what fairseq prints while it is imported is nobody's output
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    for name in _READY[kind]:
+        __import__(name)
+    own = {os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)}
+    installed = [entry for entry in sys.path[1:] if os.path.abspath(entry) not in own]
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            return become(installed, **request)
+        signal.signal(signal.SIGALRM, lambda *_, pid=pid: os.killpg(pid, signal.SIGKILL))
+        signal.alarm(int(request["timeout"]))
+        _, status = os.waitpid(pid, 0)
+        timed_out = not signal.alarm(0)
+        code = os.waitstatus_to_exitcode(status)
+        print(json.dumps(None if timed_out and code == -signal.SIGKILL else code), file=answers)
+        answers.flush()
+    os._exit(0)
+
+
+def become(installed: list[str], words, cwd, env, streams, timeout) -> None:
+    """Turn this process into the command, as far as the command can tell, and run it."""
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    modes = (
+        os.O_RDONLY,
+        os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+        os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+    )
+    for number, (name, mode) in enumerate(zip(streams, modes, strict=True)):
+        os.dup2(os.open(name, mode), number)
+    sys.stdin = open(0, encoding=sys.stdin.encoding, closefd=False)
+    paths = [entry for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if words[1:2] == ["-m"]:
+        sys.path[:] = [cwd, *paths, *installed]
+        sys.argv = words[2:]
+        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+    elif words[0] == sys.executable:
+        sys.path[:] = [os.path.dirname(words[1]), *paths, *installed]
+        sys.argv = words[1:]
+        runpy.run_path(words[1], run_name="__main__")
+    else:
+        sys.path[:] = [str(_bin()), *paths, *installed]
+        sys.argv = words
+        command = Path(words[0]).name.removeprefix("fairseq-").replace("-", "_")
+        module = __import__(f"fairseq_cli.{command}", fromlist=["cli_main"])
+        sys.exit(module.cli_main())
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
