@@ -21,7 +21,7 @@ import numpy as np
 
 from diffusion_ext.pictures import grid, to_uint8
 from ext_common.cli import Parser, UserError, add_dataclass, from_args, progress, run
-from ext_common.manifest import MANIFEST_NAME, atomic_json, sha256_file, write_manifest
+from ext_common.manifest import MANIFEST_NAME, atomic_json, beside, sha256_file, write_manifest
 
 SAMPLER = "dpmpp_2m"
 PLAN_NAME = ".plan.json"
@@ -161,13 +161,13 @@ def sample(output: str, options: SampleOptions) -> None:
             bar.update(len(chosen))
     shown = [read_png(name_of(folder, k)) for k in numbers[:100]]
     scale = display_scale(model.shape[1])
-    picture = beside(folder, "grid.png")
+    picture = beside(folder.resolve(), "grid.png")
     save_png(picture, grid(np.stack(shown)), scale)
     if options.trajectory:
         some = numbers[:8]
         frames = stages_of(model, sampling(model, options, some), some)
-        save_png(beside(folder, "strip.png"), frames.strip, scale)
-        save_gif(beside(folder, "gif"), frames.animation, scale)
+        save_png(beside(folder.resolve(), "strip.png"), frames.strip, scale)
+        save_gif(beside(folder.resolve(), "gif"), frames.animation, scale)
     write_manifest(
         folder,
         inputs={options.path: plan["checkpoint"]},
@@ -226,12 +226,6 @@ def begin(folder: Path, plan: dict, overwrite: bool) -> None:
 
 def name_of(folder: Path, number: int) -> Path:
     return folder / f"{number:06}.png"
-
-
-def beside(folder: Path, ending: str) -> Path:
-    """A picture of all samples, outside of the folder."""
-    folder = folder.resolve()
-    return folder.with_name(f"{folder.name}.{ending}")
 
 
 def read_png(path: Path) -> np.ndarray:

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass import FairseqDataclass
 from fairseq.distributed.utils import get_data_parallel_world_size
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING
 
@@ -22,6 +24,7 @@ from diffusion_ext.presets import PRESETS
 from diffusion_ext.preview import Preview
 from diffusion_ext.schedules import SCHEDULES, build_schedule
 from diffusion_ext.store import Images, check_outside, open_images
+from ext_common.checkpoints import refuse_foreign
 from ext_common.cli import UserError
 from ext_common.epochs import OwnBatches, Wanted, in_order, update_freq
 from ext_common.presets import PresetOptions
@@ -29,6 +32,8 @@ from ext_common.presets import PresetOptions
 logger = logging.getLogger(__name__)
 
 GRID_SHARE = 0.05
+SPLITS = ("train", "valid")
+OWN = ("diffusion_ext",)
 
 
 @dataclass
@@ -84,7 +89,8 @@ class DiffusionConfig(PresetOptions, ImageOptions, SplitOptions, FairseqDataclas
     train_subset: str = II("dataset.train_subset")
     batch_size: Any = II("dataset.batch_size")
     update_freq: Any = II("optimization.update_freq")
-    autocast: str = II("criterion.autocast")
+    # not II(): a criterion without it is another task's, which is said in words
+    autocast: str = "${oc.select:criterion.autocast,auto}"
 
 
 @register_task("diffusion", dataclass=DiffusionConfig)
@@ -167,7 +173,19 @@ class DiffusionTask(OwnBatches, FairseqTask):
         if ours["content_hash"] != spec["content_hash"]:
             logger.warning(f"{self.cfg.data} holds other images than the checkpoint was trained on")
 
+    def build_model(self, cfg, from_checkpoint=False):
+        refuse_foreign(cfg, ARCH_MODEL_REGISTRY | MODEL_REGISTRY, "--arch", OWN, "ddpm_unet")
+        return super().build_model(cfg, from_checkpoint)
+
+    def build_criterion(self, cfg, from_checkpoint=False):
+        refuse_foreign(cfg, CRITERION_REGISTRY, "--criterion", OWN, "ddpm")
+        return super().build_criterion(cfg, from_checkpoint)
+
     def load_dataset(self, split: str, combine: bool = False, **kwargs) -> None:
+        if split not in SPLITS:
+            raise UserError(
+                f"{self.cfg.data} has no split {split!r}: it has {' and '.join(SPLITS)}"
+            )
         training = split == self.cfg.train_subset
         name = "train" if training else "valid"
         rows = self.images.rows(name, self.cfg.valid_fraction, self.cfg.max_valid)

@@ -132,6 +132,27 @@ def check_registered(state: Mapping, path: str | os.PathLike, hint: str) -> None
             )
 
 
+def refuse_foreign(
+    cfg: Any,
+    registry: Mapping[str, type],
+    flag: str,
+    own: Sequence[str],
+    usual: str,
+    kind: type = object,
+) -> None:
+    """UserError for a part of fairseq or of another wing, which does not fit the task.
+
+    cfg: options of the part; registry: classes by name; own: modules whose parts of `kind` do fit, and so
+    may those of somebody's plugin.
+    """
+    name = getattr(cfg, "_name", None) or getattr(cfg, flag.lstrip("-"), None)
+    part = registry.get(name)
+    module = getattr(part, "__module__", "")
+    fits = module.startswith(tuple(own)) and issubclass(part, kind)
+    if module.startswith(("fairseq.", *OUR_PLUGINS)) and not fits:
+        raise UserError(f"{flag} {name} does not belong to this --task: give {usual}")
+
+
 def import_plugin(state: Mapping, user_dir: str | None) -> str | None:
     """Import `user_dir`, or the plugin a checkpoint was trained with where that is not this one.
 

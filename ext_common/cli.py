@@ -39,8 +39,16 @@ __all__ = [
     "run",
 ]
 
-# A full disk or a folder without permission is nobody's bug; the rest of OSError may well be one.
-_ENVIRONMENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+# A full disk, a folder without permission or a file where a folder is needed is nobody's bug; the rest of
+# OSError may well be one.
+_ENVIRONMENT_ERRNOS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+}
+
+
+# As many choices as are listed.
+_FEW = 12
 
 
 class UserError(Exception):
@@ -77,11 +85,18 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        if error.errno not in _ENVIRONMENT_ERRNOS:
+        sentence = refused_by_the_system(error)
+        if sentence is None:
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        code = _report(f"error: {place}{error.strerror}", 1)
+        code = _report(f"error: {sentence}", 1)
     sys.exit(code)
+
+
+def refused_by_the_system(error: BaseException) -> str | None:
+    """The sentence about an environment that cannot be written or read; None for what may be a bug."""
+    if not isinstance(error, OSError) or error.errno not in _ENVIRONMENT_ERRNOS:
+        return None
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 def _report(message: str, code: int) -> int:
@@ -108,6 +123,28 @@ class Parser(argparse.ArgumentParser):
                 f"unknown argument {flag!r}{did_you_mean(flag, self._option_string_actions)}"
             )
         return parsed
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """argparse's, which lists all choices there are: fairseq has 200 architectures."""
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            few = f" (known: {', '.join(known)})" if len(known) <= _FEW else ""
+            near = did_you_mean(str(value), known)
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{near}{few}")
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        """argparse's, which keeps the traceback of any other error than a ValueError of a type."""
+        if text == "???":
+            # fairseq's mark of a default that there is none of, for a flag that others ask for
+            raise argparse.ArgumentError(action, "is missing")
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError as error:
+            if "<lambda>" not in error.message:
+                raise
+            raise argparse.ArgumentError(action, f"invalid value: {text!r}") from None
+        except Exception:
+            raise argparse.ArgumentError(action, f"invalid value: {text!r}") from None
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} ({self.prog} --help lists what there is)\n")

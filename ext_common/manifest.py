@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import glob
 import hashlib
 import json
@@ -15,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+from ext_common.cli import UsageError, UserError
 
 MANIFEST_NAME = "manifest.json"
 _DISTRIBUTIONS = (
@@ -47,13 +50,18 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         raise ValueError(f"mode must be 'w' or 'wb', got {mode!r}")
     text = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
     if os.path.isdir(path):
-        raise IsADirectoryError(f"{path} is a folder, expected a file")
+        raise IsADirectoryError(errno.EISDIR, "is a folder, expected a file", os.fspath(path))
     if os.path.exists(path) and not os.path.isfile(path):
         with open(path, mode, **text) as file:
             yield file
         return
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): name another place"
+        ) from None
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, mode, **text) as file:
@@ -94,6 +102,28 @@ def atomic_json(path: str | os.PathLike, obj: Any) -> None:
     text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as file:
         file.write(text + "\n")
+
+
+def check_writable(output: str | os.PathLike) -> None:
+    """UsageError, before the work is done, where no file can be written to `output`."""
+    path = Path(os.path.realpath(output))
+    if path.is_dir():
+        raise UsageError(f"{output} is a folder: give the file to write")
+    above = next(parent for parent in path.parents if parent.exists())
+    if not above.is_dir():
+        raise UsageError(f"{output} cannot be written: {above} is a file")
+    if not os.access(path if path.exists() else above, os.W_OK):
+        raise UserError(f"{output} cannot be written: there is no permission to write in {above}")
+
+
+def beside(output: str | os.PathLike, what: str) -> Path:
+    """Where what belongs to an output lies: `predictions.csv`, "metrics.json" → `predictions.metrics.json`.
+
+    Only .csv and .npz are left out, so that `test.en` and `test.zh`, or two runs in one folder, keep theirs.
+    """
+    path = Path(output)
+    name = path.stem if path.suffix in (".csv", ".npz") else path.name
+    return path.with_name(f"{name}.{what}")
 
 
 def user_cache(*parts: str) -> Path:

@@ -17,7 +17,7 @@ import torch
 
 from ext_common.checkpoints import read_state
 from ext_common.cli import Parser, UsageError, UserError, run
-from ext_common.manifest import atomic_write
+from ext_common.manifest import atomic_write, check_writable
 
 _PARTS = ("model", "criterion")
 _DROPPED = ("last_optimizer_state",)
@@ -33,7 +33,10 @@ def main(argv: list[str], program: str = "fairseq_ext.average") -> None:
     args = build_parser(program).parse_args(argv)
     if os.path.isdir(args.output):
         raise UsageError(f"--output {args.output} is a folder: give the file to write")
+    check_writable(args.output)
     paths = choose(args.checkpoints, args.last, args.best)
+    if Path(args.output).resolve() in [path.resolve() for path in paths]:
+        raise UsageError(f"--output {args.output} would replace an input: give another file")
     print(f"average of {len(paths)} checkpoints:")
     for path in paths:
         print(f"  {path}")
@@ -98,9 +101,13 @@ def _choose_last(folder: Path, last: Optional[int]) -> list[Path]:
     )
     chosen = [path for _, path in found[-last if last else 0 :]]
     if not chosen or (last and len(chosen) < last):
+        fewer = f"give --last {len(chosen)}, or " if len(chosen) > 1 else ""
+        number = last or 5
         raise UserError(
             f"{folder} holds {len(chosen)} checkpoints named checkpointEPOCH.pt or "
-            f"checkpoint_EPOCH_UPDATE.pt, but {last or 'at least 1'} are asked for"
+            f"checkpoint_EPOCH_UPDATE.pt, but {last or 'at least 1'} are asked for: {fewer}train with "
+            f"--keep-last-epochs {number} instead of --no-epoch-checkpoints, or with "
+            f"--save-interval-updates UPDATES --keep-interval-updates {number}"
         )
     return chosen
 

@@ -1,16 +1,26 @@
 """Averaging checkpoints: the closed form, what is kept, what is refused."""
 
+import functools
+import re
 import sys
 from argparse import Namespace
 from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from fairseq import checkpoint_utils
+from fairseq.dataclass.configs import CheckpointConfig
+from omegaconf import OmegaConf
 
 from ext_common.cli import UsageError, UserError
 from fairseq_ext import average
 from tests import processes
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def state(seed, *, tied=True, dim=4, arch="conformer_speaker", updates=1):
@@ -120,6 +130,58 @@ def test_a_folder_gives_its_newest_and_says_which(folder, tmp_path, capsys):
     assert [path.name for path in average.choose([str(folder)], None)] == [
         *("checkpoint_1_5.pt", "checkpoint1.pt", "checkpoint2.pt", "checkpoint_3_30.pt")
     ]
+
+
+RECIPES = sorted(CONFIGS.glob("*/*.yaml"))
+# What the recipes' own comments and the page on speakers say is averaged afterwards.
+AVERAGED = {
+    **dict.fromkeys(("fsdd", "hw4", "libri251", "lstm", "tiny_short", "forward", "reverse"), 5),
+    **dict.fromkeys(("tiny", "base"), 10),
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_a_recipe_leaves_what_is_averaged(path, tmp_path, monkeypatch):
+    """By fairseq's own rules of what is kept; the others are told the flags that keep it."""
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    said = re.search(r"average .* --last (\d+)", path.read_text(encoding="utf-8"))
+    number = AVERAGED.get(path.stem, 0)
+    assert not said or int(said[1]) == number
+    cfg = OmegaConf.merge(CheckpointConfig(), recipe["checkpoint"], {"save_dir": str(tmp_path)})
+    updates = recipe["optimization"]["max_update"]
+    epoch = recipe["task"].get("epoch_updates") or updates // 10
+    keep_as_fairseq_does(cfg, updates, max(epoch, updates // 20), monkeypatch)
+    if number:
+        chosen = average.choose([str(tmp_path)], number)
+        assert len(chosen) == len(set(chosen)) == number
+    else:
+        with pytest.raises(UserError, match="--keep-last-epochs 5 instead of --no-epoch-checkp"):
+            average.choose([str(tmp_path)], 5)
+
+
+def keep_as_fairseq_does(cfg, updates, epoch, monkeypatch):
+    """The files of a training that saves after each epoch, and within epochs where asked for."""
+    monkeypatch.setattr(checkpoint_utils.save_checkpoint, "best", 0.0, raising=False)
+    every = cfg.save_interval_updates or updates
+    ends = set(range(epoch, updates + 1, epoch))
+    for done in sorted({*ends, *range(every, updates, every)}):
+        epoch = SimpleNamespace(
+            epoch=1 + sum(end < done for end in ends),
+            end_of_epoch=functools.partial(bool, done in ends),
+            state_dict=dict,
+        )
+        trainer = SimpleNamespace(
+            data_parallel_rank=0,
+            data_parallel_world_size=1,
+            is_fsdp=False,
+            should_save_checkpoint_on_current_rank=True,
+            consolidate_optimizer=lambda: None,
+            get_num_updates=functools.partial(int, done),
+            checkpoint_suffix="",
+            task=None,
+            save_checkpoint=lambda path, extra_state: Path(path).touch(),
+        )
+        checkpoint_utils.save_checkpoint(cfg, trainer, epoch, -done)
 
 
 def test_ten_comes_after_nine(tmp_path):
@@ -238,7 +300,9 @@ def test_bad_usage_and_bad_files_are_told(folder, tmp_path):
         run(folder / "checkpoint_last.pt", "--output", out)
     with pytest.raises(UserError, match="none.pt does not exist"):
         run(tmp_path / "none.pt", "--output", out)
-    with pytest.raises(UserError, match="holds 4 checkpoints .* but 9 are asked for"):
+    with pytest.raises(
+        UserError, match="holds 4 checkpoints .* but 9 are asked for: give --last 4, or"
+    ):
         run(folder, "--last", 9, "--output", out)
     with pytest.raises(UsageError, match="--last must be at least 1"):
         run(folder, "--last", 0, "--output", out)

@@ -14,7 +14,7 @@ from diffusion_ext.evaluate.detectors import DETECTORS
 from diffusion_ext.evaluate.evaluation import EvaluationOptions, evaluate
 from diffusion_ext.evaluate.extractors import EXTRACTORS
 from ext_common.cli import Parser, UsageError, add_dataclass, from_args, run
-from ext_common.manifest import atomic_json
+from ext_common.manifest import atomic_json, check_writable
 
 __all__ = ["EvaluationOptions", "evaluate"]
 
@@ -62,6 +62,8 @@ def main(argv: list[str]) -> None:
     options = from_args(EvaluateOptions, parser.parse_args(argv))
     if options.output and options.output in (options.real, options.fake, options.train):
         raise UsageError(f"--output {options.output} is one of the inputs: give another file")
+    if options.output not in (None, "-"):
+        check_writable(options.output)
     # With --output - the screen is for the JSON alone.
     with redirect_stdout(sys.stderr if options.output == "-" else sys.stdout):
         # The same object where it is the same place, so that it is read once.

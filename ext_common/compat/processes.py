@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch.multiprocessing import ProcessExitedException
 from torch.nn.parallel import DistributedDataParallel
 
-from ext_common.cli import UserError
+from ext_common.cli import UsageError, UserError
 from ext_common.compat.command import in_training_command
 from ext_common.compat.messages import before_an_error, tell
 from ext_common.compat.patching import after, as_expected, before, replace
@@ -336,8 +336,8 @@ def _worker(
     except UserError as error:
         for action in before_an_error:
             action()
-        tell(error)
-        sys.exit(1)
+        tell(str(error))
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 def _join_in(train: ModuleType) -> None:

@@ -98,9 +98,12 @@ class TopPOptions(SamplingOptions):
 
 
 class _Drawn(Mode):
-    def __init__(self, temperature: float, k: int = 0, p: float = 1.0) -> None:
-        self.how = {"topk": k, "topp": p, "temperature": temperature}
-        SampleOptions(**self.how)
+    def __init__(self, temperature: float, **limits: float) -> None:
+        self.how = {"topk": 0, "topp": 1.0, "temperature": temperature, **limits}
+        try:
+            SampleOptions(**self.how)
+        except ValueError as error:
+            raise OptionError(str(error)) from None
 
     def search(self, nbest: int = 1, **more: Any) -> SampleOptions:
         return SampleOptions(nbest=nbest, **self.how, **more)
@@ -115,10 +118,16 @@ class Sampling(_Drawn):
 class TopK(_Drawn):
     """A piece at a time from the k most probable ones (Fan et al. 2018)."""
 
+    def __init__(self, temperature: float, k: int) -> None:
+        super().__init__(temperature, topk=k)
+
 
 @MODES.register("topp", options=TopPOptions)
 class TopP(_Drawn):
     """A piece at a time from the most probable ones that sum to p (Holtzman et al. 2020)."""
+
+    def __init__(self, temperature: float, p: float) -> None:
+        super().__init__(temperature, topp=p)
 
 
 @dataclass

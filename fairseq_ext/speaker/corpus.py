@@ -24,8 +24,9 @@ from fairseq_ext.speaker.features import FeatureSpec
 FORMAT = 1
 COLUMNS = ("id", "speaker", "split", "group", "offset", "length")
 CHUNK_BYTES = 8 << 20
-# A band that never changes would otherwise be divided by zero.
-MIN_STD = 1e-5
+# 0.1 nat is 0.4 dB, less than the smallest difference of loudness that is heard; speech moves a band by
+# 10 dB and more, so a band below this holds nothing (above the limit of a codec, say).
+CONSTANT_STD = 0.1
 
 
 @dataclass
@@ -72,7 +73,8 @@ class Corpus:
             speakers=meta["speakers"],
             spec=FeatureSpec.from_dict(meta["spec"]),
             mean=np.array(meta["mean"], dtype=np.float32),
-            std=np.array(meta["std"], dtype=np.float32),
+            # folders of version 0.1 have 1e-5 for a band that is constant
+            std=usable_std(np.array(meta["std"], dtype=np.float32)),
             features=store.data,
         )
         if len(store.data) != meta["frames"] or store.data.shape[1:] != (corpus.spec.n_mels,):
@@ -156,9 +158,9 @@ def frame_statistics(features_file, n_mels, spans):
     """Mean and std of each band over ``spans`` (offset, length in frames), in one pass over the
     file.
 
-    Returns (mean float32 (n_mels,), population std float32 (n_mels,), SHA-256 of the whole file,
-    its frames). Sums are float64, over deviations from the first frame so that a large mean costs
-    no digits.
+    Returns (mean float32 (n_mels,), population std float32 (n_mels,) as `usable_std` gives it,
+    SHA-256 of the whole file, its frames). Sums are float64, over deviations from the first frame so
+    that a large mean costs no digits.
     """
     row_bytes = 4 * n_mels
     frames = os.path.getsize(features_file) // row_bytes
@@ -194,8 +196,17 @@ def frame_statistics(features_file, n_mels, spans):
         return zero, zero + 1, digest.hexdigest(), frames
     mean = total / weight
     std = np.sqrt(np.maximum(squares / weight - np.square(mean), 0.0))
-    std = np.maximum(std, MIN_STD).astype(np.float32)
+    std = usable_std(std.astype(np.float32))
     return (mean + shift).astype(np.float32), std, digest.hexdigest(), frames
+
+
+def usable_std(std):
+    """What a band is divided by: its std, 1 where it hardly changes (below `CONSTANT_STD`).
+
+    Divided by next to nothing, the little that augmentation or another microphone adds would be all
+    that the network sees.
+    """
+    return np.where(std < CONSTANT_STD, np.float32(1), std)
 
 
 def described(path: Path) -> dict:

@@ -4,6 +4,7 @@ python -m fairseq_ext.speaker.embed DATA --path CKPT --output embeddings.npz
 python -m fairseq_ext.speaker.embed a.wav b.flac --path CKPT --output embeddings.npz
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -11,10 +12,9 @@ from typing import Optional
 import numpy as np
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
-from ext_common.manifest import atomic_json, atomic_write
+from ext_common.manifest import MANIFEST_NAME, atomic_json, atomic_write, beside
 from fairseq_ext.speaker.inputs import (
     PredictOptions,
-    beside,
     check_output,
     load_model,
     open_inputs,
@@ -92,7 +92,8 @@ def embed(inputs, options):
     else:
         write_ark(output, source.ids, embeddings)
     counts = {"dimensions": embeddings.shape[1]}
-    atomic_json(beside(output, ".manifest.json"), provenance(source, options, counts))
+    if os.path.isfile(output):
+        atomic_json(beside(output, MANIFEST_NAME), provenance(source, options, counts))
     print(f"{source.name}: {len(embeddings)} embeddings of {embeddings.shape[1]} in {output}")
     if options.plot:
         from ext_common.plots import scatter_2d

@@ -29,6 +29,10 @@ class AudioError(UserError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self):
+        # pickled on its way out of a worker process, by its arguments
+        return type(self), (self.reason, str(self))
+
 
 @dataclass(frozen=True)
 class FeatureSpec:

@@ -9,17 +9,15 @@ import io
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Optional
 
 import numpy as np
 
 from ext_common.cli import Parser, add_dataclass, from_args, run
-from ext_common.manifest import atomic_json, atomic_write
+from ext_common.manifest import MANIFEST_NAME, atomic_json, atomic_write, beside
 from fairseq_ext.speaker.inference import SpeakerModel, rank
 from fairseq_ext.speaker.inputs import (
     PredictOptions,
-    beside,
     check_output,
     load_model,
     open_inputs,
@@ -33,8 +31,8 @@ from fairseq_ext.speaker.metrics import (
     in_top,
 )
 
-SHOWN = 5  # worst speakers and pairs on the screen; metrics.json has all speakers
-PAIRS = 50  # most confused pairs in metrics.json
+SHOWN = 5  # worst speakers and pairs on the screen; the metrics have all speakers
+PAIRS = 50  # most confused pairs in the metrics
 
 EPILOG = """
 The output is CSV with the columns Id,Category: the source path as in the data (path#start-end for
@@ -46,9 +44,9 @@ Where the data names its speakers, the accuracy is measured: top-1 and top-5 wit
 (Wilson) intervals and the accuracy of each speaker. Speakers are matched by name; utterances of
 speakers that the model does not know are predicted, counted, and left out of the accuracy.
 
-Beside --output are written: NAME.manifest.json (inputs, options, counts, versions) and, where
-accuracy is measured, metrics.json and confusion.png. Audio files are read with the feature
-specification of the checkpoint. One that cannot be read is left out (exit code 1).
+Beside predictions.csv are written predictions.manifest.json (inputs, options, counts, versions) and,
+where accuracy is measured, predictions.metrics.json and predictions.confusion.png. Audio files are read
+with the feature specification of the checkpoint. One that cannot be read is left out (exit code 1).
 
 Exit codes: 0 done, 1 failed, 2 bad usage.
 """
@@ -117,14 +115,16 @@ def identify(inputs, options):
     with atomic_write(output) as file:
         file.write(text.getvalue())
     truth, counts = known_labels(source.speakers, model.speakers)
-    atomic_json(beside(output, ".manifest.json"), provenance(source, options, counts))
+    aside = os.path.isfile(output)  # beside a pipe there is no place
+    if aside:
+        atomic_json(beside(output, MANIFEST_NAME), provenance(source, options, counts))
     print(f"{source.name}: {len(rows)} utterances, predictions in {output}")
     if counts["labelled"]:
         measured = measure(best, truth, model.speakers)
         report(measured, counts)
-        if measured["top1"]["total"]:
+        if aside and measured["top1"]["total"]:
             names = dict(checkpoint=options.path, source=source.name, output=output)
-            write_metrics(Path(output).parent, {**names, **counts, **measured}, best, truth, model)
+            write_metrics(output, {**names, **counts, **measured}, best, truth, model)
     return 1 if source.bad else 0
 
 
@@ -155,7 +155,7 @@ def known_labels(speakers, known):
 
 
 def measure(best, truth, names):
-    """Everything that metrics.json has, over the rows with a known label."""
+    """Everything that predictions.metrics.json has, over the rows with a known label."""
     from ext_common.plots import most_confused
 
     ranked, labels = best[truth >= 0], truth[truth >= 0]
@@ -178,16 +178,16 @@ def measure(best, truth, names):
     }
 
 
-def write_metrics(folder, record, best, truth, model):
-    """metrics.json and confusion.png."""
+def write_metrics(output, record, best, truth, model):
+    """The metrics and the picture of the confusions, beside the predictions."""
     # matplotlib costs half a second that --help should not.
     from ext_common.plots import confusion_matrix
 
-    atomic_json(folder / "metrics.json", record)
+    metrics, picture = beside(output, "metrics.json"), beside(output, "confusion.png")
+    atomic_json(metrics, record)
     classes, counts = confusion_counts(truth[truth >= 0], best[truth >= 0, 0])
-    picture = folder / "confusion.png"
     confusion_matrix(counts, [model.speakers[c] for c in classes], picture, record["source"])
-    print(f"accuracy of every speaker in {folder / 'metrics.json'}, confusions in {picture}")
+    print(f"accuracy of every speaker in {metrics}, confusions in {picture}")
 
 
 def report(measured, counts):

@@ -10,7 +10,7 @@ from typing import Optional
 import numpy as np
 
 from ext_common.cli import UsageError, UserError, progress
-from ext_common.manifest import known_sha256, sha256_file, versions
+from ext_common.manifest import check_writable, known_sha256, sha256_file, versions
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.features import AudioError, FeatureSpec, audio_features
 from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
@@ -154,6 +154,7 @@ def check_output(output: str, given: list[str]) -> None:
     """UsageError where an output would replace a folder, an input, the model or a part of DATA."""
     if os.path.isdir(output):
         raise UsageError(f"--output {output} is a folder: give the file to write")
+    check_writable(output)
     target = Path(output).resolve()
     for path in map(Path, given):
         if target == path.resolve() or target in [path.resolve() / name for name in DATA_FILES]:
@@ -170,9 +171,3 @@ def provenance(source, options: PredictOptions, counts: dict) -> dict:
         "seed": None,
         "versions": versions(),
     }
-
-
-def beside(output: str, ending: str) -> Path:
-    """`predictions.csv`, `.manifest.json` → `predictions.manifest.json`."""
-    path = Path(output)
-    return path.with_name((path.stem or path.name) + ending)

@@ -24,9 +24,18 @@ class MarginOptions:
     )
 
 
-@MARGINS.register("am_softmax", options=MarginOptions)
+@dataclass
+class AdditiveMarginOptions(MarginOptions):
+    m: float = field(default=0.35, metadata={"help": "margin taken from the target's cosine"})
+
+
+@MARGINS.register("am_softmax", options=AdditiveMarginOptions)
 def am_softmax(
-    logits: Tensor, labels: Tensor, s: float = 30.0, m: float = 0.35, reduction: str = "mean"
+    logits: Tensor,
+    labels: Tensor,
+    s: float = AdditiveMarginOptions.s,
+    m: float = AdditiveMarginOptions.m,
+    reduction: str = "mean",
 ) -> Tensor:
     """Additive-margin softmax (Wang et al. 2018, "Additive Margin Softmax for Face Verification", eq. 5).
 
@@ -40,7 +49,11 @@ def am_softmax(
 
 @MARGINS.register("aam_softmax", options=MarginOptions)
 def aam_softmax(
-    logits: Tensor, labels: Tensor, s: float = 30.0, m: float = 0.2, reduction: str = "mean"
+    logits: Tensor,
+    labels: Tensor,
+    s: float = MarginOptions.s,
+    m: float = MarginOptions.m,
+    reduction: str = "mean",
 ) -> Tensor:
     """Additive-angular-margin softmax (Deng et al. 2019, "ArcFace", eq. 3).
 

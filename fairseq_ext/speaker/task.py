@@ -7,14 +7,24 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import numpy as np
+from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass import FairseqDataclass
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING, open_dict
 
+from ext_common.checkpoints import refuse_foreign
 from ext_common.cli import UserError
 from ext_common.epochs import OwnBatches, Wanted
 from ext_common.presets import PresetOptions
-from fairseq_ext.speaker.augment import AUGMENTATIONS, Context, build_augmentation, mel_frequencies
+from fairseq_ext.speaker.augment import (
+    AUGMENTATIONS,
+    Context,
+    build_augmentation,
+    mel_frequencies,
+    random_noise,
+    random_reverb,
+)
 from fairseq_ext.speaker.batching import batches_by_frames
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.dataset import CropDataset, UtteranceDataset
@@ -25,6 +35,8 @@ from fairseq_ext.speaker.prepare.tables import AUDIO_ENDINGS, audio_files
 from fairseq_ext.speaker.presets import PRESETS
 
 logger = logging.getLogger(__name__)
+
+OWN = ("fairseq_ext.speaker",)
 
 
 @dataclass
@@ -142,7 +154,14 @@ class SpeakerIdTask(OwnBatches, FairseqTask):
                 f" trained on {saved['spec']}: prepare the data again with its options"
             )
 
+    def build_criterion(self, cfg, from_checkpoint=False):
+        refuse_foreign(cfg, CRITERION_REGISTRY, "--criterion", OWN, "am_softmax")
+        return super().build_criterion(cfg, from_checkpoint)
+
     def build_model(self, cfg, from_checkpoint=False):
+        refuse_foreign(
+            cfg, ARCH_MODEL_REGISTRY | MODEL_REGISTRY, "--arch", OWN, "conformer_speaker"
+        )
         self.from_checkpoint = self.from_checkpoint or from_checkpoint
         if not self.from_checkpoint and "init_from" in cfg:
             # one of our models, not someone's own. fairseq builds from a copy of cfg, but saves cfg itself
@@ -239,10 +258,15 @@ def check_options(cfg: SpeakerIdConfig) -> None:
         raise UserError(
             f"--speed-perturb {cfg.speed_perturb} is not in [0, 1): give 0.1 for ± 10 %"
         )
-    build_augmentation(cfg.augment)
-    for flag, folder in (("--noise-dir", cfg.noise_dir), ("--rir-dir", cfg.rir_dir)):
+    steps = {step.func for step in build_augmentation(cfg.augment)}
+    for flag, folder, name, step in (
+        ("--noise-dir", cfg.noise_dir, "noise", random_noise),
+        ("--rir-dir", cfg.rir_dir, "reverb", random_reverb),
+    ):
         if folder and not Path(folder).is_dir():
             raise UserError(f"{flag} {folder} does not exist: give a folder of audio files")
+        if step in steps and not folder:
+            raise UserError(f"--augment {name} needs {flag}: give it a folder of audio files")
 
 
 def read_collection(folder: Optional[str], spec: FeatureSpec) -> List[np.ndarray]:

@@ -8,10 +8,13 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from fairseq import utils
+from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.data import Dictionary, data_utils
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY, FairseqEncoderDecoderModel
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationTask
 
+from ext_common.checkpoints import refuse_foreign
 from ext_common.cli import UserError
 from ext_common.epochs import OwnBatches, Wanted
 from fairseq_ext.translation.batching import batches, fitting, too_long
@@ -32,6 +35,8 @@ from fairseq_ext.translation.text.vocabulary import (
 from fairseq_ext.translation.validation import TextValidation, log_scores
 
 logger = logging.getLogger(__name__)
+
+OWN = ("fairseq.", "fairseq_ext.translation")
 
 
 @register_task("translation_spm", dataclass=TranslationSpmConfig)
@@ -264,7 +269,13 @@ class TranslationSpmTask(OwnBatches, TranslationTask):
 
     # --- model and validation -------------------------------------------------------------------
 
+    def build_criterion(self, cfg, from_checkpoint=False):
+        refuse_foreign(cfg, CRITERION_REGISTRY, "--criterion", OWN, "label_smoothed_cross_entropy")
+        return super().build_criterion(cfg, from_checkpoint)
+
     def build_model(self, cfg, from_checkpoint=False):
+        known = ARCH_MODEL_REGISTRY | MODEL_REGISTRY
+        refuse_foreign(cfg, known, "--arch", OWN, "transformer", FairseqEncoderDecoderModel)
         self._need_vocabulary()
         try:
             model = super().build_model(cfg, from_checkpoint)

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import IO, Optional
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, progress, run
-from ext_common.manifest import atomic_json, atomic_write, known_sha256, versions
+from ext_common.manifest import (
+    MANIFEST_NAME,
+    atomic_json,
+    atomic_write,
+    beside,
+    check_writable,
+    known_sha256,
+    versions,
+)
 from fairseq_ext.translation.decode.checkpoint import split_paths
 from fairseq_ext.translation.decode.options import DecodeOptions
 from fairseq_ext.translation.decode.translator import BACKENDS, WINDOW, Translation, Translator
@@ -122,7 +130,8 @@ def translate(source: str, output: str, options: TranslateOptions) -> int:
     for sentence in counts.sentences():
         print(sentence, file=sys.stderr)
     if output != "-" and os.path.isfile(output):
-        atomic_json(output + ".manifest.json", provenance(source, output, paths, options, counts))
+        record = provenance(source, output, paths, options, counts)
+        atomic_json(beside(output, MANIFEST_NAME), record)
     return 0
 
 
@@ -176,7 +185,8 @@ def check_files(source: str, output: str, paths: list[str]) -> None:
         return
     if os.path.isdir(output):
         raise UsageError(f"{output} is a folder: give the file to write")
-    written = {os.path.realpath(output), os.path.realpath(output + ".manifest.json")}
+    check_writable(output)
+    written = {os.path.realpath(output), os.path.realpath(beside(output, MANIFEST_NAME))}
     for path in [source, *paths]:
         if path != "-" and os.path.realpath(path) in written:
             raise UsageError(f"{output} would replace {path}: give another file to write")

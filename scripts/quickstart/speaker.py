@@ -19,6 +19,7 @@ from steps import ROOT, Steps, relative, show_command
 from training import train_shown
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
+from ext_common.manifest import beside
 from fairseq_ext.speaker.corpus import Corpus
 
 OUT = "quickstart-speaker"
@@ -27,7 +28,9 @@ FSDD_PATTERN = r"\d_(?P<speaker>[a-z]+)_(?:(?P<test>[0-4])|\d+)\.wav"
 TABLES = {"wav.scp": "kaldi", "metadata.csv": "csv", "mapping.json": "hw4"}
 OWNED = (
     "recordings data checkpoints train.log learning_curve.png predictions.csv valid.csv "
-    "predictions.manifest.json valid.manifest.json metrics.json confusion.png"
+    "predictions.manifest.json predictions.metrics.json predictions.confusion.png "
+    "valid.manifest.json valid.metrics.json valid.confusion.png "
+    "metrics.json confusion.png"  # of version 0.1
 ).split()
 
 
@@ -153,7 +156,7 @@ def train(steps, data, updates):
     best = folder / "checkpoint_best.pt"
     command = (
         f"fairseq-train {{}} --user-dir {{}} --task speaker_id --arch conformer_speaker "
-        f"--criterion am_softmax --optimizer adam --lr 2e-3 "
+        f"--criterion am_softmax --m 0.2 --optimizer adam --lr 2e-3 "
         f"--lr-scheduler inverse_sqrt --warmup-updates 100 --batch-size 64 --epoch-updates 25 "
         f"--max-update {updates} --best-checkpoint-metric accuracy "
         f"--maximize-best-checkpoint-metric --save-dir {{}} --no-epoch-checkpoints "
@@ -185,13 +188,17 @@ def predict(steps, data, checkpoint):
         command += ["--subset", subset, "--output", output]
         outputs = [output]
         if subset == measured:
-            outputs += [steps.folder / "metrics.json", steps.folder / "confusion.png"]
+            outputs += [beside(output, "metrics.json"), beside(output, "confusion.png")]
         steps.do(f"identify the speakers of {subset}", command, inputs=inputs, outputs=outputs)
 
 
 def closing(steps, options, data, checkpoint):
     """The figure with what it means, where everything is, and what to do next."""
-    measured = json.loads((steps.folder / "metrics.json").read_text(encoding="utf-8"))
+    folder = steps.folder
+    predictions = folder / ("predictions.csv" if "test" in splits(data) else "valid.csv")
+    of_speakers = folder / ("predictions.csv" if measured_split(data) == "test" else "valid.csv")
+    metrics, confusion = beside(of_speakers, "metrics.json"), beside(of_speakers, "confusion.png")
+    measured = json.loads(metrics.read_text(encoding="utf-8"))
     top1, corpus = measured["top1"], Corpus.open(data)
     low, high = top1["interval95"]
     subset = measured_split(data)
@@ -202,11 +209,10 @@ def closing(steps, options, data, checkpoint):
         f"{percent(chance)} with {len(corpus.speakers)} speakers)"
     )
     print(meaning(options, subset))
-    folder = steps.folder
     files = {
-        "predictions": folder / ("predictions.csv" if "test" in splits(data) else "valid.csv"),
-        "accuracy of each speaker": folder / "metrics.json",
-        "pictures": f"{folder / 'learning_curve.png'}  {folder / 'confusion.png'}",
+        "predictions": predictions,
+        "accuracy of each speaker": metrics,
+        "pictures": f"{folder / 'learning_curve.png'}  {confusion}",
         "model": checkpoint,
     }
     print()

@@ -13,8 +13,10 @@ import torch
 from omegaconf import OmegaConf
 
 from ext_common import compat, engine
-from ext_common.cli import UserError
+from ext_common.cli import UsageError, UserError
 from ext_common.compat.patching import after, before, replace
+from ext_common.parallel import in_order
+from fairseq_ext.speaker.features import AudioError
 from tests import processes
 
 compat.apply()
@@ -203,6 +205,46 @@ def test_bugs_keep_their_traceback():
     done = _raise("ZeroDivisionError('bug')")
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback") and "ZeroDivisionError: bug" in done.stderr
+
+
+class _Failing(torch.utils.data.Dataset):
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        (UserError("no x in y: give z"), UserError),
+        (UsageError("no x in y: give z"), UsageError),
+        (AudioError("empty", "no x in y: give z"), UserError),
+    ],
+)
+def test_mistakes_of_workers_are_one_sentence(raised, kind):
+    with pytest.raises(UserError) as caught:
+        next(iter(torch.utils.data.DataLoader(_Failing(raised), num_workers=1)))
+    assert str(caught.value) == "no x in y: give z" and type(caught.value) is kind
+    with pytest.raises(ZeroDivisionError, match="(?s)Original Traceback.*in __getitem__"):
+        next(iter(torch.utils.data.DataLoader(_Failing(ZeroDivisionError()), num_workers=1)))
+
+
+def _fail(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "raised", [UsageError("no x: give z"), AudioError("empty", "no x: give z")]
+)
+def test_mistakes_of_pools_are_one_sentence(raised):
+    with pytest.raises(type(raised)) as caught:
+        list(in_order(_fail, [raised], workers=2))
+    assert str(caught.value) == "no x: give z" and vars(caught.value) == vars(raised)
 
 
 @pytest.mark.parametrize(

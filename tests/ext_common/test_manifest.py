@@ -199,3 +199,18 @@ def test_manifest_is_the_same_for_equal_runs(tmp_path):
     assert record["options"]["mels"] == 80 and record["seed"] == 7
     assert record["skipped"] == [{"path": "x.wav", "reason": "empty"}]
     assert set(record["versions"]) >= {"python", "torch", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("out/predictions.csv", "out/predictions.metrics.json"),
+        ("embeddings.npz", "embeddings.metrics.json"),
+        ("embeddings.ark", "embeddings.ark.metrics.json"),
+        ("test.zh", "test.zh.metrics.json"),
+        ("of.v2", "of.v2.metrics.json"),
+        ("samples", "samples.metrics.json"),
+    ],
+)
+def test_what_lies_beside_an_output_has_its_name(output, expected):
+    assert manifest.beside(output, "metrics.json") == Path(expected)

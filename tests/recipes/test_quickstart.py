@@ -312,9 +312,9 @@ def test_speaker_quickstart(tmp_path):
     speakers = {row["speaker"] for row in test}
     assert len(speakers) >= 20 and {row["Category"] for row in predictions} <= speakers
     right = sum(p["Category"] == t["speaker"] for p, t in zip(predictions, test, strict=True))
-    measured = json.loads((out / "metrics.json").read_text())["top1"]
+    measured = json.loads((out / "predictions.metrics.json").read_text())["top1"]
     assert (measured["correct"], measured["total"]) == (right, len(test))
-    for name in ("learning_curve.png", "confusion.png"):
+    for name in ("learning_curve.png", "predictions.confusion.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert f"{right} of {len(test)} recordings of test" in done.stdout
     assert "synthetic voices" in done.stdout and "nothing about real speech" in done.stdout

@@ -3,12 +3,16 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 
 from ext_common.cli import UserError
 from ext_common.store import StoreWriter
 from fairseq_ext.speaker import corpus as corpus_module
-from fairseq_ext.speaker.corpus import MIN_STD, Corpus, frame_statistics, write_corpus
+from fairseq_ext.speaker.augment import Context, build_augmentation, mel_frequencies
+from fairseq_ext.speaker.corpus import Corpus, frame_statistics, write_corpus
 from fairseq_ext.speaker.features import FeatureSpec
+from fairseq_ext.speaker.network import normalise
+from fairseq_ext.speaker.task import SpeakerIdConfig
 
 SPEC = FeatureSpec(n_mels=4)
 
@@ -98,8 +102,40 @@ def test_statistics_in_pieces_with_overlaps_and_a_large_mean(tmp_path, monkeypat
     assert frames == 100
     np.testing.assert_allclose(mean, used.mean(0), rtol=1e-7)
     np.testing.assert_allclose(std[:2], used.std(0)[:2], rtol=1e-5)
-    assert std[2] == np.float32(MIN_STD)
+    assert std[2] == 1
     assert digest == corpus_module.sha256_file(tmp_path / "f")
+
+
+@pytest.mark.parametrize("std, expected", [(0, 1), (1e-5, 1), (0.0999, 1), (0.1, 0.1), (4, 4)])
+def test_a_band_that_hardly_changes_has_std_1(tmp_path, std, expected):
+    """Also in folders prepared before there was a threshold, which have 1e-5 on disk."""
+    make(tmp_path)
+    meta = json.loads((tmp_path / "corpus.json").read_text())
+    (tmp_path / "corpus.json").write_text(json.dumps(meta | {"std": [std, 2, 2, 2]}))
+    assert Corpus.open(tmp_path).std.tolist() == [np.float32(expected), 2, 2, 2]
+
+
+@pytest.mark.parametrize("wobble", [0.0, 1e-3])
+def test_augmentation_of_a_constant_band_stays_small(tmp_path, wobble):
+    """What the network sees of --augment's default: 228,040 where std was 1e-5."""
+    mels = 40
+    spec, rng = FeatureSpec(), np.random.default_rng(0)
+    frames = rng.normal(-6, 4, (400, mels)).astype("float32")
+    frames[:, -3:] = np.log(spec.floor) + wobble * rng.random((400, 3))
+    frames.tofile(tmp_path / "f")
+    mean, std, _, _ = frame_statistics(tmp_path / "f", mels, [(0, 400)])
+    context = Context(mean, mel_frequencies(mels, 50, 8000), 16000, float(np.log(spec.floor)))
+    largest = 0.0
+    for seed in range(50):
+        x, draw = frames, np.random.default_rng(seed)
+        for step in build_augmentation(SpeakerIdConfig.augment):
+            x = step(x, draw, context)
+        seen = normalise(
+            torch.from_numpy(x)[None], None, "global", *map(torch.from_numpy, (mean, std))
+        )
+        largest = max(largest, float(seen[..., -3:].abs().max()))
+    # at most 10 dB of gain and 20 log10(1.5) of tilt
+    assert 1 < largest < (10 + 20 * np.log10(1.5)) * np.log(10) / 10 + 0.01
 
 
 def test_folders_that_are_no_corpus_are_named(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_predictions_of_a_split(identify, tiny_data, save_checkpoint, capsys):
     assert head == ["Id", "Category"]
     assert rows == [[i, n] for i, n in zip(ids, names, strict=True)]
 
-    metrics = json.load(open("metrics.json"))
+    metrics = json.load(open("predictions.metrics.json"))
     right = sum(n == t for n, t in zip(names, truth, strict=True))
     assert 0 < right < len(truth) and metrics["top1"]["correct"] == right
     assert metrics["top1"]["total"] == len(truth)
@@ -75,16 +76,36 @@ def test_predictions_of_a_split(identify, tiny_data, save_checkpoint, capsys):
     assert "lowest: carl 0/" in shown and "carl → " in shown
     assert f"top-1 accuracy {100 * right / len(truth):.1f} % ({right} of {len(truth)}" in shown
     assert "top-5 accuracy 100.0 %" in shown and "95 % interval" in shown
-    assert open("confusion.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n"
+    assert open("predictions.confusion.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n"
     manifest = json.load(open("predictions.manifest.json"))
     assert manifest["counts"]["in"] == manifest["counts"]["out"] == len(truth)
     assert set(manifest["inputs"]) == {str(checkpoint), str(tiny_data / "corpus.json")}
     assert sorted(os.listdir()) == [
-        "confusion.png",
-        "metrics.json",
+        "predictions.confusion.png",
         "predictions.csv",
         "predictions.manifest.json",
+        "predictions.metrics.json",
     ]
+
+
+def test_two_runs_in_one_folder_keep_what_is_theirs(identify, tiny_data):
+    for split in ("valid", "test"):
+        identify(tiny_data, "--subset", split, "--output", f"{split}.csv")
+    for split in ("valid", "test"):
+        assert json.load(open(f"{split}.metrics.json"))["output"] == f"{split}.csv"
+        assert os.path.exists(f"{split}.confusion.png")
+        assert json.load(open(f"{split}.manifest.json"))["options"]["subset"] == split
+    assert len(os.listdir()) == 8
+
+
+def test_nothing_is_written_beside_what_is_no_file(identify, tiny_data, tmp_path):
+    pipe = tmp_path / "pipe.csv"
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=pipe.read_bytes)
+    reader.start()
+    assert identify(tiny_data, "--output", pipe) == 0
+    reader.join()
+    assert [path.name for path in tmp_path.iterdir() if "pipe" in path.name] == ["pipe.csv"]
 
 
 def test_the_output_is_the_same_every_time_and_for_every_batch_size(identify, tiny_data, tmp_path):
@@ -131,7 +152,7 @@ def test_speakers_are_matched_by_name_not_by_number(identify, tiny_data, save_ch
     identify(tiny_data, "--output", "a/p.csv")
     identify(tiny_data, "--output", "b/p.csv", path=save_checkpoint(turned))
     assert open("a/p.csv").read() == open("b/p.csv").read()
-    a, b = (json.load(open(f"{x}/metrics.json")) for x in "ab")
+    a, b = (json.load(open(f"{x}/p.metrics.json")) for x in "ab")
     assert a["top1"] == b["top1"] and a["speakers"] == b["speakers"]
 
 
@@ -146,7 +167,7 @@ def test_unknown_speakers_are_predicted_but_not_counted_as_errors(
     rows = corpus.rows("test")
     carls = int(sum(corpus.speakers[corpus.labels[row]] == "carl" for row in rows))
     assert carls and len(read_csv("predictions.csv")) == 1 + len(rows)
-    metrics = json.load(open("metrics.json"))
+    metrics = json.load(open("predictions.metrics.json"))
     assert metrics["of_unknown_speakers"] == carls
     assert metrics["unknown_speakers"] == ["carl"]
     assert metrics["top1"]["total"] == len(rows) - carls
@@ -164,7 +185,7 @@ def test_where_no_speaker_is_known_there_is_no_accuracy(
     assert identify(tiny_data, path=save_checkpoint(renamed)) == 0
     assert "no accuracy" in capsys.readouterr().out
     assert {row[1] for row in read_csv("predictions.csv")[1:]} <= {"w", "x", "y", "z"}
-    assert not os.path.exists("metrics.json")
+    assert not os.path.exists("predictions.metrics.json")
 
 
 def test_the_unlabelled_test_split_of_the_course_data(identify, tmp_path, capsys):
@@ -193,7 +214,7 @@ def test_the_unlabelled_test_split_of_the_course_data(identify, tmp_path, capsys
     assert head == ["Id", "Category"]
     assert [row[0] for row in rows] == ["uttr-z.pt", "uttr-a.pt", "uttr-q.pt", "uttr-b.pt"]
     assert "accuracy" not in capsys.readouterr().out
-    assert not os.path.exists("metrics.json")
+    assert not os.path.exists("predictions.metrics.json")
     counts = json.load(open("predictions.manifest.json"))["counts"]
     assert (counts["out"], counts["unlabelled"]) == (4, 4)
 

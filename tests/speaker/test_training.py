@@ -160,7 +160,7 @@ def test_a_recipe_trains_and_is_identified(run, repo_root, tiny_data, tmp_path):
         *(sys.executable, "-m fairseq_ext.speaker.identify", tiny_data, "--path", average),
         *("--subset valid --output", output),
     )
-    found = json.loads((tmp_path / "metrics.json").read_text())
+    found = json.loads((tmp_path / "predictions.metrics.json").read_text())
     assert np.isclose(100 * found["top1"]["accuracy"], shown, atol=1e-3)
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
 
 from ext_common.cli import Parser, UsageError, add_dataclass, from_args, run
-from ext_common.manifest import atomic_json
+from ext_common.manifest import atomic_json, check_writable
 from fairseq_ext.translation.score.scoring import Scores, ScoringOptions, score
 from fairseq_ext.translation.text.normalise import read_lines
 
@@ -82,6 +82,8 @@ def score_files(hypotheses: str, refs: Sequence[str], options: ScoreOptions) -> 
         raise UsageError("only one of the files can be - (the standard input)")
     if options.json in inputs and options.json not in (None, "-"):
         raise UsageError(f"--json {options.json} would overwrite what is scored: give another file")
+    if options.json not in (None, "-"):
+        check_writable(options.json)
     lines = {name: list(read_lines(path)) for name, path in names.items() if isinstance(path, str)}
     references = [list(read_lines(path)) for path in refs]
     found = score(

@@ -41,6 +41,8 @@ class ScoringOptions:
     def __post_init__(self):
         if self.bootstrap < 1 or self.randomisations < 1:
             raise ValueError("--bootstrap and --randomisations must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed} must not be negative")
         if not self.metrics:
             raise ValueError(f"--metrics needs at least one of {', '.join(METRICS)}")
 

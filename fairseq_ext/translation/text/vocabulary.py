@@ -157,7 +157,7 @@ def direction(
         return languages
     other = {languages[0]: languages[1], languages[1]: languages[0]}
     source, target = source or other.get(target), target or other.get(source)
-    if other.get(source) != target:
+    if source not in other or other[source] != target:
         raise UserError(f"{given} does not fit: there are {' and '.join(languages)}")
     return source, target
 
