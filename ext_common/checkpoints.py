@@ -14,7 +14,7 @@ from ext_common.cli import UserError
 OUR_PLUGINS = ("fairseq_ext", "diffusion_ext")
 
 
-def read_state(path: str | os.PathLike) -> dict[str, Any]:
+def read_state(path: str | os.PathLike[str]) -> Any:
     """What `torch.save` wrote, as plain dicts and tensors on the CPU.
 
     Nothing the file holds is run (weights_only). UserError where it is missing or damaged.
@@ -33,7 +33,7 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(reason) from error
 
 
-def why_unfit(state: Any, saved: Callable[[Mapping], bool], what: str) -> str | None:
+def why_unfit(state: Any, saved: Callable[[Mapping[str, Any]], bool], what: str) -> str | None:
     """The second half of a sentence about the content of a file; None for a checkpoint of the task.
 
     saved: whether a `task_state` is what the task saves; what: the job it is for.
@@ -51,11 +51,11 @@ def why_unfit(state: Any, saved: Callable[[Mapping], bool], what: str) -> str | 
 
 
 def build_network(
-    state: Mapping,
-    path: str | os.PathLike,
+    state: Mapping[str, Any],
+    path: str | os.PathLike[str],
     parts: Sequence[str],
     user_dir: str | None = None,
-):
+) -> Any:
     """The fairseq model of a checkpoint's state, with its weights.
 
     parts: modules of this project that register what the checkpoint's wing consists of.
@@ -89,7 +89,7 @@ def build_network(
     return models[0]
 
 
-def check_registered(state: Mapping, path: str | os.PathLike, hint: str) -> None:
+def check_registered(state: Mapping[str, Any], path: str | os.PathLike[str], hint: str) -> None:
     """UserError where fairseq does not know the task or model; it would fail with a KeyError."""
     from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
     from fairseq.tasks import TASK_REGISTRY
@@ -106,7 +106,7 @@ def check_registered(state: Mapping, path: str | os.PathLike, hint: str) -> None
             )
 
 
-def import_plugin(state: Mapping, user_dir: str | None) -> str | None:
+def import_plugin(state: Mapping[str, Any], user_dir: str | None) -> str | None:
     """Import `user_dir`, or the plugin a checkpoint was trained with where that is not this one.
 
     Returns the latter's name where it was not found; the checkpoint may do without.
@@ -136,7 +136,7 @@ def import_plugin(state: Mapping, user_dir: str | None) -> str | None:
     return None
 
 
-def name_of(state: Mapping, part: str) -> str | None:
+def name_of(state: Mapping[str, Any], part: str) -> str | None:
     """The name of the task or model that a checkpoint was trained with, where it says so."""
     for source in (state.get("cfg"), state.get("args")):
         entry = source.get(part) if isinstance(source, Mapping) else getattr(source, part, None)
@@ -175,7 +175,7 @@ def usable_device(device: str) -> str:
     return device
 
 
-def last_checkpoint(save_dir: str | os.PathLike) -> str:
+def last_checkpoint(save_dir: str | os.PathLike[str]) -> str:
     """What is left of a training that stops, in words."""
     path = Path(save_dir) / "checkpoint_last.pt"
     return (

@@ -237,8 +237,9 @@ def probe(names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
             )
             output, ended = done.stdout, _how_ended(done.returncode)
         except subprocess.TimeoutExpired as error:
-            output, ended = error.stdout or "", f"no end within {_TIMEOUT} s"
-            output = output.decode() if isinstance(output, bytes) else output
+            said = error.stdout or ""
+            output = said.decode() if isinstance(said, bytes) else said
+            ended = f"no end within {_TIMEOUT} s"
         answered = []
         for line in output.splitlines():
             try:
@@ -278,7 +279,7 @@ def _how_ended(code: int) -> str:
 
 def _distribution_folder(name: str) -> Path | None:
     try:
-        return Path(metadata.distribution(name).locate_file("")).resolve()
+        return Path(str(metadata.distribution(name).locate_file(""))).resolve()
     except metadata.PackageNotFoundError:
         return None
 

@@ -34,7 +34,7 @@ _DISTRIBUTIONS = (
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under ``path`` only when the block ends without an exception.
 
     ``mode`` is "w" (UTF-8, newlines as written) or "wb". The temporary file lies in the same
@@ -43,7 +43,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"mode must be 'w' or 'wb', got {mode!r}")
-    text = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
+    text: dict[str, Any] = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path} is a folder, expected a file")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -65,7 +65,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     sync_folder(path.parent)
 
 
-def sync_folder(folder: str | os.PathLike) -> None:
+def sync_folder(folder: str | os.PathLike[str]) -> None:
     """Make renames inside ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -87,7 +87,7 @@ def replace_folder(whole: Path, folder: Path) -> Path:
     return folder
 
 
-def atomic_json(path: str | os.PathLike, obj: Any) -> None:
+def atomic_json(path: str | os.PathLike[str], obj: Any) -> None:
     """Write ``obj`` as indented JSON, whole or not at all.
 
     Paths, dataclasses, numpy scalars and arrays become plain JSON; a number that is not finite
@@ -104,7 +104,7 @@ def user_cache(*parts: str) -> Path:
     return Path(base, *parts)
 
 
-def sha256_file(path: str | os.PathLike) -> str:
+def sha256_file(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -120,9 +120,9 @@ def versions() -> dict[str, str]:
 
 
 def write_manifest(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
-    inputs: Mapping[str, Any] | Iterable[str | os.PathLike],
+    inputs: Mapping[str, Any] | Iterable[str | os.PathLike[str]],
     counts: Mapping[str, Any],
     options: Any,
     seed: int | None,

@@ -13,10 +13,10 @@ from typing import Any
 from ext_common.cli import UserError
 
 _AHEAD = 3
-_function: Callable | None = None
+_function: Callable[..., Any]
 
 
-def in_order(function: Callable, jobs: Iterable[Any], workers: int) -> Iterator[Any]:
+def in_order(function: Callable[..., Any], jobs: Iterable[Any], workers: int) -> Iterator[Any]:
     """``function(job)`` of each job, in order, by ``workers`` processes (1: in this one).
 
     At most 3 results a worker are waiting. ``function`` may be any callable; jobs and results are
@@ -29,7 +29,7 @@ def in_order(function: Callable, jobs: Iterable[Any], workers: int) -> Iterator[
     # threads of libraries, so a lock copied while held meets nobody who waits for it.
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(function,))
-    waiting: deque = deque()
+    waiting: deque[Any] = deque()
     try:
         for job in jobs:
             waiting.append(pool.submit(_call, job))
@@ -50,7 +50,7 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _start(function: Callable) -> None:
+def _start(function: Callable[..., Any]) -> None:
     global _function
     _function = function
     # Ctrl-C is the parent's business
@@ -59,7 +59,9 @@ def _start(function: Callable) -> None:
 
 
 def _die_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
