@@ -73,7 +73,7 @@ class Registry:
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
-    def get(self, name: str) -> Callable[..., Any]:
+    def get(self, name: str) -> Any:
         """The registered function or class; raises UnknownName."""
         if name not in self._entries:
             near = did_you_mean(str(name), self._entries) or ";"
