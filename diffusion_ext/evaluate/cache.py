@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -25,7 +26,7 @@ def cache_key(kind: str, **parts) -> str:
 
 
 def cached(
-    folder: Path | None, kind: str, parts: Mapping, compute: Callable[[], Arrays]
+    folder: Path | None, kind: str, parts: Mapping[str, Any], compute: Callable[[], Arrays]
 ) -> tuple[Arrays, bool]:
     """(the arrays that ``compute`` gives, whether they were there already).
 

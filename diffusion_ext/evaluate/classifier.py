@@ -29,7 +29,7 @@ class ClassifierOptions:
     updates: int = field(default=300, metadata={"help": "training steps of 64 images"})
     seed: int = field(default=1, metadata={"help": "seed of weights and order of the images"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("features", 1), ("updates", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}")

@@ -155,7 +155,7 @@ def class_counts(
     variation, half the sum of absolute differences between the shares of the classes in the samples and in
     the real images, beside its floor.
     """
-    predict: Callable | None = getattr(extractor, "predict", None)
+    predict: Callable[..., Any] | None = getattr(extractor, "predict", None)
     if predict is None:
         return None
 

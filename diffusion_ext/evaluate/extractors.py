@@ -98,7 +98,7 @@ class PcaOptions:
         default=4000, metadata={"help": "real images, evenly spaced, that the axes are fitted on"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if min(self.components, self.fit - 1) < 1:
             raise ValueError("components must be at least 1 and fit at least 2")
 

@@ -16,7 +16,7 @@ What is done to a file, in this order (POLICY is its version; a store decoded un
 import os
 import stat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -129,7 +129,7 @@ def cover(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), kernel, box=box)
 
 
-def _walk(folder: Path, prefix: str, above: frozenset, found: list[Source]) -> None:
+def _walk(folder: Path, prefix: str, above: frozenset[Any], found: list[Source]) -> None:
     try:
         status = os.stat(folder)
         here = (status.st_dev, status.st_ino)

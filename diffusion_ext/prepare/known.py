@@ -7,6 +7,7 @@ be fetched, which is done only where download is true. Raises UserError.
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,7 +27,7 @@ class Labelled:
 
     pixels: np.ndarray
     labels: np.ndarray
-    classes: list
+    classes: list[Any]
 
 
 @IMAGE_DATASETS.register("digits")

@@ -25,7 +25,7 @@ class StoreOptions:
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.max_bad <= 1:
             raise OptionError(f"max_bad {self.max_bad} must lie in [0, 1]")
 
@@ -52,7 +52,7 @@ class ImageOptions(StoreOptions):
         default=False, metadata={"help": "the sub-folder an image lies in is its class"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         asked_size(self)
         if self.channels not in (0, 1, 3):
@@ -68,7 +68,7 @@ class SplitOptions:
     )
     max_valid: int = field(default=1000, metadata={"help": "at most so many of them"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_split(self.valid_fraction, self.max_valid)
 
 

@@ -99,7 +99,7 @@ class TopPOptions(SamplingOptions):
 
 class _Drawn(Mode):
     def __init__(self, temperature: float, k: int = 0, p: float = 1.0) -> None:
-        self.how = {"topk": k, "topp": p, "temperature": temperature}
+        self.how: dict[str, Any] = {"topk": k, "topp": p, "temperature": temperature}
         SampleOptions(**self.how)
 
     def search(self, nbest: int = 1, **more: Any) -> SampleOptions:
@@ -143,7 +143,7 @@ class NoisedBeam(Beam):
 
     uses_draws = True
 
-    def __init__(self, beam, lenpen, drop: float, fill: float, shuffle: int) -> None:
+    def __init__(self, beam: int, lenpen: float, drop: float, fill: float, shuffle: int) -> None:
         super().__init__(beam, lenpen)
         self.noise = (drop, fill, shuffle)
 
@@ -160,7 +160,7 @@ class NoisedBeam(Beam):
 
 def make_mode(name: str, options: Any = None) -> Mode:
     """The mode of a name and ``"key=value,…"``; UnknownName, OptionError where there is none."""
-    mode = MODES.build(name, options=options)
+    mode: Mode = MODES.build(name, options=options)
     chosen = MODES.options(name, options)
     mode.name, mode.options = name, {} if chosen is None else asdict(chosen)
     return mode

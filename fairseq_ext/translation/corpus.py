@@ -57,7 +57,7 @@ class Corpus:
     one_way: bool = False
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> "Corpus":
+    def open(cls, path: str | os.PathLike[str]) -> "Corpus":
         """The corpus in a folder; UserError where there is none, or not the one described."""
         path = Path(path)
         if not path.is_dir():
@@ -167,7 +167,7 @@ class Corpus:
                     raise UserError(f"{file} is missing: restore it, or {_REMEDY} again")
 
 
-def partial_folder(dest: str | os.PathLike) -> Path:
+def partial_folder(dest: str | os.PathLike[str]) -> Path:
     """Where ``dest`` is while it is being made."""
     # not by with_name: "." and ".." have none
     dest = Path(os.path.abspath(dest))

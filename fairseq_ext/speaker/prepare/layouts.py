@@ -13,7 +13,7 @@ record is reported and left out. Someone's own layout is one decorated function:
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ext_common.cli import UsageError, UserError
 from ext_common.registry import Registry
@@ -61,12 +61,12 @@ class Bad(NamedTuple):
 class Source:
     """What a layout found. ``n_mels`` is set where the files hold features, not audio."""
 
-    records: list
-    bad: list = field(default_factory=list)
-    speakers: list | None = None
+    records: list[Any]
+    bad: list[Any] = field(default_factory=list)
+    speakers: list[Any] | None = None
     n_mels: int | None = None
-    inputs: list = field(default_factory=list)
-    warnings: list = field(default_factory=list)
+    inputs: list[Any] = field(default_factory=list)
+    warnings: list[Any] = field(default_factory=list)
 
 
 @LAYOUTS.register("folder")

@@ -45,7 +45,7 @@ class Vocabulary:
         return detokenise(" ".join(filter(None, texts)), self.target_lang)
 
 
-def split_paths(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
+def split_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
     """The checkpoints of an ensemble, given as a list or as one string with colons."""
     if isinstance(paths, str | os.PathLike):
         paths = os.fspath(paths)
@@ -57,12 +57,12 @@ def split_paths(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[
     return found
 
 
-def read_state(path: str | os.PathLike) -> dict[str, Any]:
+def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `torch.save` wrote, as plain dicts and tensors on the CPU; nothing in it is run.
 
     UserError where the file is missing, damaged, or of anything but a translation_spm model.
     """
-    state = checkpoints.read_state(path)
+    state: dict[str, Any] = checkpoints.read_state(path)
     why = why_no_translation_model(state)
     if why:
         raise UserError(f"{path} {why}: give a checkpoint trained with --task translation_spm")
@@ -74,7 +74,7 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
 def why_no_translation_model(state: Any) -> str | None:
     """The second half of a sentence about a checkpoint's content; None for a translation model."""
 
-    def saved(task_state):
+    def saved(task_state: Mapping[str, Any]) -> bool:
         found = task_state.get("translation")
         return isinstance(found, Mapping) and set(found) >= _STATE
 
@@ -90,7 +90,7 @@ def why_no_translation_model(state: Any) -> str | None:
     return None
 
 
-def vocabulary_of(state: Mapping[str, Any], path: str | os.PathLike) -> Vocabulary:
+def vocabulary_of(state: Mapping[str, Any], path: str | os.PathLike[str]) -> Vocabulary:
     """The vocabulary in a checkpoint's state."""
     saved = state["task_state"]["translation"]
     source, target = saved["source_lang"], saved["target_lang"]
@@ -129,7 +129,9 @@ def check_alike(vocabularies: Mapping[str, Vocabulary]) -> None:
             )
 
 
-def build_model(state: Mapping[str, Any], path: str | os.PathLike, user_dir: str | None = None):
+def build_model(
+    state: Mapping[str, Any], path: str | os.PathLike[str], user_dir: str | None = None
+) -> Any:
     """The fairseq model of a checkpoint's state with its weights, in evaluation mode."""
     # fairseq's encoders give one mask as bool, one as float
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
