@@ -19,7 +19,7 @@ def cache_folder() -> Path:
     return user_cache("diffusion_ext", "statistics")
 
 
-def cache_key(kind: str, **parts) -> str:
+def cache_key(kind: str, **parts: Any) -> str:
     """Hex SHA-256 of ``kind`` and of everything the value depends on, as JSON."""
     text = json.dumps([kind, parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -44,7 +44,8 @@ def cached(
     arrays = compute()
     try:
         with atomic_write(path, "wb") as file:
-            np.savez(file, **arrays)
+            named: dict[str, Any] = {**arrays}
+            np.savez(file, **named)
     except OSError:
         pass
     return arrays, False

@@ -102,7 +102,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(
             f"{path} was not written by this version of diffusion_ext.export: {_REMEDY}"
         )
-    return config
+    found: dict[str, Any] = config
+    return found
 
 
 def import_safetensors() -> Any:

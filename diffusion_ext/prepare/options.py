@@ -1,7 +1,7 @@
 """What can be asked of images; the task's configuration may inherit from both dataclasses."""
 
 from dataclasses import dataclass, field
-from typing import List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 from ext_common.cli import OptionError
 
@@ -72,7 +72,7 @@ class SplitOptions:
         check_split(self.valid_fraction, self.max_valid)
 
 
-def asked_size(options) -> Optional[Tuple[int, int]]:
+def asked_size(options: Any) -> Optional[Tuple[int, int]]:
     """(height, width) of the option image_size, None where it leaves that open."""
     size = list(options.image_size or [])
     if size in ([], [0]):

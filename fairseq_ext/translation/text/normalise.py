@@ -113,7 +113,7 @@ _CARRIER = regex.compile(r"[\p{L}\p{N}]")
 def language(code: str) -> str:
     """The code this module knows a language by: ``zh`` for zh-Hant-TW, zh_CN and cmn."""
     base = regex.split("[-_]", code.lower(), maxsplit=1)[0]
-    return _ALIASES.get(base, base)
+    return str(_ALIASES.get(base, base))
 
 
 def normalise(text: str, lang: str, convention: str = "standard") -> str:
