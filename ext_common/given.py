@@ -102,7 +102,7 @@ def given_in_recipe(words: Sequence[str]) -> frozenset[str]:
     if folder and typed.config_name:
         path = Path(folder) / typed.config_name
         path = path if path.suffix == ".yaml" else path.with_name(f"{path.name}.yaml")
-        recipe = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+        recipe: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
         for group, values in recipe.items():
             if isinstance(values, dict) and group != "hydra":
                 found |= {f"{group}.{key}" for key in values}
