@@ -114,7 +114,7 @@ class Found:
     kept: int = 0
     removed: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    places: array[Any] = field(default_factory=lambda: array("Q"))
+    places: "array[int]" = field(default_factory=lambda: array("Q"))
     leaks: list[Row] = field(default_factory=list)
 
 
@@ -123,7 +123,7 @@ class Survey:
     """A random sample of a folder's usable (source, target) lines, and all their finite scores."""
 
     pairs: list[tuple[str, str]]
-    scores: array[Any]
+    scores: "array[float]"
 
 
 def survey(synthetic: Synthetic, want_scores: bool, seed: int) -> Survey:
