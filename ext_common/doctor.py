@@ -118,8 +118,8 @@ def check_python(specifier: str) -> Iterator[Finding]:
     else:
         yield Finding(
             "broken",
-            f"Python {version} is outside {specifier}: remove .venv, install Python 3.11 or 3.12"
-            " and run bash scripts/setup.sh",
+            f"Python {version} is outside {specifier}: remove .venv and run bash scripts/setup.sh,"
+            " which finds or fetches one that fits",
         )
 
 
