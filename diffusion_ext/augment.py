@@ -53,7 +53,7 @@ class Augmentation:
 class HorizontalFlipOptions:
     p: float = field(default=0.5, metadata={"help": "share of images that are mirrored"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self, "p", 0, 1)
 
 
@@ -63,7 +63,7 @@ class HorizontalFlip(Augmentation):
 
     n_uniforms = condition_size = 1
 
-    def __init__(self, **options):
+    def __init__(self, **options: float) -> None:
         self.options = HorizontalFlipOptions(**options)
 
     def draw(self, u: Tensor, shape: Sequence[int]) -> Tensor:
@@ -92,7 +92,7 @@ class ColorJitterOptions:
     )
     p: float = field(default=1.0, metadata={"help": "share of images that are changed at all"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation"):
             _check(self, name, 0, 100)
         _check(self, "hue", 0, 0.5)
@@ -110,7 +110,7 @@ class ColorJitter(Augmentation):
 
     n_uniforms, condition_size = 6, 4
 
-    def __init__(self, **options):
+    def __init__(self, **options: float) -> None:
         o = self.options = ColorJitterOptions(**options)
         self.strengths = (o.brightness, o.contrast, o.saturation, o.hue)
 
@@ -225,7 +225,8 @@ def luma(y: Tensor) -> Tensor:
     if y.shape[1] == 1:
         return y
     r, g, b = y.split(1, 1)
-    return LUMA[0] * r + LUMA[1] * g + LUMA[2] * b
+    gray: Tensor = LUMA[0] * r + LUMA[1] * g + LUMA[2] * b
+    return gray
 
 
 OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
@@ -240,7 +241,7 @@ def _per_image(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-def _check(options, name: str, low: float, high: float) -> None:
+def _check(options: object, name: str, low: float, high: float) -> None:
     value = getattr(options, name)
     if not low <= value <= high:
         raise ValueError(f"{name} {value} is not between {low} and {high}")

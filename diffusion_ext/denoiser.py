@@ -1,12 +1,12 @@
 """From a network to what samplers ask for: x_0 and ε at a timestep."""
 
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from diffusion_ext.objectives import OBJECTIVES, clipped
+from diffusion_ext.objectives import OBJECTIVES, Objective, Prediction, clipped
 from diffusion_ext.samplers import LearnedPrediction
 from diffusion_ext.schedules import NoiseSchedule
 
@@ -22,7 +22,7 @@ class Denoiser:
 
     def __init__(
         self,
-        network: Callable,
+        network: Callable[..., Any],
         schedule: NoiseSchedule,
         objective: str,
         *,
@@ -31,13 +31,14 @@ class Denoiser:
         clip: bool = True,
         self_condition: bool = False,
     ):
-        self.network, self.objective = network, OBJECTIVES.get(objective)
+        self.network = network
+        self.objective: Objective = OBJECTIVES.get(objective)
         self.alpha, self.sigma = schedule.alpha.tolist(), schedule.sigma.tolist()
         self.label, self.guidance, self.clip = label, guidance, clip
         self.self_condition = self_condition
         self.x0: Optional[Tensor] = None
 
-    def __call__(self, x: Tensor, timestep: int):
+    def __call__(self, x: Tensor, timestep: int) -> Prediction | LearnedPrediction:
         t = torch.full((len(x),), timestep, dtype=torch.long, device=x.device)
         output, fraction = self._output(x, t)
         a, s = self.alpha[timestep], self.sigma[timestep]

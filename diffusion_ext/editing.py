@@ -2,21 +2,25 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion_ext.denoiser import Denoiser
+from diffusion_ext.inference import DiffusionModel
 from diffusion_ext.pictures import to_float, to_uint8
 from diffusion_ext.prepare.images import BadImage, decode_image
 from diffusion_ext.randomness import ImageNoise
-from diffusion_ext.samplers import Level, Trajectory, ddim, ddpm, trajectory, transition
+from diffusion_ext.samplers import Denoise, Level, Trajectory, ddim, ddpm, trajectory, transition
 from diffusion_ext.schedules import NoiseSchedule
 from ext_common.cli import UserError
 
 
-def interpolation(model, options, numbers: Sequence[int]) -> Callable:
+def interpolation(
+    model: DiffusionModel, options: Any, numbers: Sequence[int]
+) -> Callable[..., Any]:
     """draw(numbers): the first of `numbers` is A as it comes back from its latent, the last is B."""
     ends = [read(path, model.shape, model.device) for path in options.interpolate]
     trajectory(model.schedule, options.steps, options.spacing)  # no more steps than the model has
@@ -31,13 +35,14 @@ def interpolation(model, options, numbers: Sequence[int]) -> Callable:
     def images_of(part: list[int]) -> np.ndarray:
         count = max(1, len(numbers) - 1)
         latents = torch.cat([slerp(first, last, (k - numbers[0]) / count) for k in part])
-        return to_uint8(ddim(denoiser(model, options, len(part)), latents, path, None))
+        # without eta, ddim draws no noise
+        return to_uint8(ddim(denoiser(model, options, len(part)), latents, path, lambda _: latents))
 
     return lambda chosen: in_batches(images_of, chosen, options.batch_size)
 
 
 def in_batches(
-    images_of: Callable, numbers: Sequence[int], size: int
+    images_of: Callable[..., Any], numbers: Sequence[int], size: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """(numbers, images) batch by batch."""
     for start in range(0, len(numbers), size):
@@ -45,7 +50,7 @@ def in_batches(
         yield part, images_of(part)
 
 
-def denoiser(model, options, count: int) -> Denoiser:
+def denoiser(model: DiffusionModel, options: Any, count: int) -> Denoiser:
     """For `count` images of the class --label, or of none.
 
     Never used twice: with self-conditioning it remembers its last guess.
@@ -57,7 +62,7 @@ def denoiser(model, options, count: int) -> Denoiser:
 
 
 @torch.no_grad()
-def invert(denoise, image: Tensor, path: Trajectory, tries: int = 3) -> Tensor:
+def invert(denoise: Denoise, image: Tensor, path: Trajectory, tries: int = 3) -> Tensor:
     """The noisy image at the first level of `path` that DDIM brings back to `image` (B, C, H, W).
 
     DDIM run backwards (Song et al. 2020, arXiv 2010.02502, section 4.3). A step down from y to x uses the ε
@@ -83,7 +88,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
 
 
-def inpainting(model, options) -> Callable:
+def inpainting(model: DiffusionModel, options: Any) -> Callable[..., Any]:
     """draw(numbers): what is white in the mask drawn anew, the rest as in the image."""
     image = read(options.inpaint, model.shape, model.device)
     mask = read(options.mask, (1, *model.shape[1:]), model.device) > 0
@@ -100,7 +105,7 @@ def inpainting(model, options) -> Callable:
 
 
 def repaint(
-    denoise, image: Tensor, mask: Tensor, path: Trajectory, noise: ImageNoise, times: int
+    denoise: Denoise, image: Tensor, mask: Tensor, path: Trajectory, noise: ImageNoise, times: int
 ) -> Tensor:
     """RePaint (Lugmayr et al. 2022, arXiv 2201.09865, Algorithm 1) with jumps of one level.
 
@@ -120,12 +125,12 @@ def repaint(
     return x
 
 
-def one_step(denoise, x: Tensor, now: Level, then: Level, noise: ImageNoise) -> Tensor:
+def one_step(denoise: Denoise, x: Tensor, now: Level, then: Level, noise: ImageNoise) -> Tensor:
     """One step of ancestral sampling."""
     return ddpm(denoise, x, Trajectory((now, then)), noise)
 
 
-def read(path: str, shape: tuple[int, int, int], device) -> Tensor:
+def read(path: str, shape: tuple[int, int, int], device: torch.device | str) -> Tensor:
     """An image file as the model's own images are, float (C, H, W) in [−1, 1]."""
     channels, height, width = shape
     try:

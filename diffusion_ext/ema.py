@@ -5,7 +5,8 @@ The half-life is counted in images, so that it means the same for every batch si
 random beginning for as long. Several lengths can be kept side by side.
 """
 
-from typing import Dict, List, Sequence
+from collections.abc import Callable
+from typing import Dict, List, Self, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,13 @@ class WeightAverages(nn.Module):
         parameters = dict(module.named_parameters())
         self.names, self.shapes = list(parameters), [p.shape for p in parameters.values()]
         flat = torch.cat([p.detach().float().flatten() for p in parameters.values()])
+        self.weights: Tensor
         self.register_buffer("weights", flat.repeat(len(self.half_lives), 1))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # half-precision averages would stand still: an update changes the last bits
         kept = self.weights
-        super()._apply(fn, recurse)
+        nn.Module._apply(self, fn, recurse)
         self.weights = kept.to(self.weights.device)
         return self
 

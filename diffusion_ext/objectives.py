@@ -13,6 +13,7 @@ from ext_common.cli import UserError
 from ext_common.registry import Registry
 
 OBJECTIVES = Registry("objective")
+Share = Tensor | float  # a number for a whole batch, or one an image
 
 
 class Prediction(NamedTuple):
@@ -25,12 +26,15 @@ class Prediction(NamedTuple):
 class Objective(Protocol):
     """Static functions; a and s broadcast over the images, and are > 0 but for a at ᾱ = 0."""
 
+    @staticmethod
     def target(x0: Tensor, eps: Tensor, a: Tensor, s: Tensor) -> Tensor:
         """What the network should give."""
 
-    def prediction(output: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Prediction:
+    @staticmethod
+    def prediction(output: Tensor, x_t: Tensor, a: Share, s: Share) -> Prediction:
         """What its output says of x_0 and ε."""
 
+    @staticmethod
     def per_x0_error(snr: Tensor) -> Tensor:
         """Factor from a squared error of x_0 to the squared error of the output that means the same."""
 
@@ -40,15 +44,15 @@ class Eps:
     """The noise ε (Ho et al. 2020, arXiv 2006.11239, equation 14); cannot be used where ᾱ_T = 0."""
 
     @staticmethod
-    def target(x0, eps, a, s):
+    def target(x0: Tensor, eps: Tensor, a: Tensor, s: Tensor) -> Tensor:
         return eps
 
     @staticmethod
-    def prediction(output, x_t, a, s):
+    def prediction(output: Tensor, x_t: Tensor, a: Share, s: Share) -> Prediction:
         return Prediction((x_t - s * output) / a, output)
 
     @staticmethod
-    def per_x0_error(snr):
+    def per_x0_error(snr: Tensor) -> Tensor:
         return snr
 
 
@@ -57,15 +61,15 @@ class X0:
     """The image x_0."""
 
     @staticmethod
-    def target(x0, eps, a, s):
+    def target(x0: Tensor, eps: Tensor, a: Tensor, s: Tensor) -> Tensor:
         return x0
 
     @staticmethod
-    def prediction(output, x_t, a, s):
+    def prediction(output: Tensor, x_t: Tensor, a: Share, s: Share) -> Prediction:
         return Prediction(output, (x_t - a * output) / s)
 
     @staticmethod
-    def per_x0_error(snr):
+    def per_x0_error(snr: Tensor) -> Tensor:
         return snr * 0 + 1
 
 
@@ -74,15 +78,15 @@ class V:
     """The velocity v = a ε − s x_0: the noise where there is little of it, the image where there is much."""
 
     @staticmethod
-    def target(x0, eps, a, s):
+    def target(x0: Tensor, eps: Tensor, a: Tensor, s: Tensor) -> Tensor:
         return a * eps - s * x0
 
     @staticmethod
-    def prediction(output, x_t, a, s):
+    def prediction(output: Tensor, x_t: Tensor, a: Share, s: Share) -> Prediction:
         return Prediction(a * x_t - s * output, s * x_t + a * output)
 
     @staticmethod
-    def per_x0_error(snr):
+    def per_x0_error(snr: Tensor) -> Tensor:
         return snr + 1
 
 
@@ -102,7 +106,9 @@ def check_combination(objective: str, weighting: str, schedule: NoiseSchedule) -
         )
 
 
-def clipped(prediction: Prediction, x_t: Tensor, a, s, limit: float = 1.0) -> Prediction:
+def clipped(
+    prediction: Prediction, x_t: Tensor, a: Share, s: Share, limit: float = 1.0
+) -> Prediction:
     """x_0 held in [−limit, limit], and ε derived anew from it, so that both still add up to x_t."""
     x0 = prediction.x0.clamp(-limit, limit)
     return Prediction(x0, (x_t - a * x0) / s)

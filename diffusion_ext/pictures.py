@@ -40,13 +40,13 @@ def pil_image(image: np.ndarray, scale: int = 1) -> Image.Image:
     return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
 
 
-def save_png(path: str | os.PathLike, image: np.ndarray, scale: int = 1) -> None:
+def save_png(path: str | os.PathLike[str], image: np.ndarray, scale: int = 1) -> None:
     """Write uint8 (C, H, W) as PNG, whole or not at all."""
     with atomic_write(path, "wb") as file:
         pil_image(image, scale).save(file, "PNG")
 
 
-def save_gif(path: str | os.PathLike, frames: Sequence[np.ndarray], scale: int = 1) -> None:
+def save_gif(path: str | os.PathLike[str], frames: Sequence[np.ndarray], scale: int = 1) -> None:
     """Write frames (C, H, W) as an endless GIF of about 3 seconds, the last frame held for 2."""
     images = [pil_image(frame, scale) for frame in frames]
     times = [max(20, 3000 // len(images))] * (len(images) - 1) + [2000]

@@ -71,7 +71,13 @@ class ImageNoise:
     whichever device computes it.
     """
 
-    def __init__(self, seed: int, numbers: list[int], shape: tuple[int, ...], device="cpu"):
+    def __init__(
+        self,
+        seed: int,
+        numbers: list[int],
+        shape: tuple[int, ...],
+        device: torch.device | str = "cpu",
+    ):
         self.sources = [generator("cpu", "sampling", seed, k) for k in numbers]
         self.shape, self.device = shape, device
         self.start = self.draw()

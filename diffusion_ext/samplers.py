@@ -12,9 +12,10 @@ standard normal of x's shape for step i; watch(i, x, x0) is called after each st
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +35,21 @@ class LearnedPrediction(NamedTuple):
     x0: Tensor
     eps: Tensor
     fraction: Tensor
+
+
+class Guess(Protocol):
+    """What samplers read of a `Prediction` or a `LearnedPrediction`."""
+
+    @property
+    def x0(self) -> Tensor: ...
+
+    @property
+    def eps(self) -> Tensor: ...
+
+
+Denoise = Callable[[Tensor, int], Guess]
+Noise = Callable[[int], Tensor]
+Watch = Callable[[int, Tensor, Tensor], None]
 
 
 class Level(NamedTuple):
@@ -99,7 +115,7 @@ def even_log_snr(schedule: NoiseSchedule, steps: int) -> list[int]:
     wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
     nearest = (log_snr[None] - wanted[:, None]).abs().argmin(1).tolist()
     total = schedule.timesteps
-    chosen = []
+    chosen: list[int] = []
     for i, t in enumerate(nearest):
         # strictly falling, and leaving a timestep for each step that is still to come
         t = min(t, chosen[-1] - 1) if chosen else total - 1
@@ -124,7 +140,14 @@ class DdpmOptions:
 
 
 @SAMPLERS.register("ddpm", options=DdpmOptions)
-def ddpm(denoise, x, path, noise, watch=no_watch, variance="auto"):
+def ddpm(
+    denoise: Denoise,
+    x: Tensor,
+    path: Trajectory,
+    noise: Noise,
+    watch: Watch = no_watch,
+    variance: str = "auto",
+) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239, eq. 6, 7 and 11), on any sub-list of timesteps.
 
     The last step adds no noise. `large` is better with all 1,000 steps and ruinous with few.
@@ -162,7 +185,7 @@ def warn_of_large(steps: int, total: int) -> None:
         )
 
 
-def _ancestral_std(predicted, large: float, small: float, variance: str):
+def _ancestral_std(predicted: Guess, large: float, small: float, variance: str) -> Tensor | float:
     fraction = getattr(predicted, "fraction", None)
     if variance == "learned" and fraction is None:
         raise UserError(
@@ -181,13 +204,20 @@ class DdimOptions:
         default=0.0, metadata={"help": "share of fresh noise: 0 none, 1 that of ancestral sampling"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
             raise ValueError("eta must be in [0, 1]")
 
 
 @SAMPLERS.register("ddim", options=DdimOptions)
-def ddim(denoise, x, path, noise, watch=no_watch, eta=0.0):
+def ddim(
+    denoise: Denoise,
+    x: Tensor,
+    path: Trajectory,
+    noise: Noise,
+    watch: Watch = no_watch,
+    eta: float = 0.0,
+) -> Tensor:
     """DDIM (Song et al. 2020, arXiv 2010.02502, equations 12 and 16)."""
     for i, now, then in path.steps:
         predicted = denoise(x, now.timestep)
@@ -202,7 +232,9 @@ def ddim(denoise, x, path, noise, watch=no_watch, eta=0.0):
 
 
 @SAMPLERS.register("heun")
-def heun(denoise, x, path, noise, watch=no_watch):
+def heun(
+    denoise: Denoise, x: Tensor, path: Trajectory, noise: Noise, watch: Watch = no_watch
+) -> Tensor:
     """Heun's method on the probability-flow ODE, two evaluations a step but for the last: 2 S − 1.
 
     In the angle atan(sigma / alpha) the ODE is dx/dangle = v = alpha ε − sigma x_0. Karras et al. 2022 (arXiv
@@ -224,7 +256,9 @@ def heun(denoise, x, path, noise, watch=no_watch):
 
 
 @SAMPLERS.register("dpmpp_2m")
-def dpmpp_2m(denoise, x, path, noise, watch=no_watch):
+def dpmpp_2m(
+    denoise: Denoise, x: Tensor, path: Trajectory, noise: Noise, watch: Watch = no_watch
+) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2): second order, one evaluation a step.
 
     The first and the last step are of first order; with one step it is DDIM.

@@ -6,6 +6,7 @@ off by up to 5e-4, in bfloat16 they are exactly 0.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class NoiseSchedule:
 
     alphas_cumprod: Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         table = self.alphas_cumprod
         if table.dtype != torch.float64 or table.ndim != 1 or not len(table):
             raise ValueError("alphas_cumprod must be a float64 vector")
@@ -68,7 +69,7 @@ class NoiseSchedule:
 
 
 def build_schedule(
-    name: str, timesteps: int, zero_terminal_snr: bool = False, options=None
+    name: str, timesteps: int, zero_terminal_snr: bool = False, options: Any = None
 ) -> NoiseSchedule:
     """The registered schedule `name`, or "name:option=value,…", over `timesteps` ≥ 2 steps."""
     if timesteps < 2:
@@ -94,7 +95,7 @@ class SigmoidOptions:
     tau: float = field(default=0.7, metadata={"help": "temperature: smaller is steeper"})
     clamp_min: float = field(default=1e-5, metadata={"help": "least β"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.end <= self.start or self.tau <= 0 or not 0 < self.clamp_min < MAX_BETA:
             raise ValueError("needs start < end, tau > 0 and 0 < clamp_min < 0.999")
 
@@ -123,7 +124,7 @@ def sigmoid_beta_schedule(
 class CosineOptions:
     s: float = field(default=0.008, metadata={"help": "offset that keeps the first β from being 0"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.s <= 0:
             raise ValueError("s must be above 0: without it the first timestep has no noise")
 
@@ -144,7 +145,7 @@ class LinearOptions:
     first: float = field(default=1e-4, metadata={"help": "first β of 1,000 steps"})
     last: float = field(default=0.02, metadata={"help": "last β of 1,000 steps"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.first <= self.last < 1:
             raise ValueError("needs 0 < first ≤ last < 1")
 

@@ -52,7 +52,7 @@ class Images:
     skipped: list  # (name, reason) each
 
     @classmethod
-    def open(cls, path):
+    def open(cls, path: str | os.PathLike[str]) -> "Images":
         """The finished store in the folder ``path``; UserError where it is none, or damaged."""
         path = Path(path)
         meta = read_meta(path)

@@ -5,12 +5,15 @@ weight has its counterpart in diffusers' `UNet2DModel` (see export.py).
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import List, Optional
+from typing import Any, List, Optional, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -68,20 +71,20 @@ class UNet(nn.Module):
         self.condition = (
             nn.Linear(condition_size, embedding, bias=False) if condition_size else None
         )
-        settings = dict(
-            embedding=embedding,
-            groups=norm_groups(options.base_channels),
-            dropout=options.dropout,
-            scale_shift=options.scale_shift,
-        )
+        groups = norm_groups(options.base_channels)
 
-        def stage(blocks, attends):
+        def residual(n_in: int, n_out: int) -> ResidualBlock:
+            return ResidualBlock(
+                n_in, n_out, embedding, groups, options.dropout, options.scale_shift
+            )
+
+        def stage(blocks: Iterable[tuple[int, int]], attends: bool) -> nn.ModuleList:
             heads = options.head_channels
             return nn.ModuleList(
                 nn.ModuleList(
                     [
-                        ResidualBlock(i, o, **settings),
-                        *([Attention(o, heads, settings["groups"])] if attends else []),
+                        residual(i, o),
+                        *([Attention(o, heads, groups)] if attends else []),
                     ]
                 )
                 for i, o in blocks
@@ -99,9 +102,9 @@ class UNet(nn.Module):
             if level < len(widths) - 1:
                 self.shrink.append(nn.Conv2d(out, out, 3, stride=2, padding=1))
                 skips.append(out)
-        self.middle_1 = ResidualBlock(width, width, **settings)
-        self.middle_attention = Attention(width, options.head_channels, settings["groups"])
-        self.middle_2 = ResidualBlock(width, width, **settings)
+        self.middle_1 = residual(width, width)
+        self.middle_attention = Attention(width, options.head_channels, groups)
+        self.middle_2 = residual(width, width)
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         for level, out in reversed(list(enumerate(widths))):
             attends = height >> level in options.attention_resolutions
@@ -110,7 +113,7 @@ class UNet(nn.Module):
             width = out
             if level:
                 self.grow.append(nn.Conv2d(out, out, 3, padding=1))
-        self.norm_out = nn.GroupNorm(settings["groups"], first)
+        self.norm_out = nn.GroupNorm(groups, first)
         self.conv_out = zeroed(nn.Conv2d(first, out_channels, 3, padding=1))
 
     def forward(
@@ -132,6 +135,7 @@ class UNet(nn.Module):
         embedding = F.silu(embedding)
         x = self.conv_in(x)
         skips = [x]
+        blocks: Any  # to torch what a ModuleList holds is modules, whose lengths are not known
         for level, blocks in enumerate(self.down):
             for block in blocks:
                 x = run(block, x, embedding)
@@ -146,13 +150,22 @@ class UNet(nn.Module):
                 x = run(block, torch.cat([x, skips.pop()], 1), embedding)
             if level < len(self.grow):
                 x = self.grow[level](F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return out
 
 
 class ResidualBlock(nn.Module):
     """Two convolutions, the time embedding between them."""
 
-    def __init__(self, n_in, n_out, embedding, groups, dropout, scale_shift):
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        embedding: int,
+        groups: int,
+        dropout: float,
+        scale_shift: bool,
+    ):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm_1, self.conv_1 = nn.GroupNorm(groups, n_in), nn.Conv2d(n_in, n_out, 3, padding=1)
@@ -171,7 +184,8 @@ class ResidualBlock(nn.Module):
             h = self.norm_2(h) * (1 + scale) + shift
         else:
             h = self.norm_2(h + time)
-        return self.shortcut(x) + self.conv_2(self.dropout(F.silu(h)))
+        out: Tensor = self.shortcut(x) + self.conv_2(self.dropout(F.silu(h)))
+        return out
 
 
 class Attention(nn.Module):
@@ -192,7 +206,8 @@ class Attention(nn.Module):
             for layer in (self.query, self.key, self.value)
         )
         attended = attention(q, k, v).transpose(1, 2).flatten(2)
-        return x + self.out(attended).transpose(1, 2).view(b, c, height, width)
+        added: Tensor = self.out(attended).transpose(1, 2).view(b, c, height, width)
+        return x + added
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -227,10 +242,11 @@ def norm_groups(channels: int) -> int:
 
 def divisor(options: UNetOptions) -> int:
     """What height and width must be multiples of."""
-    return 2 ** (len(options.channel_mults) - 1)
+    factor: int = 2 ** (len(options.channel_mults) - 1)
+    return factor
 
 
-def zeroed(layer: nn.Module) -> nn.Module:
+def zeroed(layer: M) -> M:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

@@ -27,7 +27,7 @@ class PosteriorTables:
         self.on_x = ((1 - betas).sqrt() * (1 - before) / (1 - ac)).float()
         self.log_small, self.log_large = variance.log().float(), betas.log().float()
 
-    def to(self, device) -> "PosteriorTables":
+    def to(self, device: torch.device | str) -> "PosteriorTables":
         for name, table in vars(self).items():
             setattr(self, name, table.to(device))
         return self

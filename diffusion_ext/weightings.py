@@ -20,7 +20,8 @@ def loss_weights(name: str, objective: str, snr: Tensor) -> Tensor:
 
     name: registered, or "name:option=value,…".
     """
-    return WEIGHTINGS.bind(name)(snr, OBJECTIVES.get(objective).per_x0_error(snr))
+    weights: Tensor = WEIGHTINGS.bind(name)(snr, OBJECTIVES.get(objective).per_x0_error(snr))
+    return weights
 
 
 @WEIGHTINGS.register("none")
@@ -33,7 +34,7 @@ def unweighted(snr: Tensor, per_x0: Tensor) -> Tensor:
 class MinSnrOptions:
     gamma: float = field(default=5.0, metadata={"help": "largest weight of the error of x_0"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.gamma <= 0:
             raise ValueError("gamma must be above 0")
 
@@ -49,7 +50,7 @@ class P2Options:
     k: float = field(default=1.0, metadata={"help": "k of 1 / (k + SNR)^gamma"})
     gamma: float = field(default=1.0, metadata={"help": "gamma of 1 / (k + SNR)^gamma"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.k <= 0 or self.gamma < 0:
             raise ValueError("needs k > 0 and gamma ≥ 0")
 

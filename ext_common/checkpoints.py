@@ -14,7 +14,7 @@ from ext_common.cli import UserError
 OUR_PLUGINS = ("fairseq_ext", "diffusion_ext")
 
 
-def read_state(path: str | os.PathLike) -> dict[str, Any]:
+def read_state(path: str | os.PathLike[str]) -> Any:
     """What `torch.save` wrote, as plain dicts and tensors on the CPU.
 
     Nothing the file holds is run (weights_only). Tensors are mapped from the file: those that nobody looks
@@ -34,7 +34,7 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(reason) from error
 
 
-def why_unfit(state: Any, saved: Callable[[Mapping], bool], what: str) -> str | None:
+def why_unfit(state: Any, saved: Callable[[Mapping[str, Any]], bool], what: str) -> str | None:
     """The second half of a sentence about the content of a file; None for a checkpoint of the task.
 
     saved: whether a `task_state` is what the task saves; what: the job it is for.
@@ -52,8 +52,8 @@ def why_unfit(state: Any, saved: Callable[[Mapping], bool], what: str) -> str | 
 
 
 def build_network(
-    state: Mapping,
-    path: str | os.PathLike,
+    state: Mapping[str, Any],
+    path: str | os.PathLike[str],
     parts: Sequence[str],
     user_dir: str | None = None,
     own: Callable[[Mapping], Any] | None = None,
@@ -202,7 +202,7 @@ def plugin_of(state: Mapping, user_dir: str | None) -> str | None:
     return folder if folder and Path(folder).name not in OUR_PLUGINS else None
 
 
-def name_of(state: Mapping, part: str) -> str | None:
+def name_of(state: Mapping[str, Any], part: str) -> str | None:
     """The name of the task or model that a checkpoint was trained with, where it says so."""
     for source in (state.get("cfg"), state.get("args")):
         entry = source.get(part) if isinstance(source, Mapping) else getattr(source, part, None)
@@ -249,7 +249,7 @@ def usable_device(device: str) -> str:
     return device
 
 
-def last_checkpoint(save_dir: str | os.PathLike) -> str:
+def last_checkpoint(save_dir: str | os.PathLike[str]) -> str:
     """What is left of a training that stops, in words."""
     path = Path(save_dir) / "checkpoint_last.pt"
     return (

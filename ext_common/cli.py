@@ -115,7 +115,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**kwargs)
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
@@ -200,7 +200,7 @@ def from_args(cls: type, args: argparse.Namespace) -> Any:
         raise UsageError(str(error)) from error
 
 
-def _argparse_type(field: dataclasses.Field, kind: Any) -> Callable[[str], Any]:
+def _argparse_type(field: dataclasses.Field[Any], kind: Any) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         try:
             return parse_option(field, kind, text)
@@ -213,7 +213,7 @@ def _argparse_type(field: dataclasses.Field, kind: Any) -> Callable[[str], Any]:
 # --- typed values of option dataclasses, shared with the registry ------------------------------
 
 
-def option_fields(cls: type) -> list[tuple[dataclasses.Field, Any]]:
+def option_fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
     """(field, resolved type) for each init field; a field without ``help`` raises ValueError."""
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise TypeError(f"options must be a dataclass, got {cls!r}")
@@ -225,7 +225,7 @@ def option_fields(cls: type) -> list[tuple[dataclasses.Field, Any]]:
     return [(field, hints[field.name]) for field in fields]
 
 
-def field_default(field: dataclasses.Field) -> Any:
+def field_default(field: dataclasses.Field[Any]) -> Any:
     """The default of a field, ``dataclasses.MISSING`` where it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
@@ -243,7 +243,7 @@ def show_value(value: Any) -> str:
     return str(value)
 
 
-def parse_option(field: dataclasses.Field, kind: Any, value: Any) -> Any:
+def parse_option(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     """``value`` (text or already typed) as the type of ``field``; OptionError names the field."""
     try:
         parsed = _parse(kind, value)

@@ -120,8 +120,8 @@ def check_python(specifier: str) -> Iterator[Finding]:
     else:
         yield Finding(
             "broken",
-            f"Python {version} is outside {specifier}: remove .venv, install Python 3.11 or 3.12"
-            " and run bash scripts/setup.sh",
+            f"Python {version} is outside {specifier}: remove .venv and run bash scripts/setup.sh,"
+            " which finds or fetches one that fits",
         )
 
 
@@ -256,8 +256,9 @@ def probe(names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
             )
             output, ended = done.stdout, _how_ended(done.returncode)
         except subprocess.TimeoutExpired as error:
-            output, ended = error.stdout or "", f"no end within {_TIMEOUT} s"
-            output = output.decode() if isinstance(output, bytes) else output
+            said = error.stdout or ""
+            output = said.decode() if isinstance(said, bytes) else said
+            ended = f"no end within {_TIMEOUT} s"
         answered = []
         for line in output.splitlines():
             try:
@@ -297,7 +298,7 @@ def _how_ended(code: int) -> str:
 
 def _distribution_folder(name: str) -> Path | None:
     try:
-        return Path(metadata.distribution(name).locate_file("")).resolve()
+        return Path(str(metadata.distribution(name).locate_file(""))).resolve()
     except metadata.PackageNotFoundError:
         return None
 

@@ -31,27 +31,28 @@ class Wanted:
 class OwnBatches:
     """For a task that says what its batches are: `batches_of`; how they become an epoch is said here."""
 
+    cfg: Any  # of the task
     passed_on: ClassVar[tuple[str, ...]] = ()  # of fairseq's options for the order of batches
 
-    def batches_of(self, dataset: Any, wanted: Wanted) -> Sequence:
+    def batches_of(self, dataset: Any, wanted: Wanted) -> Sequence[Any]:
         """Lists of indices, those of all processes, in an order that fairseq shuffles for training."""
         raise NotImplementedError
 
     def get_batch_iterator(
         self,
-        dataset,
-        max_tokens=None,
-        max_sentences=None,
-        max_positions=None,
-        ignore_invalid_inputs=False,
-        seed=1,
-        num_shards=1,
-        shard_id=0,
-        num_workers=0,
-        epoch=1,
-        data_buffer_size=0,
-        **more,
-    ):
+        dataset: Any,
+        max_tokens: int | None = None,
+        max_sentences: int | None = None,
+        max_positions: Any = None,
+        ignore_invalid_inputs: bool = False,
+        seed: int = 1,
+        num_shards: int = 1,
+        shard_id: int = 0,
+        num_workers: int = 0,
+        epoch: int = 1,
+        data_buffer_size: int = 0,
+        **more: Any,
+    ) -> Any:
         """fairseq's, without its traps: nothing is dropped to round a batch to a multiple of 8, batches are
         those of the epoch after a resume too, and workers see the epoch they work for."""
         wanted = Wanted(
@@ -69,7 +70,7 @@ class OwnBatches:
             **{name: more[name] for name in self.passed_on if name in more},
         )
 
-    def full_updates(self, dataset: Any, size: int, wanted: Wanted) -> list:
+    def full_updates(self, dataset: Any, size: int, wanted: Wanted) -> list[Any]:
         """`full_batches` of ``size``, with `--update-freq` and `--epoch-updates` of this task."""
         freq = update_freq(self.cfg.update_freq, wanted.epoch)
         return full_batches(
@@ -77,7 +78,7 @@ class OwnBatches:
         )
 
 
-def epoch_of(dataset: Any, batches: Sequence, data_buffer_size: int, **options: Any):
+def epoch_of(dataset: Any, batches: Sequence[Any], data_buffer_size: int, **options: Any) -> Any:
     """The iterator over ``batches`` (lists of indices) that a task's `get_batch_iterator` returns.
 
     options: seed, num_shards, shard_id, num_workers, epoch, … of `EpochBatchIterator`.
@@ -93,7 +94,9 @@ def epoch_of(dataset: Any, batches: Sequence, data_buffer_size: int, **options: 
     )
 
 
-def full_batches(dataset: Any, size: int, shards: int, freq: int, epoch: int, updates: int) -> list:
+def full_batches(
+    dataset: Any, size: int, shards: int, freq: int, epoch: int, updates: int
+) -> list[Any]:
     """Batches of ``size`` of a dataset whose epochs are streams: every update is full.
 
     shards: processes; freq: batches an update; updates: an epoch has at least so many. All processes and
@@ -105,7 +108,7 @@ def full_batches(dataset: Any, size: int, shards: int, freq: int, epoch: int, up
     return in_order(dataset, size)
 
 
-def in_order(dataset: Any, size: int) -> list:
+def in_order(dataset: Any, size: int) -> list[Any]:
     """Batches of ``size`` in the dataset's own order."""
     order = dataset.ordered_indices()
     return [order[i : i + size].tolist() for i in range(0, len(order), size)]

@@ -39,7 +39,7 @@ _DISTRIBUTIONS = (
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under ``path`` only when the block ends without an exception.
 
     ``mode`` is "w" (UTF-8, newlines as written) or "wb". The temporary file lies in the same
@@ -48,7 +48,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"mode must be 'w' or 'wb', got {mode!r}")
-    text = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
+    text: dict[str, Any] = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, "is a folder, expected a file", os.fspath(path))
     if os.path.exists(path) and not os.path.isfile(path):
@@ -75,14 +75,14 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     sync_folder(path.parent)
 
 
-def clear_temporary(path: str | os.PathLike) -> None:
+def clear_temporary(path: str | os.PathLike[str]) -> None:
     """Remove what killed writers of ``path`` left; only where nobody can be writing it now."""
     path = Path(path)
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         temporary.unlink(missing_ok=True)
 
 
-def sync_folder(folder: str | os.PathLike) -> None:
+def sync_folder(folder: str | os.PathLike[str]) -> None:
     """Make renames inside ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -93,7 +93,7 @@ def sync_folder(folder: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-def atomic_json(path: str | os.PathLike, obj: Any) -> None:
+def atomic_json(path: str | os.PathLike[str], obj: Any) -> None:
     """Write ``obj`` as indented JSON, whole or not at all.
 
     Paths, dataclasses, numpy scalars and arrays become plain JSON; a number that is not finite
@@ -104,7 +104,7 @@ def atomic_json(path: str | os.PathLike, obj: Any) -> None:
         file.write(text + "\n")
 
 
-def check_writable(output: str | os.PathLike) -> None:
+def check_writable(output: str | os.PathLike[str]) -> None:
     """UsageError, before the work is done, where no file can be written to `output`."""
     path = Path(os.path.realpath(output))
     if path.is_dir():
@@ -116,7 +116,7 @@ def check_writable(output: str | os.PathLike) -> None:
         raise UserError(f"{output} cannot be written: there is no permission to write in {above}")
 
 
-def beside(output: str | os.PathLike, what: str) -> Path:
+def beside(output: str | os.PathLike[str], what: str) -> Path:
     """Where what belongs to an output lies: `predictions.csv`, "metrics.json" → `predictions.metrics.json`.
 
     Only .csv and .npz are left out, so that `test.en` and `test.zh`, or two runs in one folder, keep theirs.
@@ -132,13 +132,13 @@ def user_cache(*parts: str) -> Path:
     return Path(base, *parts)
 
 
-def sha256_file(path: str | os.PathLike) -> str:
+def sha256_file(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def known_sha256(path: str | os.PathLike) -> str:
+def known_sha256(path: str | os.PathLike[str]) -> str:
     """As :func:`sha256_file`, but what has not changed is read once, and a large file once for all programs.
 
     Unchanged is a file of the same :func:`identity`; digests of large ones are kept in the user's cache.
@@ -173,7 +173,7 @@ class Identity(NamedTuple):
     changed: int
 
 
-def identity(path: str | os.PathLike) -> Identity:
+def identity(path: str | os.PathLike[str]) -> Identity:
     """Which file and content a path leads to at this moment. OSError where there is none."""
     s = os.stat(path)
     return Identity(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
@@ -194,9 +194,9 @@ def versions() -> dict[str, str]:
 
 
 def write_manifest(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
-    inputs: Mapping[str, Any] | Iterable[str | os.PathLike],
+    inputs: Mapping[str, Any] | Iterable[str | os.PathLike[str]],
     counts: Mapping[str, Any],
     options: Any,
     seed: int | None,
@@ -230,7 +230,7 @@ def _plain(obj: Any) -> Any:
         return {f.name: _plain(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
     if isinstance(obj, Mapping):
         return {_key(key): _plain(value) for key, value in obj.items()}
-    if isinstance(obj, os.PathLike):
+    if isinstance(obj, os.PathLike[str]):
         return os.fspath(obj)
     if hasattr(obj, "tolist"):  # numpy scalars and arrays, tensors: no import needed to know them
         return _plain(obj.tolist())

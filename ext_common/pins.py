@@ -66,8 +66,7 @@ def satisfies(version: str, specifier: str) -> bool:
         ">": lambda a, b: a > b,
         "<": lambda a, b: a < b,
     }
-    for bound in filter(None, specifier.split(",")):
-        operator, text = re.match(r"\s*([<>=!~]+)\s*(.*)", bound).groups()
+    for operator, text in re.findall(r"([<>=!~]+)([^,]*)", specifier):
         limit = _release(text)
         width = max(len(have), len(limit))
         padded = [numbers + (0,) * (width - len(numbers)) for numbers in (have, limit)]

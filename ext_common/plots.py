@@ -10,9 +10,11 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ext_common.cli import Parser, UserError, run
@@ -22,7 +24,7 @@ from ext_common.trainlog import collect_curves, parse_log
 MAX_LEGEND = 20  # as many colours as tab20 has
 _MAX_NUMBERS = 30  # classes up to which a confusion matrix has room for its numbers
 _WORST_PAIRS = 15
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -31,7 +33,9 @@ _STYLE = {
 
 
 def learning_curve(
-    log: str | os.PathLike | Iterable[str], out_png: str | os.PathLike, metric: str = "accuracy"
+    log: str | os.PathLike[str] | Iterable[str],
+    out_png: str | os.PathLike[str],
+    metric: str = "accuracy",
 ) -> None:
     """Draw loss, ``metric`` and learning rate against updates from fairseq's log (path or lines).
 
@@ -61,7 +65,7 @@ def learning_curve(
         _save(figure, out_png)
 
 
-def _draw_curves(axis, key: str, subsets: dict[str, list[tuple[int, float]]]) -> None:
+def _draw_curves(axis: Axes, key: str, subsets: dict[str, list[tuple[int, float]]]) -> None:
     colours = {"train": "tab:blue", "valid": "tab:orange"}
     for subset, points in sorted(subsets.items()):
         x, y = zip(*points, strict=True)
@@ -86,7 +90,7 @@ def _draw_curves(axis, key: str, subsets: dict[str, list[tuple[int, float]]]) ->
 
 
 def confusion_matrix(
-    matrix: np.ndarray, names: Sequence[str], out_png: str | os.PathLike, title: str = ""
+    matrix: np.ndarray, names: Sequence[str], out_png: str | os.PathLike[str], title: str = ""
 ) -> None:
     """Draw counts (C, C), row = true, column = predicted class, and list the most confused pairs.
 
@@ -117,7 +121,7 @@ def confusion_matrix(
         _save(figure, out_png)
 
 
-def _draw_counts(axis, matrix: np.ndarray, names: Sequence[str]) -> None:
+def _draw_counts(axis: Axes, matrix: np.ndarray, names: Sequence[str]) -> None:
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     on_diagonal = np.eye(len(names), dtype=bool)
     colours = np.where(
@@ -146,7 +150,7 @@ def _draw_counts(axis, matrix: np.ndarray, names: Sequence[str]) -> None:
         edge.set_visible(False)
 
 
-def _draw_errors(axis, matrix: np.ndarray, names: Sequence[str]) -> None:
+def _draw_errors(axis: Axes, matrix: np.ndarray, names: Sequence[str]) -> None:
     count = len(names)
     totals = matrix.sum(1)
     tested = np.nonzero(totals)[0]
@@ -181,7 +185,7 @@ def _draw_errors(axis, matrix: np.ndarray, names: Sequence[str]) -> None:
     bar.ax.set_ylim(0, 1)
 
 
-def _draw_pairs(axis, pairs: list[tuple[str, str, float]]) -> None:
+def _draw_pairs(axis: Axes, pairs: list[tuple[str, str, float]]) -> None:
     places = np.arange(len(pairs))
     bars = axis.barh(places, [count for *_, count in pairs], color="tab:red", alpha=0.6)
     axis.bar_label(bars, fmt="%g", padding=2)
@@ -197,7 +201,7 @@ def _draw_pairs(axis, pairs: list[tuple[str, str, float]]) -> None:
 
 
 def scatter_2d(
-    points: np.ndarray, labels: Sequence, out_png: str | os.PathLike, title: str = ""
+    points: np.ndarray, labels: Sequence[Any], out_png: str | os.PathLike[str], title: str = ""
 ) -> None:
     """Draw ``points`` (N, 2) coloured by ``labels`` (N,); a legend for up to 20 different ones."""
     points = np.asarray(points)
@@ -214,7 +218,13 @@ def scatter_2d(
             chosen = points[indices == index]
             colour = _colour(index, len(names))
             axis.scatter(
-                *chosen.T, s=size, color=colour, alpha=0.8, linewidths=0, label=_short(name)
+                chosen[:, 0],
+                chosen[:, 1],
+                s=size,
+                color=colour,
+                alpha=0.8,
+                linewidths=0,
+                label=_short(name),
             )
         if legend:
             axis.legend(
@@ -227,7 +237,7 @@ def scatter_2d(
         _save(figure, out_png)
 
 
-def _colour(index: int, count: int):
+def _colour(index: int, count: int) -> tuple[float, float, float, float]:
     if count <= 10:
         return matplotlib.colormaps["tab10"](index)
     if count <= MAX_LEGEND:
@@ -236,7 +246,7 @@ def _colour(index: int, count: int):
     return matplotlib.colormaps["hsv"](index * 0.618034 % 1.0)
 
 
-def _save(figure: Figure, out: str | os.PathLike) -> None:
+def _save(figure: Figure, out: str | os.PathLike[str]) -> None:
     buffer = io.BytesIO()
     kind = Path(out).suffix.lstrip(".").lower()
     known = figure.canvas.get_supported_filetypes()

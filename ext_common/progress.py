@@ -8,14 +8,24 @@ import sys
 import time
 import typing
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 
 class Progress:
     """What :func:`progress` returns: an iterable, or a counter with ``update(n)``; a context."""
 
-    def __init__(self, items, total, desc, unit, stream, after, every, clock) -> None:
+    def __init__(
+        self,
+        items: Iterable[Any],
+        total: int | None,
+        desc: str,
+        unit: str,
+        stream: typing.TextIO,
+        after: float,
+        every: float,
+        clock: Callable[[], float],
+    ) -> None:
         self._items, self._total, self._desc, self._unit = items, total, desc, unit
         self._stream, self._every, self._clock = stream, every, clock
         self._start = clock()
@@ -78,7 +88,7 @@ class Progress:
 
 
 def progress(
-    items: Iterable | int,
+    items: Iterable[Any] | int,
     desc: str = "",
     unit: str = "items",
     *,
@@ -96,7 +106,7 @@ def progress(
     if isinstance(items, int):
         total, items = items, range(items)
     elif total is None:
-        total = len(items) if hasattr(items, "__len__") else None
+        total = len(items) if isinstance(items, Sized) else None
     return Progress(items, total, desc, unit, stream or sys.stderr, after, every, clock)
 
 

@@ -29,7 +29,7 @@ from ext_common.cli import (
     show_value,
 )
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Callable[..., Any])
 
 
 class UnknownName(UserError, ValueError):
@@ -41,7 +41,7 @@ class Registry:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._entries: dict[str, Callable] = {}
+        self._entries: dict[str, Callable[..., Any]] = {}
         self._options: dict[str, type | None] = {}
 
     def register(self, name: str, options: type | None = None) -> Callable[[T], T]:
@@ -73,7 +73,7 @@ class Registry:
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
-    def get(self, name: str) -> Callable:
+    def get(self, name: str) -> Any:
         """The registered function or class; raises UnknownName."""
         if name not in self._entries:
             near = did_you_mean(str(name), self._entries) or ";"
@@ -113,12 +113,12 @@ class Registry:
         """``entry(*args, **options, **kwargs)`` with ``options`` as :meth:`options` reads them."""
         return self._bound(name, options)(*args, **kwargs)
 
-    def bind(self, text: str) -> functools.partial:
+    def bind(self, text: str) -> functools.partial[Any]:
         """The entry that ``"name"`` or ``"name:key=value,key=value"`` describes, with its options."""
         name, _, options = text.partition(":")
         return self._bound(name.strip(), options)
 
-    def _bound(self, name: str, options: Any) -> functools.partial:
+    def _bound(self, name: str, options: Any) -> functools.partial[Any]:
         chosen = self.options(name, options)
         extra = {} if chosen is None else dataclasses.asdict(chosen)
         # not a lambda: a loading worker of a spawned process gets it pickled

@@ -11,9 +11,11 @@ again and goes on behind the last whole record.
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -31,7 +33,7 @@ class Entry(NamedTuple):
     record_id: str
     offset: int
     rows: int | None
-    note: dict
+    note: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ class Store:
     offsets: np.ndarray
     lengths: np.ndarray
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> np.ndarray:
         """Record ``index`` as a read-only view (length, *row_shape)."""
         start = self.offsets[index]
         return self.data[start : start + self.lengths[index]]
@@ -64,7 +66,15 @@ class StoreWriter:
     UserError where the folder holds a finished store, another key, or another process is writing.
     """
 
-    def __init__(self, directory, row_shape=(40,), dtype="float32", *, name="features", key=""):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        row_shape: Sequence[int] = (40,),
+        dtype: str = "float32",
+        *,
+        name: str = "features",
+        key: str = "",
+    ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.row_shape = tuple(int(n) for n in row_shape)
@@ -73,7 +83,7 @@ class StoreWriter:
         self.row_bytes = self.dtype.itemsize * int(np.prod(self.row_shape, dtype=np.int64))
         self.part, self.final, self.index, self.journal = store_paths(directory, name)
         self.done: list[Entry] = []
-        self._ids = set()
+        self._ids: set[str] = set()
         self._rows = 0
         self._unsynced = 0
         self._header = {
@@ -85,10 +95,10 @@ class StoreWriter:
         self._open()
 
     @property
-    def total_rows(self):
+    def total_rows(self) -> int:
         return self._rows
 
-    def append(self, record_id, array, note=None):
+    def append(self, record_id: str, array: np.ndarray, note: dict[str, Any] | None = None) -> int:
         """Write ``array`` (T, *row_shape) and return its offset in rows.
 
         Raises ValueError for another shape or dtype, or an id that is already there.
@@ -108,19 +118,19 @@ class StoreWriter:
             self.sync()
         return entry.offset
 
-    def skip(self, record_id, note):
+    def skip(self, record_id: str, note: dict[str, Any]) -> None:
         """Note that ``record_id`` was looked at and has no data."""
         self._check_new(record_id)
         self._log(Entry(record_id, self._rows, None, note))
 
-    def sync(self):
+    def sync(self) -> None:
         """Bring everything written so far to the disk; data before the line that vouches for it."""
         os.fsync(self._data.fileno())
         self._write_line({"sync": len(self.done)})
         os.fsync(self._lines.fileno())
         self._unsynced = 0
 
-    def finish(self):
+    def finish(self) -> None:
         """Write the index and rename the data into place; the rename of the data comes last."""
         self.sync()
         lengths = [entry.rows for entry in self.done if entry.rows is not None]
@@ -132,18 +142,18 @@ class StoreWriter:
         self.journal.unlink()
         self.close()
 
-    def close(self):
+    def close(self) -> None:
         """Release the files; what is written stays and a new writer continues behind it."""
         self._data.close()
         self._lines.close()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self):
+    def _open(self) -> None:
         if self.final.exists() and not self.journal.exists():
             raise self._finished()
         self._lines = os.fdopen(lock(self.journal, self.directory), "ab+", buffering=0)
@@ -186,7 +196,7 @@ class StoreWriter:
         os.truncate(self.journal, sum(len(line) for line in lines[: keep + 1]))
         os.truncate(self.part, self._rows * self.row_bytes)
 
-    def _trusted(self, lines):
+    def _trusted(self, lines: list[bytes]) -> tuple[list[Entry], int]:
         """Entries whose data is really there: what a sync line covers, then as far as the checksums
         agree.
         """
@@ -210,11 +220,11 @@ class StoreWriter:
                 keep = i + 1
         return entries, keep
 
-    def _check_new(self, record_id):
+    def _check_new(self, record_id: str) -> None:
         if record_id in self._ids:
             raise ValueError(f"{record_id} is already in the store")
 
-    def _log(self, entry, crc=None):
+    def _log(self, entry: Entry, crc: int | None = None) -> None:
         line = {"id": entry.record_id, "rows": entry.rows, "note": entry.note}
         if crc is not None:
             line["crc"] = crc
@@ -223,11 +233,11 @@ class StoreWriter:
         self._ids.add(entry.record_id)
         self._rows += entry.rows or 0
 
-    def _write_line(self, line):
+    def _write_line(self, line: dict[str, Any]) -> None:
         write_all(self._lines, json.dumps(line, ensure_ascii=True).encode() + b"\n")
 
 
-def open_store(directory, name="features"):
+def open_store(directory: str | os.PathLike[str], name: str = "features") -> Store:
     """The finished store in ``directory`` as a Store; UserError where it is missing, unfinished or
     cut short.
     """
@@ -257,7 +267,7 @@ def open_store(directory, name="features"):
     return Store(data, np.cumsum(lengths) - lengths, lengths)
 
 
-def discard(directory, name="features"):
+def discard(directory: str | os.PathLike[str], name: str = "features") -> None:
     """Delete the store in ``directory``, finished or not; UserError while it is being written."""
     part, final, index, journal = store_paths(directory, name)
     if not any(path.exists() for path in (part, final, index, journal)):
@@ -270,7 +280,7 @@ def discard(directory, name="features"):
         os.close(handle)
 
 
-def interrupted_key(directory, name="features"):
+def interrupted_key(directory: str | os.PathLike[str], name: str = "features") -> str | None:
     """The ``key`` of the unfinished store in ``directory``, None where nothing is written yet."""
     _, _, _, journal = store_paths(directory, name)
     try:
@@ -281,20 +291,25 @@ def interrupted_key(directory, name="features"):
     return json.loads(lines[0]).get("key") if len(lines) == 2 else None
 
 
-def store_paths(directory, name="features"):
+def store_paths(
+    directory: str | os.PathLike[str], name: str = "features"
+) -> tuple[Path, Path, Path, Path]:
     """(unfinished data, finished data, index, journal) of the store ``name`` in ``directory``."""
     directory = Path(directory)
-    return tuple(directory / f"{name}{end}" for end in (".bin.part", ".bin", ".json", ".journal"))
+    part, final, index, journal = (
+        directory / f"{name}{end}" for end in (".bin.part", ".bin", ".json", ".journal")
+    )
+    return part, final, index, journal
 
 
-def write_all(file, data):
+def write_all(file: RawIOBase, data: bytes) -> None:
     """Write all of ``data`` to an unbuffered file, which may take it in pieces."""
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]
 
 
-def whole_lines(content):
+def whole_lines(content: bytes) -> list[bytes]:
     """The lines of ``content`` (bytes) that end in a line feed and hold one JSON object, up to the
     first torn one.
     """

@@ -5,7 +5,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _JSON = re.compile(r"\{\"epoch\": .*\}")
 _SUMMARY = re.compile(r"epoch (\d+) \| (?:valid on '([^']*)' subset \| )?(\w[^|]* .*)")
@@ -30,7 +30,8 @@ def parse_log(lines: Iterable[str]) -> Iterator[Point]:
         if found := _JSON.search(line):
             point = _parse_json(found.group())
         elif found := _SUMMARY.search(line):
-            pairs = (part.strip().rpartition(" ")[::2] for part in found[3].split("|"))
+            parts = (part.strip().rpartition(" ") for part in found[3].split("|"))
+            pairs = [(key, value) for key, _, value in parts]
             point = _point(found[2] or "train", found[1], pairs)
         elif found := _INNER.search(line):
             pairs = re.findall(r"(\w+)=\s*([^,\]\s]+)", found[2])
@@ -46,14 +47,14 @@ def collect_curves(points: Iterable[Point]) -> dict[str, dict[str, list[tuple[in
 
     For training the lines inside epochs are used where there are any, else the epochs' means.
     """
-    found: dict = defaultdict(lambda: defaultdict(dict))
+    found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for point in points:
         if point.update is None:
             continue
         for key, value in point.stats.items():
             if math.isfinite(value):
                 found[key][point.subset][point.update] = value
-    curves: dict = {}
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for key, subsets in found.items():
         inner = subsets.pop("train_inner", None)
         if inner and len(inner) >= len(subsets.get("train", ())):
@@ -79,7 +80,7 @@ def _parse_json(text: str) -> Point | None:
     return _point(subset, epoch, record.items())
 
 
-def _point(subset: str, epoch, pairs: Iterable[tuple[str, object]]) -> Point:
+def _point(subset: str, epoch: int | str, pairs: Iterable[tuple[str, Any]]) -> Point:
     stats = {}
     for key, value in pairs:
         try:

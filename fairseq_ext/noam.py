@@ -60,14 +60,15 @@ class NoamSchedule(FairseqLRScheduler):
         _refuse_lr(cfg.lr, self.d_model, self.warmup)
         self.step_update(0)
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take ``best`` from the state of this or any other scheduler; there is nothing else."""
         self.best = state_dict.get("best")
 
     def step(self, epoch: int, val_loss: Optional[float] = None) -> float:
         """The end of an epoch changes nothing."""
         super().step(epoch, val_loss)
-        return self.optimizer.get_lr()
+        rate: float = self.optimizer.get_lr()
+        return rate
 
     def step_update(self, num_updates: int) -> float:
         """Set and return the rate of the update that follows ``num_updates`` of them."""
@@ -155,4 +156,5 @@ def get_rate(d_model: int, step_num: int, warmup_step: int) -> float:
         raise ValueError(f"step_num is {step_num}, it must be at least 1: the first update is 1")
     if warmup_step < 1:
         raise ValueError(f"warmup_step is {warmup_step}, it must be at least 1")
-    return d_model**-0.5 * min(step_num**-0.5, step_num * warmup_step**-1.5)
+    rate: float = d_model**-0.5 * min(step_num**-0.5, step_num * warmup_step**-1.5)
+    return rate

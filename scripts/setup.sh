@@ -3,8 +3,8 @@
 #
 #     bash scripts/setup.sh [EXTRA...]        e.g. bash scripts/setup.sh test demo
 #
-# Takes PYTHON where set, else the first Python 3.11 or 3.12 that runs. Safe to call every time:
-# does nothing until setup.cfg changes or a new extra is asked for.
+# Takes PYTHON where set, else the first Python 3.11 or 3.12 that runs, else one that uv fetches. Safe to
+# call every time: does nothing until setup.cfg changes or a new extra is asked for.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,6 +17,9 @@ fail() {
 suits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1; }
 has_venv() { "$1" -c 'import ensurepip, venv' >/dev/null 2>&1; }
 
+# Where uv keeps the Pythons that it fetched.
+fetched=${UV_PYTHON_INSTALL_DIR:-${XDG_DATA_HOME:-$HOME/.local/share}/uv/python}
+
 find_python() {
     local candidate found=
     if [ -n "${PYTHON:-}" ]; then
@@ -26,7 +29,8 @@ find_python() {
         return
     fi
     for candidate in python3.11 python3.12 python3 python /usr/bin/python3.1[12] \
-        /usr/local/bin/python3.1[12] "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[12].*/bin/python; do
+        /usr/local/bin/python3.1[12] "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[12].*/bin/python \
+        "$fetched"/cpython-3.1[12].*/bin/python3; do
         suits "$candidate" || continue
         found=$candidate
         has_venv "$candidate" || continue
@@ -35,9 +39,41 @@ find_python() {
     done
     [ -z "$found" ] || fail "$found cannot make environments: install its venv package" \
         "(Debian, Ubuntu: apt install python3-venv), or set PYTHON to another Python 3.11 or 3.12"
-    fail "no working Python 3.11 or 3.12 found: install one (pyenv install 3.11, or your system's" \
-        "package) or set PYTHON to its path"
+    fetch_python
 }
+
+# Debian 13, Ubuntu 26.04 and Fedora bring later versions only, for which there is no wheel of fairseq.
+fetch_python() {
+    local uv=uv other tools said
+    echo "setup: there is no Python 3.11 or 3.12 here, fetching 3.12 with uv" >&2
+    if ! uv --version >/dev/null 2>&1; then
+        for other in python3 python /usr/bin/python3; do
+            "$other" -c 'import sys; sys.exit(sys.version_info < (3, 8))' >/dev/null 2>&1 &&
+                has_venv "$other" && break
+            other=
+        done
+        [ -n "$other" ] || give_up "uv is not installed, and no python3 that could make an environment for it"
+        tools=$(mktemp -d)
+        # when the subshell of $(find_python) ends; by then the variable is gone
+        trap "rm -rf '$tools'" EXIT
+        said=$("$other" -m venv "$tools" 2>&1 && "$tools/bin/python" -m pip install -q uv 2>&1) ||
+            give_up "uv could not be fetched: $(last_line "$said")"
+        uv=$tools/bin/uv
+    fi
+    said=$(UV_PYTHON_INSTALL_DIR=$fetched "$uv" python install 3.12 2>&1) ||
+        give_up "uv could not fetch it: $(last_line "$said")"
+    for other in "$fetched"/cpython-3.12.*/bin/python3; do
+        suits "$other" && echo "$other" && return
+    done
+    give_up "uv put no Python 3.12 that runs into $fetched"
+}
+
+give_up() {
+    fail "no working Python 3.11 or 3.12 found, and fetching one needs the network ($1): install one" \
+        "(pyenv install 3.11, or your system's package) or set PYTHON to its path"
+}
+
+last_line() { sed -n '$s/^ *//p' <<<"$1"; }
 
 # Two of these at once (quickstart beside test) would install into one folder: the second waits.
 exec 9<.

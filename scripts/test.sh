@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Lint and tests; sets up what is missing first.
+# Lint, types and tests; sets up what is missing first.
 #
 #     bash scripts/test.sh [fast] [PYTEST ARGUMENT...]
 #
-# Runs ruff, the fast tests and then those marked slow; with `fast` as first word without the slow
+# Runs ruff, mypy, the fast tests and then those marked slow; with `fast` as first word without the slow
 # ones. Further arguments go to pytest: bash scripts/test.sh fast tests/speaker -k pooling
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -26,6 +26,7 @@ ran=
 
 $python -m ruff check . || failed+=("ruff check")
 $python -m ruff format --check . || failed+=("ruff format (mend with: $python -m ruff format .)")
+$python -m mypy || failed+=("mypy")
 # A process for each core, and a thread for each of these; a file stays in one process, as what its tests share
 # is made once a process.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

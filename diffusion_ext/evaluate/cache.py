@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -18,14 +19,14 @@ def cache_folder() -> Path:
     return user_cache("diffusion_ext", "statistics")
 
 
-def cache_key(kind: str, **parts) -> str:
+def cache_key(kind: str, **parts: Any) -> str:
     """Hex SHA-256 of ``kind`` and of everything the value depends on, as JSON."""
     text = json.dumps([kind, parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def cached(
-    folder: Path | None, kind: str, parts: Mapping, compute: Callable[[], Arrays]
+    folder: Path | None, kind: str, parts: Mapping[str, Any], compute: Callable[[], Arrays]
 ) -> tuple[Arrays, bool]:
     """(the arrays that ``compute`` gives, whether they were there already).
 
@@ -43,7 +44,8 @@ def cached(
     arrays = compute()
     try:
         with atomic_write(path, "wb") as file:
-            np.savez(file, **arrays)
+            named: dict[str, Any] = {**arrays}
+            np.savez(file, **named)
     except OSError:
         pass
     return arrays, False

@@ -29,7 +29,7 @@ class ClassifierOptions:
     updates: int = field(default=300, metadata={"help": "training steps of 64 images"})
     seed: int = field(default=1, metadata={"help": "seed of weights and order of the images"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("features", 1), ("updates", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}")
@@ -61,7 +61,8 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) → logits, float64 (B, classes)."""
         hidden = F.dropout(self.features(images), 0.25, self.training)
-        return self.out(hidden)
+        logits: Tensor = self.out(hidden)
+        return logits
 
 
 def train_classifier(
@@ -74,7 +75,8 @@ def train_classifier(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        model = Classifier(*pixels.shape[1:], options.features, classes).train()
+        channels, height, width = pixels.shape[1:]
+        model = Classifier(channels, height, width, options.features, classes).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(options.updates, 1))
         order = _order(len(pixels), options)

@@ -47,7 +47,12 @@ class Rows:
 
 
 def compare(
-    features: np.ndarray, reals: ImageSet, rows: Rows, extractor, cache: Path | None, options
+    features: np.ndarray,
+    reals: ImageSet,
+    rows: Rows,
+    extractor: Any,
+    cache: Path | None,
+    options: Any,
 ) -> tuple[dict[str, Any], bool]:
     """(distances of the samples' features (N, D), whether those of the real images were in the cache).
 
@@ -72,7 +77,7 @@ def compare(
         share = max(1, options.kid_subsets // draws)
         return averaged(pairs, options.seed, subsets=share, **settings)
 
-    def floor():
+    def floor() -> dict[str, np.ndarray]:
         pairs = progress(list(rows.pairs()), "floor", "pairs of sets")
         return averages(((real[a], real[b]) for a, b in pairs), rows.draws)
 
@@ -147,7 +152,7 @@ def statistics_parts(reals: ImageSet, rows: np.ndarray, extractor_key: str) -> d
 
 
 def class_counts(
-    extractor, images: np.ndarray, labels: np.ndarray, rows: Rows
+    extractor: Any, images: np.ndarray, labels: np.ndarray, rows: Rows
 ) -> dict[str, Any] | None:
     """How many samples a classifier sees in each class; None for other extractors.
 
@@ -155,11 +160,11 @@ def class_counts(
     variation, half the sum of absolute differences between the shares of the classes in the samples and in
     the real images, beside its floor.
     """
-    predict: Callable | None = getattr(extractor, "predict", None)
+    predict: Callable[..., Any] | None = getattr(extractor, "predict", None)
     if predict is None:
         return None
 
-    def counts(found):
+    def counts(found: np.ndarray) -> np.ndarray:
         return np.bincount(found, minlength=len(extractor.classes))
 
     ours = counts(predict(images))

@@ -9,7 +9,7 @@ image to the scores of the faces in it, each in [0, 1].
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -44,7 +44,7 @@ class DetectionOptions:
         metadata={"help": "images with a shorter side are enlarged to so many pixels; 0: never"},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold {self.threshold} must lie in [0, 1]")
         if self.detector_size < 0:
@@ -53,7 +53,8 @@ class DetectionOptions:
 
 def build_detector(text: str) -> Detector:
     """The detector that ``name`` or ``name:key=value,key=value`` describes. Raises UserError."""
-    return DETECTORS.bind(text)()
+    detector: Detector = DETECTORS.bind(text)()
+    return detector
 
 
 def detection_scores(detector: Detector, images: np.ndarray, size: int) -> np.ndarray:
@@ -140,7 +141,7 @@ def opencv_cascade(path: str, scale_factor: float, min_neighbors: int, min_size:
     if cascade is None or cascade.empty():
         raise UserError(f"{path} is no cascade file of OpenCV: give another one")
 
-    def detect(image):
+    def detect(image: Image.Image) -> list[float]:
         gray = cv2.equalizeHist(np.asarray(image.convert("L")))
         found = cascade.detectMultiScale(gray, scale_factor, min_neighbors, 0, (min_size, min_size))
         return [1.0] * len(found)
@@ -153,7 +154,7 @@ def drawn_face(side: int = 256) -> Image.Image:
     picture = Image.new("RGB", (side, side), (240, 240, 250))
     draw = ImageDraw.Draw(picture)
 
-    def oval(x, y, across, down, fill):
+    def oval(x: float, y: float, across: float, down: float, fill: Any) -> None:
         left, right, top, bottom = x - across, x + across, y - down, y + down
         draw.ellipse([side * edge for edge in (left, top, right, bottom)], fill=fill)
 

@@ -98,7 +98,7 @@ class PcaOptions:
         default=4000, metadata={"help": "real images, evenly spaced, that the axes are fitted on"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if min(self.components, self.fit - 1) < 1:
             raise ValueError("components must be at least 1 and fit at least 2")
 
@@ -111,20 +111,20 @@ def pca(reals: ImageSet, cache: Path | None, components: int, fit: int) -> Extra
     arrays, _ = cached(cache, "pca", parts, lambda: _principal(reals.flat[rows], components))
     mean, axes = arrays["mean"], arrays["axes"]
 
-    def compute(batch):
-        return (_flat(batch) - mean) @ axes
+    def compute(batch: np.ndarray) -> np.ndarray:
+        return np.asarray((_flat(batch) - mean) @ axes)
 
     name = f"pixels, {axes.shape[1]} principal components"
     return Extractor("pca", axes.shape[1], _label(name), cache_key("pca", **parts), compute)
 
 
 @EXTRACTORS.register("classifier", options=ClassifierOptions)
-def classifier(reals: ImageSet, cache: Path | None, **options) -> ClassifierExtractor:
+def classifier(reals: ImageSet, cache: Path | None, **given: Any) -> ClassifierExtractor:
     """Hidden layer of a small network trained on the classes of the real images.
 
     It is trained on those that are not held out, and its accuracy on the held-out ones is told.
     """
-    options = ClassifierOptions(**options)
+    options = ClassifierOptions(**given)
     if not reals.classes or (reals.labels < 0).any():
         raise UserError(
             f"{reals.name} has no classes for --extractor classifier: give a folder with a sub-folder "
@@ -139,7 +139,7 @@ def classifier(reals: ImageSet, cache: Path | None, **options) -> ClassifierExtr
     }
     count = len(reals.classes)
 
-    def fitted():
+    def fitted() -> dict[str, np.ndarray]:
         pixels = np.asarray(reals.pixels)[train]
         return weights_of(train_classifier(pixels, reals.labels[train], count, options))
 
@@ -147,11 +147,11 @@ def classifier(reals: ImageSet, cache: Path | None, **options) -> ClassifierExtr
     model = load_weights(Classifier(*reals.shape, options.features, count), arrays)
 
     @torch.inference_mode()
-    def compute(batch):
-        return model.features(torch.from_numpy(batch)).numpy()
+    def compute(batch: np.ndarray) -> np.ndarray:
+        return np.asarray(model.features(torch.from_numpy(batch)).numpy())
 
     @torch.inference_mode()
-    def predict(images):
+    def predict(images: np.ndarray) -> np.ndarray:
         blocks = (np.ascontiguousarray(images[i : i + BATCH]) for i in range(0, len(images), BATCH))
         return np.concatenate([model(torch.from_numpy(b)).argmax(1).numpy() for b in blocks])
 
@@ -182,9 +182,9 @@ def inception(reals: ImageSet, cache: Path | None, weights: Optional[str]) -> Ex
     network = load_inception(weights)
 
     @torch.inference_mode()
-    def compute(batch):
+    def compute(batch: np.ndarray) -> np.ndarray:
         (features,) = network.module(torch.from_numpy(batch).expand(-1, 3, -1, -1).contiguous())
-        return features.double().numpy()
+        return np.asarray(features.double().numpy())
 
     label, about = "FID", ""
     if not network.genuine:
@@ -224,11 +224,11 @@ def torchscript(reals: ImageSet, cache: Path | None, path: str, input: str) -> E
         ) from error
 
     @torch.inference_mode()
-    def compute(batch):
+    def compute(batch: np.ndarray) -> np.ndarray:
         images = torch.from_numpy(batch)
         if input == "signed":
             images = to_float(images)
-        return network(images).flatten(1).double().numpy()
+        return np.asarray(network(images).flatten(1).double().numpy())
 
     try:
         (dim,) = compute(np.asarray(reals.pixels[:2])).shape[1:]

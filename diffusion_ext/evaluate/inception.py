@@ -59,9 +59,10 @@ def load_network(path: Path) -> torch.nn.Module:
     try:
         # torch-fidelity unpickles whatever the file says; only what loads as weights goes there.
         torch.load(path, map_location="cpu", weights_only=True)
-        return FeatureExtractorInceptionV3(
+        network: torch.nn.Module = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
         )
+        return network
     # Unpickling a damaged or foreign file fails in many ways.
     except Exception as error:
         raise UserError(

@@ -4,11 +4,12 @@ Colour jitter that a network has learnt as part of the data widens the moments o
 mean image symmetric. Images are uint8 (N, C, H, W) with C = 1 or 3; values are in units of [0, 1].
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ext_common.cli import UserError
 
@@ -39,7 +40,9 @@ class LeakRow:
     z: float | None
 
 
-def leak_report(real, fake, seed: int = 1, resamples: int = RESAMPLES) -> list[LeakRow]:
+def leak_report(
+    real: ArrayLike, fake: ArrayLike, seed: int = 1, resamples: int = RESAMPLES
+) -> list[LeakRow]:
     """The leak meter: :func:`colour_moments` and asymmetry of samples beside raw real images.
 
     real, fake: uint8 (N, C, H, W) of one shape, the real ones not augmented. Standard errors are by bootstrap
@@ -73,19 +76,19 @@ def leak_report(real, fake, seed: int = 1, resamples: int = RESAMPLES) -> list[L
     return rows
 
 
-def colour_moments(images) -> dict[str, float]:
+def colour_moments(images: ArrayLike) -> dict[str, float]:
     """Moments of the colours of images (N, C, H, W), by name.
 
     For each channel mean, std and skewness over all pixels of all images; "brightness spread" and "contrast
     spread", how much the mean of an image and the std of its pixels differ between images (as std); for
     colour images also mean and spread of an image's saturation, (max − min) / max as in HSV.
     """
-    images = _images(images)
-    values = moments(_sums(images).mean(axis=0))
-    return dict(zip(moment_names(images.shape[1]), map(float, values), strict=True))
+    checked = _images(images)
+    values = moments(_sums(checked).mean(axis=0))
+    return dict(zip(moment_names(checked.shape[1]), map(float, values), strict=True))
 
 
-def left_right_asymmetry(images) -> float:
+def left_right_asymmetry(images: ArrayLike) -> float:
     """Root mean square of :func:`mirror_difference`, less what N random images owe to chance.
 
     0 where a mean image and its mirror image differ no more than by chance.
@@ -93,11 +96,11 @@ def left_right_asymmetry(images) -> float:
     return _asymmetry_of(*_asymmetry_sums(_images(images)))
 
 
-def mirror_difference(images) -> np.ndarray:
+def mirror_difference(images: ArrayLike) -> np.ndarray:
     """Mean image less its mirror image, float64 (C, H, W)."""
-    images = _images(images)
-    mean = sum(block.sum(axis=0) for block in _blocks(images)) / len(images)
-    return mean - mean[..., ::-1]
+    checked = _images(images)
+    mean = np.asarray(sum(block.sum(axis=0) for block in _blocks(checked)) / len(checked))
+    return np.asarray(mean - mean[..., ::-1])
 
 
 def moment_names(channels: int) -> list[str]:
@@ -124,8 +127,8 @@ def moments(means: np.ndarray) -> np.ndarray:
     return np.concatenate(out, axis=-1)
 
 
-def _images(images) -> np.ndarray:
-    images = np.asarray(images)
+def _images(given: ArrayLike) -> np.ndarray:
+    images = np.asarray(given)
     if images.ndim != 4 or images.shape[1] not in _CHANNELS or images.dtype != np.uint8:
         raise ValueError(f"images must be uint8 (N, 1 or 3, H, W), got {images.shape}")
     return images
@@ -155,10 +158,16 @@ def _sums(images: np.ndarray) -> np.ndarray:
 
 def _weights(count: int, resamples: int, random: np.random.Generator) -> np.ndarray:
     """How often each image is in each bootstrap resample, as shares, (resamples, count)."""
-    return random.multinomial(count, np.full(count, 1 / count), size=resamples) / count
+    drawn = random.multinomial(count, np.full(count, 1 / count), size=resamples)
+    return np.asarray(drawn / count)
 
 
-def _resampled(formula, rows: np.ndarray, resamples: int, random) -> list[Estimate]:
+def _resampled(
+    formula: Callable[[np.ndarray], np.ndarray],
+    rows: np.ndarray,
+    resamples: int,
+    random: np.random.Generator,
+) -> list[Estimate]:
     spread = formula(_weights(len(rows), resamples, random) @ rows).std(axis=0)
     return [
         Estimate(float(v), float(e)) for v, e in zip(formula(rows.mean(0)), spread, strict=True)
@@ -180,7 +189,8 @@ def _differences(images: np.ndarray) -> np.ndarray:
     """The left half of each image less its mirror image, float32 (N, C·H·(W // 2)): the right repeats it."""
     half = images.shape[-1] // 2
     right = images[..., ::-1][..., :half]
-    return ((images[..., :half].astype(np.float32) - right) / 255).reshape(len(images), -1)
+    left = images[..., :half].astype(np.float32)
+    return np.asarray((left - right) / 255).reshape(len(images), -1)
 
 
 def _asymmetry_sums(images: np.ndarray) -> tuple[float, float]:
@@ -191,11 +201,11 @@ def _asymmetry_sums(images: np.ndarray) -> tuple[float, float]:
     return squares / width, chance / width
 
 
-def _asymmetry_of(squares, chance) -> float:
+def _asymmetry_of(squares: float, chance: float) -> float:
     return float(np.sqrt(max(squares - chance, 0)))
 
 
-def _asymmetry(images: np.ndarray, resamples: int, random) -> Estimate:
+def _asymmetry(images: np.ndarray, resamples: int, random: np.random.Generator) -> Estimate:
     squares, chance = _asymmetry_sums(images)
     differences = _differences(images)
     width = images[0].size / 2

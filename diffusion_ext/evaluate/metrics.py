@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 _CELLS = 4_000_000  # of a matrix of distances or kernel values that is held at once
 
@@ -26,7 +27,7 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def frechet_distance(mean1, cov1, mean2, cov2) -> float:
+def frechet_distance(mean1: ArrayLike, cov1: ArrayLike, mean2: ArrayLike, cov2: ArrayLike) -> float:
     """Squared Fréchet distance of two Gaussians: |m1 − m2|² + tr(C1 + C2 − 2 (C1 C2)^½), at least 0.
 
     means: (D,); covariances: (D, D), symmetric and positive semi-definite, singular ones included.
@@ -34,21 +35,17 @@ def frechet_distance(mean1, cov1, mean2, cov2) -> float:
     the root is the sum of the singular values of C1^½ C2^½, the roots of the eigenvalues of the symmetric
     product C1^½ C2 C1^½: never complex, and without the root's amplification of rounding near zero.
     """
-    mean1, mean2 = (np.asarray(mean, dtype=np.float64) for mean in (mean1, mean2))
-    cov1, cov2 = (np.atleast_2d(np.asarray(cov, dtype=np.float64)) for cov in (cov1, cov2))
-    dim = mean1.size
-    if (
-        mean1.shape != (dim,)
-        or mean2.shape != (dim,)
-        or not (cov1.shape == cov2.shape == (dim, dim))
-    ):
-        shapes = [array.shape for array in (mean1, cov1, mean2, cov2)]
+    m1, m2 = (np.asarray(mean, dtype=np.float64) for mean in (mean1, mean2))
+    c1, c2 = (np.atleast_2d(np.asarray(cov, dtype=np.float64)) for cov in (cov1, cov2))
+    dim = m1.size
+    if m1.shape != (dim,) or m2.shape != (dim,) or not (c1.shape == c2.shape == (dim, dim)):
+        shapes = [array.shape for array in (m1, c1, m2, c2)]
         raise ValueError(f"means must be (D,) and covariances (D, D), got {shapes}")
-    shared = np.linalg.svd(_root(cov1) @ _root(cov2), compute_uv=False).sum()
-    return _frechet(mean1 - mean2, np.trace(cov1), np.trace(cov2), shared)
+    shared = np.linalg.svd(_root(c1) @ _root(c2), compute_uv=False).sum()
+    return _frechet(m1 - m2, np.trace(c1), np.trace(c2), shared)
 
 
-def frechet_of(features_a, features_b) -> float:
+def frechet_of(features_a: ArrayLike, features_b: ArrayLike) -> float:
     """:func:`frechet_distance` of the means and unbiased covariances of features (N, D) and (M, D).
 
     Where one set has fewer rows than columns, from the smaller (N, M) product of the centred features instead
@@ -68,7 +65,9 @@ def frechet_of(features_a, features_b) -> float:
     return _frechet(mean_a - mean_b, np.vdot(a, a), np.vdot(b, b), shared)
 
 
-def kid(a, b, subsets: int = 100, subset_size: int = 1000, seed: int = 1) -> Kid:
+def kid(
+    a: ArrayLike, b: ArrayLike, subsets: int = 100, subset_size: int = 1000, seed: int = 1
+) -> Kid:
     """Unbiased squared MMD of features (N, D) and (M, D) under the kernel (x·y / D + 1)³.
 
     Bińkowski et al. 2018, section 4: mean and spread over random subsets drawn without replacement from each
@@ -96,7 +95,7 @@ def mmd2(x: np.ndarray, y: np.ndarray) -> float:
     return within_x + within_y - 2 * _kernel_sum(x, y) / (m * n)
 
 
-def precision_recall(real, fake, k: int = 3) -> PrecisionRecall:
+def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3) -> PrecisionRecall:
     """Precision: share of samples within the real images' manifold; recall: the reverse.
 
     real: (N, D); fake: (M, D). The manifold of a set is the union of balls around each member that reach to
@@ -156,8 +155,8 @@ def squared_distances(queries: np.ndarray, bank: np.ndarray) -> Iterator[tuple[i
         yield start, np.maximum(out, 0, out=out)
 
 
-def _features(array) -> np.ndarray:
-    array = np.asarray(array, dtype=np.float64)
+def _features(given: ArrayLike) -> np.ndarray:
+    array = np.asarray(given, dtype=np.float64)
     if array.ndim != 2:
         raise ValueError(f"features must be (N, D), got {array.shape}")
     return array
@@ -172,13 +171,16 @@ def _root(cov: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh((cov + cov.T) / 2)
     # What rounding leaves of a zero eigenvalue would come back from the root eight digits larger.
     values[values < len(values) * np.finfo(float).eps * max(values[-1], 0)] = 0
-    return (vectors * np.sqrt(values)) @ vectors.T
+    root: np.ndarray = (vectors * np.sqrt(values)) @ vectors.T
+    return root
 
 
 def _short(centred: np.ndarray) -> np.ndarray:
     """A matrix (min(N, D), D) with the same product AᵀA: the side that is longer is taken away."""
     rows, columns = centred.shape
-    return centred if rows <= columns else np.linalg.qr(centred, mode="r")
+    if rows <= columns:
+        return centred
+    return np.asarray(np.linalg.qr(centred, mode="r"))
 
 
 def _frechet(difference: np.ndarray, trace1: float, trace2: float, shared: float) -> float:

@@ -6,6 +6,7 @@ On any vectors (N, D): raw pixels, where a copy is at 0, or features. uint8 is f
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from diffusion_ext.evaluate.metrics import squared_distances
 
@@ -38,7 +39,9 @@ class Memorisation(NamedTuple):
     train: int
 
 
-def nearest_neighbours(queries, bank, exclude=None) -> Neighbours:
+def nearest_neighbours(
+    queries: ArrayLike, bank: ArrayLike, exclude: ArrayLike | None = None
+) -> Neighbours:
     """The row of bank (M, D) nearest to each of queries (N, D); of equal ones the first.
 
     exclude: int (N,), a row of the bank that is not considered for each query: itself, among its own kind.
@@ -62,7 +65,7 @@ def nearest_neighbours(queries, bank, exclude=None) -> Neighbours:
     return Neighbours(distances, indices)
 
 
-def memorisation(fake, train, held_out) -> Memorisation:
+def memorisation(fake: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> Memorisation:
     """Whether ``fake`` (N, D) lies nearer to ``train`` (M, D) than the unseen ``held_out`` (K, D) does.
 
     Only against held-out images of the same source can a distance be called small. ValueError where a set is
@@ -86,7 +89,7 @@ def memorisation(fake, train, held_out) -> Memorisation:
     )
 
 
-def _authentic(found: Neighbours, train) -> np.ndarray:
+def _authentic(found: Neighbours, train: np.ndarray) -> np.ndarray:
     near, back = np.unique(found.indices, return_inverse=True)
     spacing = nearest_neighbours(np.asarray(train)[near], train, exclude=near).distances
-    return found.distances > spacing[back]
+    return np.asarray(found.distances > spacing[back])

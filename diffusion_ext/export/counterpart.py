@@ -81,7 +81,8 @@ def head_widths(net: UNet) -> list[int]:
 def unet2d_options(net: UNet, height: int, width: int) -> dict[str, Any]:
     """Arguments of `UNet2DModel` for images of height × width pixels."""
     options, heads = net.options, head_widths(net)
-    attends = [len(stage[0]) > 1 for stage in net.down]
+    stages: Any = net.down  # a ModuleList of ModuleLists, which torch types as modules
+    attends = [len(stage[0]) > 1 for stage in stages]
     return dict(
         sample_size=height if height == width else (height, width),
         in_channels=net.conv_in.in_channels,

@@ -67,7 +67,7 @@ def config_of(
     }
 
 
-def load_exported(folder: str | os.PathLike) -> UNet:
+def load_exported(folder: str | os.PathLike[str]) -> UNet:
     """The network in a folder written by `--format safetensors`, ready to use, on the CPU.
 
     UserError where a file is missing, damaged or of another program.
@@ -88,7 +88,7 @@ def load_exported(folder: str | os.PathLike) -> UNet:
     return net.eval().requires_grad_(False)
 
 
-def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What config.json of such a folder says: see `config_of`."""
     path = Path(folder) / CONFIG
     try:
@@ -102,7 +102,8 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         raise UserError(
             f"{path} was not written by this version of diffusion_ext.export: {_REMEDY}"
         )
-    return config
+    found: dict[str, Any] = config
+    return found
 
 
 def import_safetensors() -> Any:

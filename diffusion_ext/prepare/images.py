@@ -16,7 +16,7 @@ What is done to a file, in this order (POLICY is its version; a store decoded un
 import os
 import stat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -41,7 +41,7 @@ class Source(NamedTuple):
     mtime_ns: int
 
 
-def find_images(folder) -> list[str]:
+def find_images(folder: str | os.PathLike[str]) -> list[str]:
     """POSIX paths, relative to ``folder``, of all image files below it, sorted by code point.
 
     Known by extension, in any case. Hidden files and folders are skipped, links are followed.
@@ -50,7 +50,7 @@ def find_images(folder) -> list[str]:
     return [source.name for source in list_images(folder)]
 
 
-def list_images(folder) -> list[Source]:
+def list_images(folder: str | os.PathLike[str]) -> list[Source]:
     """As find_images, with what tells a changed file: nothing is opened, so 71,000 take a second."""
     folder = Path(folder)
     if not folder.exists():
@@ -62,7 +62,9 @@ def list_images(folder) -> list[Source]:
     return sorted(found)
 
 
-def decode_image(path, height: int, width: int, channels: int) -> np.ndarray:
+def decode_image(
+    path: str | os.PathLike[str], height: int, width: int, channels: int
+) -> np.ndarray:
     """The image in ``path`` as uint8 (channels, height, width); the module says how.
 
     channels: 1 or 3. Raises BadImage with the reason where that is not possible.
@@ -123,13 +125,13 @@ def cover(image: Image.Image, height: int, width: int) -> Image.Image:
         left, top = (w - width) // 2, (h - height) // 2
         return image.crop((left, top, left + width, top + height))
     box_w, box_h = min(w, width / scale), min(h, height / scale)
-    left, top = (w - box_w) / 2, (h - box_h) / 2
-    box = (left, top, min(w, left + box_w), min(h, top + box_h))
+    x, y = (w - box_w) / 2, (h - box_h) / 2
+    box = (x, y, min(w, x + box_w), min(h, y + box_h))
     kernel = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
     return image.resize((width, height), kernel, box=box)
 
 
-def _walk(folder: Path, prefix: str, above: frozenset, found: list[Source]) -> None:
+def _walk(folder: Path, prefix: str, above: frozenset[Any], found: list[Source]) -> None:
     try:
         status = os.stat(folder)
         here = (status.st_dev, status.st_ino)

@@ -5,8 +5,10 @@ be fetched, which is done only where download is true. Raises UserError.
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,7 +28,7 @@ class Labelled:
 
     pixels: np.ndarray
     labels: np.ndarray
-    classes: list
+    classes: list[Any]
 
 
 @IMAGE_DATASETS.register("digits")
@@ -89,16 +91,19 @@ def from_torchvision(name: str, cls: str, root: Path, download: bool) -> Labelle
     return Labelled(np.asarray(data.data), np.asarray(data.targets), classes)
 
 
-def dataset_recipe(name: str, options, root, download: bool) -> Recipe:
+def dataset_recipe(name: str, options: Any, root: str | os.PathLike[str], download: bool) -> Recipe:
     """What to make of a data set; its own size and channels where ``options`` leave them open."""
     data = IMAGE_DATASETS.get(name)(Path(root), download)
     colour = data.pixels.ndim == 4
     height, width = asked_size(options) or data.pixels.shape[1:3]
     channels = options.channels or (3 if colour else 1)
-    digest = hashlib.sha256(np.ascontiguousarray(data.pixels))
-    digest.update(np.asarray(data.labels, dtype=np.int64))
+    # buffers to hashlib, but not to mypy
+    pixels: Any = np.ascontiguousarray(data.pixels)
+    labels: Any = np.asarray(data.labels, dtype=np.int64)
+    digest = hashlib.sha256(pixels)
+    digest.update(labels)
 
-    def load(number):
+    def load(number: int) -> np.ndarray:
         return to_pixels(Image.fromarray(data.pixels[number]), height, width, channels)
 
     return Recipe(

@@ -1,7 +1,7 @@
 """What can be asked of images; the task's configuration may inherit from both dataclasses."""
 
 from dataclasses import dataclass, field
-from typing import List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 from ext_common.cli import OptionError
 
@@ -25,7 +25,7 @@ class StoreOptions:
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.max_bad <= 1:
             raise OptionError(f"max_bad {self.max_bad} must lie in [0, 1]")
 
@@ -52,7 +52,7 @@ class ImageOptions(StoreOptions):
         default=False, metadata={"help": "the sub-folder an image lies in is its class"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         asked_size(self)
         if self.channels not in (0, 1, 3):
@@ -68,11 +68,11 @@ class SplitOptions:
     )
     max_valid: int = field(default=1000, metadata={"help": "at most so many of them"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_split(self.valid_fraction, self.max_valid)
 
 
-def asked_size(options) -> Optional[Tuple[int, int]]:
+def asked_size(options: Any) -> Optional[Tuple[int, int]]:
     """(height, width) of the option image_size, None where it leaves that open."""
     size = list(options.image_size or [])
     if size in ([], [0]):

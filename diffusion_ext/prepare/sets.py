@@ -5,6 +5,7 @@ diffusion_ext.prepare.images, and never augmented; what is already decoded in an
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -65,7 +66,10 @@ class ImageSet:
         return self.pixels.reshape(len(self), -1)
 
 
-def open_samples(source) -> ImageSet:
+Given = str | os.PathLike[str] | np.ndarray | ImageSet
+
+
+def open_samples(source: Given) -> ImageSet:
     """Images to be judged, in the size they have.
 
     source: path or uint8 array (N, C, H, W). Of a folder of images every file must be usable and of one size.
@@ -84,7 +88,7 @@ def open_samples(source) -> ImageSet:
 
 
 def open_reals(
-    source, like: ImageSet, split: SplitOptions, store: StoreOptions | None = None
+    source: Given, like: ImageSet, split: SplitOptions, store: StoreOptions | None = None
 ) -> ImageSet:
     """Real images in the size and colours of ``like``; ``split`` says which are held out.
 
@@ -206,7 +210,7 @@ def _store_set(path: Path, images: Images, split: SplitOptions) -> ImageSet:
     )
 
 
-def _held_out(hashes, split: SplitOptions | None) -> np.ndarray:
+def _held_out(hashes: Sequence[str], split: SplitOptions | None) -> np.ndarray:
     if split is None or len(hashes) < 2:
         return np.zeros(len(hashes), dtype=bool)
     return held_out(hashes, split.valid_fraction, split.max_valid)

@@ -152,7 +152,7 @@ class NoisedBeam(Beam):
 
     uses_draws = True
 
-    def __init__(self, beam, lenpen, drop: float, fill: float, shuffle: int) -> None:
+    def __init__(self, beam: int, lenpen: float, drop: float, fill: float, shuffle: int) -> None:
         super().__init__(beam, lenpen)
         self.noise = (drop, fill, shuffle)
 
@@ -169,7 +169,7 @@ class NoisedBeam(Beam):
 
 def make_mode(name: str, options: Any = None) -> Mode:
     """The mode of a name and ``"key=value,…"``; UnknownName, OptionError where there is none."""
-    mode = MODES.build(name, options=options)
+    mode: Mode = MODES.build(name, options=options)
     chosen = MODES.options(name, options)
     mode.name, mode.options = name, {} if chosen is None else asdict(chosen)
     return mode

@@ -6,7 +6,7 @@ SpeakerModel.from_checkpoint("CKPT/checkpoint_best.pt").identify("x.wav").speake
 """
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> type:
     # Not imported at once: the commands that need no model must start without it.
     if name == "SpeakerModel":
         from fairseq_ext.speaker.inference import SpeakerModel

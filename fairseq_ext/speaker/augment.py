@@ -10,7 +10,7 @@ is; rng a `numpy.random.Generator` that belongs to this crop alone.
 """
 
 from dataclasses import dataclass, field
-from typing import Callable, List, Sequence
+from typing import Any, Callable, List, Sequence
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class SpecAugmentOptions:
         default=0.1, metadata={"help": "largest width of each, as a share of the crop"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("freq_masks", "freq_width", "time_masks"):
             _check(self, name, 0, float("inf"))
         _check(self, "time_fraction", 0, 1)
@@ -58,7 +58,7 @@ class ChannelOptions:
         default=0.0, metadata={"help": "deviation of a smooth random response over frequency, dB"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self, "gain_db", 0, 100)
         _check(self, "tilt", 0, 0.99)
         _check(self, "ripple_db", 0, 100)
@@ -70,7 +70,7 @@ class NoiseOptions:
     snr_low: float = field(default=5.0, metadata={"help": "lowest signal-to-noise ratio, dB"})
     snr_high: float = field(default=20.0, metadata={"help": "highest signal-to-noise ratio, dB"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self, "p", 0, 1)
         _check(self, "snr_low", -100, self.snr_high)
 
@@ -81,13 +81,13 @@ class ReverbOptions:
         default=0.5, metadata={"help": "share of crops that get reverberation (--rir-dir)"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self, "p", 0, 1)
 
 
 @AUGMENTATIONS.register("specaugment", options=SpecAugmentOptions)
 def spec_augment(
-    x: np.ndarray, rng: np.random.Generator, context: Context, **options
+    x: np.ndarray, rng: np.random.Generator, context: Context, **options: Any
 ) -> np.ndarray:
     """SpecAugment (Park et al. 2019) filled with the mean of the training data: 0 is loud in log-mel."""
     o = SpecAugmentOptions(**options)
@@ -106,7 +106,7 @@ def spec_augment(
 
 @AUGMENTATIONS.register("channel", options=ChannelOptions)
 def random_channel(
-    x: np.ndarray, rng: np.random.Generator, context: Context, **options
+    x: np.ndarray, rng: np.random.Generator, context: Context, **options: Any
 ) -> np.ndarray:
     """Another loudness and microphone: gain, first-order tilt, smooth random response; one draw a crop."""
     o = ChannelOptions(**options)
@@ -117,12 +117,13 @@ def random_channel(
         knots = rng.normal(0, o.ripple_db, 5)
         place = np.linspace(0, 4, x.shape[1])
         response += np.interp(place, np.arange(5), knots)
-    return np.maximum(x + np.float32(np.log(10) / 10) * response.astype(np.float32), context.floor)
+    gain = np.float32(np.log(10) / 10) * response.astype(np.float32)
+    return np.asarray(np.maximum(x + gain, context.floor))
 
 
 @AUGMENTATIONS.register("noise", options=NoiseOptions)
 def random_noise(
-    x: np.ndarray, rng: np.random.Generator, context: Context, **options
+    x: np.ndarray, rng: np.random.Generator, context: Context, **options: Any
 ) -> np.ndarray:
     """A random stretch of the recordings under --noise-dir, at a random signal-to-noise ratio."""
     o = NoiseOptions(**options)
@@ -132,7 +133,7 @@ def random_noise(
         )
     if rng.random() >= o.p:
         return x
-    noise = context.noises[rng.integers(len(context.noises))]
+    noise = context.noises[int(rng.integers(len(context.noises)))]
     start = rng.integers(len(noise))
     rows = (start + np.arange(len(x))) % len(noise)
     return add_noise(x, noise[rows], rng.uniform(o.snr_low, o.snr_high))
@@ -140,7 +141,7 @@ def random_noise(
 
 @AUGMENTATIONS.register("reverb", options=ReverbOptions)
 def random_reverb(
-    x: np.ndarray, rng: np.random.Generator, context: Context, **options
+    x: np.ndarray, rng: np.random.Generator, context: Context, **options: Any
 ) -> np.ndarray:
     """A random room of the impulse responses under --rir-dir."""
     o = ReverbOptions(**options)
@@ -150,11 +151,11 @@ def random_reverb(
         )
     if rng.random() >= o.p:
         return x
-    rir = context.impulse_responses[rng.integers(len(context.impulse_responses))]
-    return np.maximum(reverberate(x, rir), np.float32(context.floor))
+    rir = context.impulse_responses[int(rng.integers(len(context.impulse_responses)))]
+    return np.asarray(np.maximum(reverberate(x, rir), np.float32(context.floor)))
 
 
-def build_augmentation(pipeline: str) -> List[Callable]:
+def build_augmentation(pipeline: str) -> List[Callable[..., Any]]:
     """'name:key=value,…;name' → the steps, each called as step(x, rng, context)."""
     parts = (part.strip() for part in (pipeline or "").split(";"))
     return [AUGMENTATIONS.bind(part) for part in parts if part]
@@ -163,13 +164,13 @@ def build_augmentation(pipeline: str) -> List[Callable]:
 def tilt_response_db(a: float, frequencies: np.ndarray, sample_rate: int) -> np.ndarray:
     """Power response of 1 − a·z^-1 at the given frequencies in Hz: 10 log10(1 − 2a cos ω + a²)."""
     w = 2 * np.pi * frequencies / sample_rate
-    return 10 * np.log10(1 - 2 * a * np.cos(w) + a * a)
+    return np.asarray(10 * np.log10(1 - 2 * a * np.cos(w) + a * a))
 
 
 def add_noise(x: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
     """Sum of mel powers at the given ratio of mean powers: log(e^x + g e^noise), both (T, n_mels)."""
     level = np.log(np.exp(x).mean() / np.exp(noise).mean()) - snr_db * np.log(10) / 10
-    return np.logaddexp(x, noise + np.float32(level))
+    return np.asarray(np.logaddexp(x, noise + np.float32(level)))
 
 
 def reverberate(x: np.ndarray, impulse_response: np.ndarray) -> np.ndarray:
@@ -186,7 +187,8 @@ def reverberate(x: np.ndarray, impulse_response: np.ndarray) -> np.ndarray:
     power = np.exp(x)
     n = len(x) + len(decay) - 1
     wet = np.fft.irfft(np.fft.rfft(power, n, axis=0) * np.fft.rfft(decay, n, axis=0), n, axis=0)
-    return np.log(np.maximum(wet[: len(x)], power * decay[0])).astype(np.float32)
+    loud = np.maximum(wet[: len(x)], power * decay[0])
+    return np.asarray(np.log(loud), dtype=np.float32)
 
 
 def change_speed(x: np.ndarray, factor: float, frames: int, frequencies: np.ndarray) -> np.ndarray:
@@ -215,7 +217,7 @@ def mel_frequencies(n_mels: int, f_min: float, f_max: float) -> np.ndarray:
     return 700 * (10 ** (mels / 2595) - 1)
 
 
-def _check(options, name: str, low: float, high: float) -> None:
+def _check(options: object, name: str, low: float, high: float) -> None:
     value = getattr(options, name)
     if not low <= value <= high:
         raise ValueError(f"{name} {value} is not between {low} and {high}")

@@ -7,7 +7,7 @@ is padding (the fast path: training crops have one length).
 """
 
 from dataclasses import dataclass, field
-from typing import List, Optional
+from typing import Any, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -64,14 +64,14 @@ class Encoder(nn.Module):
 
 
 @ENCODERS.register("conformer", options=EncoderOptions)
-def conformer(**options) -> Encoder:
+def conformer(**options: Any) -> Encoder:
     """Conformer blocks: half feed-forward, self-attention, convolution, half feed-forward."""
     o = EncoderOptions(**options)
     return Encoder([ConformerBlock(o) for _ in range(o.layers)])
 
 
 @ENCODERS.register("transformer", options=EncoderOptions)
-def transformer(**options) -> Encoder:
+def transformer(**options: Any) -> Encoder:
     """Pre-norm Transformer blocks: self-attention, feed-forward."""
     o = EncoderOptions(**options)
     return Encoder([TransformerBlock(o) for _ in range(o.layers)])
@@ -93,7 +93,8 @@ class ConformerBlock(nn.Module):
         x = x + self.attention(x, padding_mask)
         x = x + self.convolution(x, padding_mask)
         x = torch.add(x, self.ffn2(x), alpha=0.5)
-        return self.norm(x)
+        out: Tensor = self.norm(x)
+        return out
 
 
 class TransformerBlock(nn.Module):
@@ -106,7 +107,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
         x = x + self.attention(x, padding_mask)
-        return x + self.ffn(x)
+        out: Tensor = x + self.ffn(x)
+        return out
 
 
 class FeedForward(nn.Module):
@@ -120,7 +122,9 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.linear2(self.dropout(F.silu(self.linear1(self.norm(x))))))
+        hidden = self.dropout(F.silu(self.linear1(self.norm(x))))
+        out: Tensor = self.dropout(self.linear2(hidden))
+        return out
 
 
 class SelfAttention(nn.Module):
@@ -135,7 +139,8 @@ class SelfAttention(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
-        return self.dropout(self.attention(self.norm(x), padding_mask))
+        out: Tensor = self.dropout(self.attention(self.norm(x), padding_mask))
+        return out
 
 
 class MultiHeadAttention(nn.Module):
@@ -168,7 +173,8 @@ class MultiHeadAttention(nn.Module):
             y = self.dropout(scores.softmax(-1)) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+        out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+        return out
 
 
 class ConvolutionModule(nn.Module):
@@ -194,7 +200,8 @@ class ConvolutionModule(nn.Module):
         x = zero_padding(x, padding_mask)
         x = self.depthwise(x.transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
         x = self.norm(x) if isinstance(self.norm, nn.LayerNorm) else self.norm(x, padding_mask)
-        return self.dropout(self.pointwise2(F.silu(x)))
+        out: Tensor = self.dropout(self.pointwise2(F.silu(x)))
+        return out
 
 
 class MaskedBatchNorm(nn.Module):
@@ -209,6 +216,8 @@ class MaskedBatchNorm(nn.Module):
         self.eps, self.momentum = eps, momentum
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.running_mean: Tensor
+        self.running_var: Tensor
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 

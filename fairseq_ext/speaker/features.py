@@ -8,12 +8,17 @@ when first used, so that commands that only read features start at once.
 import functools
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Optional
+from typing import TYPE_CHECKING, Any, Optional, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ext_common.cli import UserError
+
+if TYPE_CHECKING:
+    from torchaudio.transforms import MelSpectrogram
 
 # Blocks bound the memory of a long recording: 3000 frames are 30 s, about 10 MB of spectrum.
 BLOCK_FRAMES = 3000
@@ -25,7 +30,7 @@ SILENCE_DB = -40.0
 class AudioError(UserError):
     """A recording that cannot be used; ``reason`` is a word or two to count by."""
 
-    def __init__(self, reason, message):
+    def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
 
@@ -58,7 +63,7 @@ class FeatureSpec:
         metadata={"help": "cut leading and trailing silence (40 dB below the loudest 25 ms)"},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("sample_rate", "n_fft", "win_length", "hop_length", "n_mels", "floor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -69,12 +74,12 @@ class FeatureSpec:
         if self.loudness_db is not None and not -100 <= self.loudness_db <= 0:
             raise ValueError(f"loudness_db {self.loudness_db} must lie in [-100, 0] dBFS")
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Plain dict, for JSON and checkpoints."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The reverse of to_dict; UserError naming keys that this version does not know."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
@@ -84,11 +89,16 @@ class FeatureSpec:
         return cls(**values)
 
     @property
-    def seconds_per_frame(self):
+    def seconds_per_frame(self) -> float:
         return self.hop_length / self.sample_rate
 
 
-def audio_features(path, spec, start=None, end=None):
+def audio_features(
+    path: str | os.PathLike[str],
+    spec: FeatureSpec,
+    start: float | None = None,
+    end: float | None = None,
+) -> np.ndarray:
     """Log-mel features of a recording, or of the cut from ``start`` to ``end`` (seconds) of it.
 
     Returns float32 (T, n_mels). Raises AudioError (a UserError) where the audio cannot be used.
@@ -101,7 +111,12 @@ def audio_features(path, spec, start=None, end=None):
     return log_mel(samples, spec)
 
 
-def load_audio(path, sample_rate, start=None, end=None):
+def load_audio(
+    path: str | os.PathLike[str],
+    sample_rate: int,
+    start: float | None = None,
+    end: float | None = None,
+) -> np.ndarray:
     """Samples of a recording or a cut of it, float32 (n,) mono, nominally in [-1, 1].
 
     Any format libsndfile reads; channels are averaged; other rates are resampled to
@@ -115,13 +130,13 @@ def load_audio(path, sample_rate, start=None, end=None):
 class Recording:
     """An open audio file that several cuts are read from. A context."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = str(path)
         if os.path.isfile(self.path) and not os.path.getsize(self.path):
             raise AudioError("empty", f"{path}: the file has no bytes")
         self._open()
 
-    def _open(self):
+    def _open(self) -> None:
         import soundfile
 
         try:
@@ -135,13 +150,13 @@ class Recording:
         self._block_start = 0
         self._block = np.zeros((0, self._file.channels), dtype=np.float32)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def read(self, start=None, end=None):
+    def read(self, start: float | None = None, end: float | None = None) -> np.ndarray:
         """float32 (n,) mono at the file's own rate; ``start`` and ``end`` in seconds."""
         import soundfile
 
@@ -161,11 +176,11 @@ class Recording:
             raise AudioError("nan", f"{self.path}: holds NaN or infinite samples")
         return np.ascontiguousarray(mono)
 
-    def _decode(self, first, last):
+    def _decode(self, first: int, last: int) -> np.ndarray:
         """(n, channels) samples from ``first`` to ``last``."""
         if self._file.format != "MP3":
             self._file.seek(first)
-            return self._file.read(last - first, dtype="float32", always_2d=True)
+            return np.asarray(self._file.read(last - first, dtype="float32", always_2d=True))
         # Seeking in an MP3 lands near, not on, what reading through gives, and even reading in
         # other pieces differs in the last bit: so always the same pieces from the start.
         if first < self._block_start:
@@ -182,7 +197,7 @@ class Recording:
             self._block_start = end
             self._block = self._file.read(DECODE_SAMPLES, dtype="float32", always_2d=True)
 
-    def _bounds(self, start, end):
+    def _bounds(self, start: float | None, end: float | None) -> tuple[int, int]:
         if self.frames <= 0:
             raise AudioError("empty", f"{self.path}: holds no samples")
         first = 0 if start is None else round(start * self.rate)
@@ -199,7 +214,9 @@ class Recording:
         return first, last
 
 
-def resample(samples, rate, target, path="audio"):
+def resample(
+    samples: np.ndarray, rate: int, target: int, path: str | os.PathLike[str] = "audio"
+) -> np.ndarray:
     """float32 (n,) at ``rate`` -> float32 (ceil(n * target / rate),), band-limited (torchaudio's
     default).
     """
@@ -212,10 +229,11 @@ def resample(samples, rate, target, path="audio"):
     import torchaudio
 
     with torch.inference_mode():
-        return torchaudio.functional.resample(torch.from_numpy(samples), rate, target).numpy()
+        resampled = torchaudio.functional.resample(torch.from_numpy(samples), rate, target)
+        return np.asarray(resampled.numpy())
 
 
-def log_mel(waveform, spec):
+def log_mel(waveform: ArrayLike, spec: FeatureSpec) -> np.ndarray:
     """Natural logarithm of the mel power spectrum of float (n,) samples at ``spec.sample_rate``.
 
     Returns float32 (T, n_mels), T = 1 + n // hop_length: frames are centred on multiples of the hop
@@ -244,7 +262,7 @@ def log_mel(waveform, spec):
 
 
 @functools.lru_cache(maxsize=4)
-def mel_transform(spec):
+def mel_transform(spec: FeatureSpec) -> "MelSpectrogram":
     """torchaudio's mel spectrogram for frames that are already padded; UserError for empty mel
     bands.
     """
@@ -282,7 +300,7 @@ def mel_transform(spec):
             )
 
 
-def condition(samples, spec):
+def condition(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
     """float32 (n,) samples with silence trimmed and loudness set where ``spec`` asks for it."""
     if spec.trim_silence:
         samples = trim_silence(samples, spec.sample_rate)
@@ -291,17 +309,24 @@ def condition(samples, spec):
     return samples
 
 
-def set_loudness(samples, loudness_db):
+def set_loudness(samples: np.ndarray, loudness_db: float) -> np.ndarray:
     """Samples scaled to an RMS of ``loudness_db`` dBFS: 20 log10(sqrt(mean(x^2))); silence stays
     silence.
     """
     rms = math.sqrt(float(np.mean(np.square(samples, dtype=np.float64)))) if len(samples) else 0.0
     if rms == 0.0:
         return samples
-    return (samples * (10.0 ** (loudness_db / 20.0) / rms)).astype(np.float32)
+    scaled: np.ndarray = samples * (10.0 ** (loudness_db / 20.0) / rms)
+    return scaled.astype(np.float32)
 
 
-def trim_silence(samples, sample_rate, threshold_db=SILENCE_DB, window=0.025, hop=0.010):
+def trim_silence(
+    samples: np.ndarray,
+    sample_rate: int,
+    threshold_db: float = SILENCE_DB,
+    window: float = 0.025,
+    hop: float = 0.010,
+) -> np.ndarray:
     """Samples without leading and trailing windows whose RMS is ``threshold_db`` below the loudest
     one's.
 
@@ -320,7 +345,7 @@ def trim_silence(samples, sample_rate, threshold_db=SILENCE_DB, window=0.025, ho
     return samples[starts[loud[0]] : ends[loud[-1]]]
 
 
-def reason_of(error):
+def reason_of(error: BaseException) -> str:
     """The last line of an exception's message, without the path that soundfile puts before it."""
     text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
     return text.split(": ", 1)[-1].rstrip(".")

@@ -4,7 +4,7 @@ Same parameters, same values to rounding as `F.dropout`, `nn.Linear` and `nn.Con
 worth is measured by benchmarks/speaker.py.
 """
 
-from typing import Tuple
+from typing import Any, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -74,13 +74,14 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and _plain_float_on_cpu(x, self.weight):
-            return _Depthwise.apply(x, self.weight, self.bias)
+            y: Tensor = _Depthwise.apply(x, self.weight, self.bias)
+            return y
         return super().forward(x)
 
 
 class _BitDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         dropped = round(p * 65536)
         keep = torch.empty(x.shape, dtype=torch.int8)
         torch.ge(random_bits(x.numel()).view(x.shape), dropped - 32768, out=keep)
@@ -89,19 +90,19 @@ class _BitDropout(torch.autograd.Function):
         return _masked(x, keep, ctx.scale)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None]:
         return _masked(grad, ctx.saved_tensors[0], ctx.scale), None
 
 
 class _Depthwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return F.conv2d(x, weight, bias, padding=(0, weight.shape[-1] // 2), groups=len(weight))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         channels, _, _, kernel = weight.shape
         reach = kernel // 2

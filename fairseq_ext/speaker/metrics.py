@@ -2,6 +2,7 @@
 
 import math
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -9,10 +10,11 @@ import numpy as np
 def in_top(ranked: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
     """bool (N,): is the label among the first `k` of `ranked` (N, K), class numbers, best first."""
     ranked, labels = np.asarray(ranked), np.asarray(labels)
-    return (ranked[:, :k] == labels[:, None]).any(axis=1)
+    hits: np.ndarray = (ranked[:, :k] == labels[:, None]).any(axis=1)
+    return hits
 
 
-def accuracy(hits: np.ndarray) -> dict:
+def accuracy(hits: np.ndarray) -> dict[str, Any]:
     """Correct, total, their ratio (None of nothing) and its 95 % interval, of bool (N,) `hits`."""
     correct, total = int(np.sum(hits)), len(hits)
     return {

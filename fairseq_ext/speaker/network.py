@@ -98,6 +98,8 @@ class SpeakerNetwork(nn.Module):
             raise ValueError(f"unknown pooled_layers {o.pooled_layers!r}: known are all, last")
         self.pooled_layers = o.pooled_layers
         # the statistics of the training data, set by the task and kept in the checkpoint
+        self.feature_mean: Tensor
+        self.feature_std: Tensor
         self.register_buffer("feature_mean", torch.zeros(n_mels))
         self.register_buffer("feature_std", torch.ones(n_mels))
         self.input = front_end(o, n_mels)
@@ -142,7 +144,7 @@ class LinearFrontEnd(nn.Module):
         self.stack = stack
         self.linear = Linear(n_mels * stack, d_model)
 
-    def forward(self, x: Tensor, padding_mask: Optional[Tensor]):
+    def forward(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
         x, padding_mask = stack_frames(x, padding_mask, self.stack)
         return self.linear(x), padding_mask
 
@@ -160,7 +162,7 @@ class ConvFrontEnd(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, stride=(1, 2), padding=1)
         self.linear = Linear(channels * -(-n_mels // 4), d_model)
 
-    def forward(self, x: Tensor, padding_mask: Optional[Tensor]):
+    def forward(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
         x = F.silu(self.conv1(x.unsqueeze(1)))
         if padding_mask is not None:
             padding_mask = padding_mask[:, ::2]

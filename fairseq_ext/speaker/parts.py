@@ -3,7 +3,7 @@
 from ext_common.cli import Parser, run
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """The command."""
     Parser(prog="python -m fairseq_ext.speaker.parts", description=__doc__).parse_args(argv)
     from fairseq_ext.speaker.augment import AUGMENTATIONS

@@ -58,7 +58,7 @@ class Corpus:
     one_way: bool = False
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> "Corpus":
+    def open(cls, path: str | os.PathLike[str]) -> "Corpus":
         """The corpus in a folder; UserError where there is none, or not the one described."""
         path = Path(path)
         if not path.is_dir():

@@ -10,6 +10,7 @@ import pytest
 # Answers for `python`, and writes down what pip would have been asked to do.
 STUB = """#!/usr/bin/env bash
 case "$*" in
+    "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     "-m pip --version") exit 0 ;;
     "-m pip install"*) echo "$*" >> pip.log; exit "${PIP_EXIT:-0}" ;;
     "-m ext_common.doctor"*) exit 0 ;;
@@ -92,3 +93,80 @@ def test_a_shim_that_fails_is_passed_over(checkout):
     assert (checkout / ".venv" / "bin" / "python").exists(), done.stderr
     assert (good / "calls").read_text().splitlines()[-1] == "-m venv .venv"
     assert "setup: making .venv with Python 3.1" in done.stdout
+
+
+# A Python later than 3.12: it can make an environment, into which pip brings uv where there is a network.
+LATER = """#!/usr/bin/env bash
+case "$*" in
+    *"(3, 11)"*) exit 1 ;;
+    *"(3, 8)"* | *ensurepip*) exit 0 ;;
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m pip install -q uv") [ -n "$ONLINE" ] || { echo "no such host" >&2; exit 1; }
+        cp "$ASIDE/uv" "$(dirname "$0")" ;;
+    *) exit 1 ;;
+esac
+"""
+UV = """#!/usr/bin/env bash
+case "$*" in
+    --version) exit 0 ;;
+    "python install 3.12") [ -n "$ONLINE" ] || { printf 'failed\\n  cause: no such host\\n' >&2; exit 1; }
+        place=$UV_PYTHON_INSTALL_DIR/cpython-3.12.9-linux/bin
+        mkdir -p "$place" && cp "$ASIDE/python3" "$place" ;;
+    *) exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def later(checkout):
+    """setup.sh on a machine with no Python but a later one: `later(*programs, online)`."""
+    shutil.rmtree(checkout / ".venv")
+    script = checkout / "scripts" / "setup.sh"
+    script.write_text(script.read_text().replace("/usr/", "/nowhere/"))
+    here, aside, scratch = (checkout / name for name in ("here", "aside", "scratch"))
+    for folder in (here, aside, scratch):
+        folder.mkdir()
+    for name in ("bash", "cat", "cp", "dirname", "env", "mkdir", "mktemp", "rm", "sed"):
+        (here / name).symlink_to(shutil.which(name))
+    for file, text in (
+        (checkout / "later", LATER),
+        (aside / "uv", UV),
+        (aside / "python3", STUB % sys.executable),
+    ):
+        file.write_text(text)
+        file.chmod(0o755)
+
+    def run(*programs, online=False):
+        shutil.rmtree(checkout / ".venv", ignore_errors=True)
+        for name, source in (("python3", checkout / "later"), ("uv", aside / "uv")):
+            (here / name).unlink(missing_ok=True)
+            if name in programs:
+                shutil.copy(source, here / name)
+        env = dict.fromkeys(("PYTHON", "PYENV_ROOT", "UV_PYTHON_INSTALL_DIR", "XDG_DATA_HOME"), "")
+        env |= {"PATH": str(here), "HOME": str(checkout / "home"), "TMPDIR": str(scratch)}
+        done, calls = setup(checkout, **env, ASIDE=str(aside), ONLINE="yes" if online else "")
+        assert not list(scratch.iterdir())
+        return done, calls
+
+    return run
+
+
+@pytest.mark.parametrize("programs", [("uv",), ("python3",), ("python3", "uv")])
+def test_where_there_are_later_pythons_only_one_is_fetched_once(later, programs):
+    done, calls = later(*programs, online=True)
+    assert (done.returncode, calls) == (0, ["."]), done.stderr
+    assert done.stderr == "setup: there is no Python 3.11 or 3.12 here, fetching 3.12 with uv\n"
+    again, calls = later()
+    assert (again.returncode, again.stderr, calls) == (0, "", ["."])
+
+
+@pytest.mark.parametrize("programs", [("uv",), ("python3",), ()])
+def test_where_nothing_can_be_fetched_one_sentence_says_so(later, programs):
+    done, calls = later(*programs)
+    reason = "no such host" if programs else "uv is not installed"
+    *_, error = lines = done.stderr.splitlines()
+    assert done.returncode == 1 and len(lines) == 2 and calls == []
+    assert error.startswith(
+        "error: no working Python 3.11 or 3.12 found, and fetching one needs the network"
+    )
+    assert reason in error and error.endswith("or set PYTHON to its path")

@@ -37,7 +37,7 @@ def fill(
     corpus: Corpus,
     synths: list[Synthetic],
     direction: tuple[str, str],
-    options,
+    options: Any,
     chain: FilterChain,
 ) -> dict[str, Any]:
     """Write everything but manifest.json into a new folder; returns the report.
@@ -136,7 +136,7 @@ def copy_held_out(corpus: Corpus, new: Corpus) -> None:
                 shutil.copyfile(f"{source}.{end}", f"{target}.{end}")
 
 
-def write_text(corpus: Corpus, new: Corpus, found: list[Found], work: Path, options) -> None:
+def write_text(corpus: Corpus, new: Corpus, found: list[Found], work: Path, options: Any) -> None:
     """text/train.*: copies of the bitext, then what is kept of each folder, its sources with the tag."""
     synthetic, real = new.languages
     columns = [
@@ -166,7 +166,7 @@ def write_ids(
     found: list[Found],
     synths: list[Synthetic],
     work: Path,
-    options,
+    options: Any,
     workers: int,
 ) -> dict[str, dict[str, int]]:
     """Ids of train: the bitext's own, and those of the synthetic pairs.
@@ -221,7 +221,7 @@ def make_report(
     found: list[Found],
     synths: list[Synthetic],
     tokens: dict[str, dict[str, int]],
-    options,
+    options: Any,
 ) -> dict[str, Any]:
     """What manifest.json keeps and the table shows."""
     removed = sum((one.removed for one in found), Counter())

@@ -40,13 +40,13 @@ def check_direction(synthetic: Synthetic, languages: Sequence[str]) -> tuple[str
                 f"{path}: the {side} text is {lang}, but the reverse model {does} {of_model}: generate "
                 "with the model of the other direction, or from the other text"
             )
-    found = tuple(_match(sides[side][0], languages) for side in ("synthetic", "real"))
-    if None in found or found[0] == found[1]:
+    written, real = (_match(sides[side][0], languages) for side in ("synthetic", "real"))
+    if written is None or real is None or written == real:
         raise UserError(
             f"{synthetic.path} is of {synthetic.real_lang} and {synthetic.synthetic_lang}, the bitext of "
             f"{' and '.join(languages)}: give synthetic text of the languages of the bitext"
         )
-    return found
+    return written, real
 
 
 def check_one_direction(directions: dict[str, tuple[str, str]]) -> tuple[str, str]:

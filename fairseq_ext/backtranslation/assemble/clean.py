@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import regex
@@ -112,9 +112,9 @@ class Found:
     name: str
     read: int = 0
     kept: int = 0
-    removed: Counter = field(default_factory=Counter)
-    reasons: Counter = field(default_factory=Counter)
-    places: array = field(default_factory=lambda: array("Q"))
+    removed: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    places: "array[int]" = field(default_factory=lambda: array("Q"))
     leaks: list[Row] = field(default_factory=list)
 
 
@@ -123,7 +123,7 @@ class Survey:
     """A random sample of a folder's usable (source, target) lines, and all their finite scores."""
 
     pairs: list[tuple[str, str]]
-    scores: array
+    scores: "array[float]"
 
 
 def survey(synthetic: Synthetic, want_scores: bool, seed: int) -> Survey:
@@ -208,8 +208,9 @@ def judge(rows: Sequence[Row], chain: FilterChain) -> list[tuple[str, str] | Non
                 verdicts[n] = name, reason
         alive = [n for n in alive if verdicts[n] is None]
     for n in alive:
-        if rows[n].leak:
-            verdicts[n] = LEAK, rows[n].leak
+        leak = rows[n].leak
+        if leak:
+            verdicts[n] = LEAK, leak
     return verdicts
 
 
@@ -258,19 +259,19 @@ def part_files(folder: Path, name: str) -> list[Path]:
     return [folder / f"{name}.{end}" for end in ("source", "target", "ids")]
 
 
-def count_reason(reasons: Counter, reason: str) -> None:
+def count_reason(reasons: Counter[str], reason: str) -> None:
     """Count a reason without its numbers; those that come late are counted together."""
     known = _NUMBER.sub("…", reason)
     reasons[known if known in reasons or len(reasons) < _REASONS else "other"] += 1
 
 
-def more_arguments(one: Callable, score: float | None) -> tuple:
+def more_arguments(one: Callable[..., Any], score: float | None) -> tuple[Any, ...]:
     return (score,) if getattr(one, "wants_score", False) else ()
 
 
-def is_stateful(one: Callable) -> bool:
+def is_stateful(one: Callable[..., Any]) -> bool:
     return getattr(one, "stateful", False)
 
 
-def is_raw(one: Callable) -> bool:
+def is_raw(one: Callable[..., Any]) -> bool:
     return getattr(one, "raw", False)

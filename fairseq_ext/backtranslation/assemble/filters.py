@@ -108,7 +108,7 @@ class RatioQuantile(LengthRatio):
     shorter ones, whose ratios are coarse, the slack is there. With fewer than 100 such pairs all stay.
     """
 
-    def __init__(self, languages, low: float, high: float, slack: float) -> None:
+    def __init__(self, languages: Sequence[str], low: float, high: float, slack: float) -> None:
         super().__init__(languages, factor=1.0, slack=slack, ratio=None)
         self.quantiles = low, high
         self.limits: tuple[float, float] | None = None
@@ -118,15 +118,16 @@ class RatioQuantile(LengthRatio):
         counts = [self._lengths(*pair) for pair in pairs]
         ratios = [t / s for s, t in counts if min(s, t) >= _CALIBRATION_UNITS]
         enough = len(ratios) >= _ENOUGH_PAIRS
-        self.limits = tuple(map(float, np.quantile(ratios, self.quantiles))) if enough else None
+        least, most = np.quantile(ratios, self.quantiles) if enough else (0.0, 0.0)
+        self.limits = (float(least), float(most)) if enough else None
 
     def __call__(self, source: str, target: str) -> str | None:
         if self.limits is None:
             return None
         (low, high), (s, t) = self.limits, self._lengths(source, target)
         # The slack counts on the side with the finer unit: a pair and its mirror image get one verdict.
-        source, target = (0.0, self.slack) if self.ratio >= 1 else (self.slack, 0.0)
-        if low * (s - source) - target <= t <= high * (s + source) + target:
+        a, b = (0.0, self.slack) if self.ratio >= 1 else (self.slack, 0.0)
+        if low * (s - a) - b <= t <= high * (s + a) + b:
             return None
         return f"lengths {s} and {t}, the bitext has {low:.2f} to {high:.2f} for one"
 
@@ -217,7 +218,7 @@ class RoundTrip:
     # not because of a memory: it is no work for processes, nor for a sample of the bitext
     stateful = True
 
-    def __init__(self, languages, min: float, beam: int) -> None:
+    def __init__(self, languages: Sequence[str], min: float, beam: int) -> None:
         self.languages, self.min, self.beam = tuple(languages), min, beam
         self.translator: Any = None
 

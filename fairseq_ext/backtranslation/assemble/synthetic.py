@@ -6,7 +6,7 @@ that was taken away. Filters see such a gap as one character that is no letter, 
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -70,7 +70,7 @@ class Synthetic:
     mode: dict[str, Any]
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> "Synthetic":
+    def open(cls, path: str | os.PathLike[str]) -> "Synthetic":
         """The finished folder at ``path``; UserError where there is none."""
         path = Path(path)
         if not path.is_dir():
@@ -106,7 +106,7 @@ class Synthetic:
 
     @property
     def fillers(self) -> bool:
-        return self.mode["name"] == WITH_FILLERS
+        return bool(self.mode["name"] == WITH_FILLERS)
 
     def pairs(self) -> Iterator[Pair]:
         """Every line with each of its synthetic ones, in order: ``lines`` · ``nbest`` pairs.
@@ -115,8 +115,8 @@ class Synthetic:
         """
         provenance = self.path / "provenance.jsonl"
         names = [self.real, *self.outputs, provenance]
-        columns = [map(read_lines, names[:-1]), [_records(provenance)]]
-        rows = zip_longest(*(column for part in columns for column in part))
+        columns: list[Iterable[Any]] = [*map(read_lines, names[:-1]), _records(provenance)]
+        rows = zip_longest(*columns)
         reasons = _Reasons(self.path / "rejects.jsonl")
         number = 0
         for number, row in enumerate(rows, 1):
@@ -135,7 +135,7 @@ class Synthetic:
         if number < self.lines:
             raise self._uneven(names, (None, *names[1:]), number + 1)
 
-    def _uneven(self, names: list[Path], row: tuple, number: int) -> UserError:
+    def _uneven(self, names: list[Path], row: tuple[Any, ...], number: int) -> UserError:
         ended = [name for name, cell in zip(names, row, strict=True) if cell is None]
         if ended and number <= self.lines:
             what = f"{ended[0]} has only {number - 1:,} lines"

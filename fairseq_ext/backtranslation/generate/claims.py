@@ -261,7 +261,7 @@ def is_first_rank(environ: Mapping[str, str]) -> bool:
 def device_of_rank(device: str, environ: Mapping[str, str]) -> str:
     """``device``, where it is auto the GPU of this process under torchrun or SLURM."""
     rank = environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID"))
-    if device != "auto" or not (rank or "").isdigit():
+    if device != "auto" or rank is None or not rank.isdigit():
         return device
     import torch
 

@@ -78,7 +78,7 @@ def write_lines(chunks: Chunks, folder: Path, names: Sequence[str]) -> dict[str,
     A line of which any of nbest texts is usable is usable.
     """
     plan = chunks.plan
-    unusable: Counter = Counter()
+    unusable: Counter[str] = Counter()
     usable = 0
     origin = {"model": plan["model"]["sha256"][:16], "mode": plan["mode"]["name"]}
     with contextlib.ExitStack() as stack:
@@ -99,8 +99,8 @@ def write_lines(chunks: Chunks, folder: Path, names: Sequence[str]) -> dict[str,
                 if line.reason is not None:
                     which = {} if len(several) == 1 else {"rank": rank}
                     rejects.write(as_json({"line": number, **which, "reason": line.reason}))
-            reasons = [line.reason for line in several]
-            if None in reasons:
+            reasons = [line.reason for line in several if line.reason is not None]
+            if len(reasons) < len(several):
                 usable += 1
             else:
                 count(unusable, reasons[0])
@@ -115,7 +115,7 @@ def as_json(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def count(counter: Counter, reason: str) -> None:
+def count(counter: Counter[str], reason: str) -> None:
     """Count a reason, whatever numbers are in it; kinds beyond the first 50 together."""
     kind = re.sub(r"\d[\d,.]*(?<=\d)", "N", reason)
     counter[kind if kind in counter or len(counter) < _KINDS else "other reasons"] += 1
@@ -130,8 +130,9 @@ def checked(line: Line) -> Line:
         reason = "the output has a line break or a lone surrogate"
     if reason is not None:
         return Line("", None, reason)
-    known = score is not None and math.isfinite(score)
-    return Line(text, round(float(score), 6) if known else None, None)
+    if score is None or not math.isfinite(score):
+        return Line(text, None, None)
+    return Line(text, round(float(score), 6), None)
 
 
 def table(manifest: dict[str, Any]) -> str:

@@ -106,7 +106,8 @@ def made_by(dest: Path) -> dict[str, Any] | None:
     for name in names:
         if not (dest / name).is_file():
             raise UserError(f"{dest / name} is missing: restore it, or delete {dest} and run again")
-    return manifest["plan"]
+    plan: dict[str, Any] = manifest["plan"]
+    return plan
 
 
 def output_names(real: str, synthetic: str, nbest: int) -> list[str]:

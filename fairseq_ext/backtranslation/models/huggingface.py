@@ -47,7 +47,7 @@ _LANGUAGE_FIRST = ("m2m_100", "mbart", "nllb", "nllb-moe", "seamless_m4t", "plba
 
 
 def open_model(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     device: str = "cpu",
     compute_type: str | None = None,
     source_lang: str | None = None,

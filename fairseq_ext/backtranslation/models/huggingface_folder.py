@@ -32,7 +32,7 @@ _SUFFIXES = (".json", ".jinja", ".model", ".spm", ".txt", ".safetensors", ".bin"
 _IGNORED = ("training_args.bin", "trainer_state.json", "all_results.json", "requirements.txt")
 
 
-def find_folder(path: str | os.PathLike) -> Path:
+def find_folder(path: str | os.PathLike[str]) -> Path:
     """The folder of a model: ``path`` itself, or a copy of what the hub has under this name.
 
     What was fetched once is used again without asking. UserError where there is neither.
@@ -66,7 +66,7 @@ def find_folder(path: str | os.PathLike) -> Path:
         ) from error
 
 
-def fingerprint(path: str | os.PathLike) -> str:
+def fingerprint(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 over names and contents of the files of a folder that a model is loaded from."""
     folder = find_folder(path)
     digest = hashlib.sha256()
@@ -88,7 +88,7 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def describe(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     source_lang: str | None = None,
     target_lang: str | None = None,
     prefix: str | None = None,

@@ -82,8 +82,8 @@ def language_codes(tokenizer: Any) -> dict[str, int]:
 
 def positions(config: Mapping[str, Any], tokenizer: Any) -> tuple[int, int]:
     """How many ids a source and a target may have, ``</s>`` among them."""
-    own = [config.get(name) for name in ("max_position_embeddings", "n_positions")]
-    own = [one for one in own if isinstance(one, int) and one > 0]
+    known = [config.get(name) for name in ("max_position_embeddings", "n_positions")]
+    own = [one for one in known if isinstance(one, int) and one > 0]
     # a tokenizer without a limit has 1e30
     said = int(tokenizer.model_max_length or 0)
     said = said if 0 < said < 10**6 else _POSITIONS

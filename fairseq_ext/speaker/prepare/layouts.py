@@ -13,7 +13,7 @@ record is reported and left out. Someone's own layout is one decorated function:
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ext_common.cli import UsageError, UserError
 from ext_common.registry import Registry
@@ -61,16 +61,16 @@ class Bad(NamedTuple):
 class Source:
     """What a layout found. ``n_mels`` is set where the files hold features, not audio."""
 
-    records: list
-    bad: list = field(default_factory=list)
-    speakers: list | None = None
+    records: list[Record]
+    bad: list[Bad] = field(default_factory=list)
+    speakers: list[str] | None = None
     n_mels: int | None = None
-    inputs: list = field(default_factory=list)
-    warnings: list = field(default_factory=list)
+    inputs: list[Path] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 @LAYOUTS.register("folder")
-def read_folder(source, options):
+def read_folder(source: Path, options: Any) -> Source:
     """SRC/<speaker>/**/*.{wav,flac,ogg,mp3}, or any tree with --pattern."""
     pattern = compile_pattern(options.pattern) if options.pattern else None
     found = Source([])
@@ -95,8 +95,8 @@ def read_folder(source, options):
             continue
         names = match.groupdict()
         split = names.get("split") or next((s for s in SPLIT_GROUPS if names.get(s)), None)
-        speaker, group = names["speaker"] or None, names.get("group")
-        found.records.append(Record(relative, source / relative, speaker, split, group=group))
+        known, group = names["speaker"] or None, names.get("group")
+        found.records.append(Record(relative, source / relative, known, split, group=group))
     if not found.records and not found.bad:
         raise UserError(
             f"{source} holds no audio: expected {source}/SPEAKER/*.wav, .flac, .ogg or .mp3"
@@ -105,7 +105,7 @@ def read_folder(source, options):
 
 
 @LAYOUTS.register("csv")
-def read_csv(source, options):
+def read_csv(source: Path, options: Any) -> Source:
     """A table (--csv) with the columns path, speaker and optional split, start, end, group."""
     table = Path(options.csv) if options.csv else source / "metadata.csv"
     if not table.is_file():
@@ -140,7 +140,7 @@ def read_csv(source, options):
 
 
 @LAYOUTS.register("kaldi")
-def read_kaldi(source, options):
+def read_kaldi(source: Path, options: Any) -> Source:
     """A Kaldi data folder: wav.scp, utt2spk and optional segments."""
     files = [source / name for name in ("wav.scp", "utt2spk", "segments")]
     wavs = kaldi_table(files[0], 2, last_has_spaces=True)
@@ -166,7 +166,7 @@ def read_kaldi(source, options):
         if times:
             start, end = (seconds(text, "time", where, negative=True) for text in times)
             # Kaldi writes -1 for "to the end".
-            end, text = (None, "") if end < 0 else (end, times[1])
+            end, text = (None, "") if (end or 0) < 0 else (end, times[1])
             check_cut(start, end, where)
             name = f"{path}#{times[0]}-{text}"
         if utterance not in speakers:
@@ -180,7 +180,7 @@ def read_kaldi(source, options):
 
 
 @LAYOUTS.register("hw4")
-def read_hw4(source, options):
+def read_hw4(source: Path, options: Any) -> Source:
     """The course's data: mapping.json, metadata.json, testdata.json and uttr-*.pt features."""
     mapping = json_object(source / "mapping.json", ("speaker2id", "id2speaker"))
     metadata = json_object(source / "metadata.json", ("n_mels", "speakers"))
@@ -228,9 +228,12 @@ def read_hw4(source, options):
     return found
 
 
-def hw4_records(source, place, utterances, speaker, split):
+def hw4_records(
+    source: Path, place: str, utterances: list[Any], speaker: str | None, split: str | None
+) -> tuple[list[Record], list[Bad]]:
     """(records, bad) of one list of {"feature_path": ..., "mel_len": ...}."""
-    records, bad = [], []
+    records: list[Record] = []
+    bad: list[Bad] = []
     for number, entry in enumerate(utterances):
         where = f"{place} utterance {number}"
         keys = entry if isinstance(entry, dict) else {}
@@ -249,14 +252,14 @@ def hw4_records(source, place, utterances, speaker, split):
     return records, bad
 
 
-def check_mapping(mapping, path):
+def check_mapping(mapping: dict[str, Any], path: Path) -> list[str]:
     """The speakers by label id; UserError unless speaker2id is a numbering from 0 that id2speaker
     reverses.
     """
     forward, backward = mapping["speaker2id"], mapping["id2speaker"]
     if not isinstance(forward, dict) or not isinstance(backward, dict) or not forward:
         raise UserError(f"{path}: speaker2id and id2speaker must be objects that are not empty")
-    speakers = [None] * len(forward)
+    speakers: list[Any] = [None] * len(forward)
     for name, label in forward.items():
         valid = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(forward)
         if not valid or speakers[label] is not None:
@@ -278,7 +281,7 @@ def check_mapping(mapping, path):
     return speakers
 
 
-def compile_pattern(text):
+def compile_pattern(text: str) -> re.Pattern[str]:
     """--pattern compiled; UsageError where it is no expression or has no ``speaker`` group."""
     try:
         pattern = re.compile(text)

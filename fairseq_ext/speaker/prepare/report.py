@@ -3,13 +3,17 @@
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+from fairseq_ext.speaker.prepare.layouts import Bad
 
 EXAMPLES = 3
 
 
-def table(corpus):
+def table(corpus: Any) -> str:
     """Speakers, utterances, hours and lengths of each split, as text."""
     seconds = (corpus.lengths - 1) * corpus.spec.seconds_per_frame
     order = {"train": 0, "valid": 1, "test": 2}
@@ -30,11 +34,11 @@ def table(corpus):
     return "\n".join(lines)
 
 
-def report_bad(bad, total, allowed):
+def report_bad(bad: Sequence[Bad], total: int, allowed: float) -> None:
     """Print how many utterances cannot be used, by reason, with examples."""
     if not bad:
         return
-    by_reason = defaultdict(list)
+    by_reason: dict[str, list[Bad]] = defaultdict(list)
     for item in bad:
         by_reason[item.reason].append(item)
     warn(
@@ -47,7 +51,7 @@ def report_bad(bad, total, allowed):
             print(f"    {item.path}: {short(item)}", file=sys.stderr)
 
 
-def report_duplicates(duplicates):
+def report_duplicates(duplicates: Sequence[Mapping[str, Any]]) -> None:
     """Print utterances whose content was there before, first those whose speakers contradict."""
     if not duplicates:
         return
@@ -70,12 +74,12 @@ def report_duplicates(duplicates):
         )
 
 
-def short(item):
+def short(item: Bad) -> str:
     """The detail of a bad record without the path that is printed before it."""
     head, separator, rest = item.detail.partition(": ")
     return rest if separator and (head.endswith(item.path.split("#")[0])) else item.detail
 
 
-def warn(text):
+def warn(text: str) -> None:
     """One line on stderr."""
     print(f"warning: {text}", file=sys.stderr)

@@ -3,13 +3,22 @@ side.
 """
 
 from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 TRAIN = "train"
+H = TypeVar("H", bound=Hashable)
 
 
-def assign_splits(speakers, groups, given, fractions, seed=1):
+def assign_splits(
+    speakers: Sequence[str],
+    groups: Iterable[Hashable],
+    given: Sequence[str | None],
+    fractions: Mapping[str, float],
+    seed: int = 1,
+) -> list[str]:
     """Complete the splits that the data gives: the rows without one are drawn, by speaker and
     seeded.
 
@@ -23,7 +32,7 @@ def assign_splits(speakers, groups, given, fractions, seed=1):
     """
     check_fractions(fractions)
     splits = list(given)
-    members = defaultdict(list)
+    members: dict[Hashable, list[int]] = defaultdict(list)
     for row, group in enumerate(groups):
         members[group].append(row)
     free = []
@@ -39,10 +48,16 @@ def assign_splits(speakers, groups, given, fractions, seed=1):
     return [split or TRAIN for split in splits]
 
 
-def draw(units, speakers, splits, fractions, seed):
+def draw(
+    units: Sequence[list[int]],
+    speakers: Sequence[str],
+    splits: list[str | None],
+    fractions: Mapping[str, float],
+    seed: int,
+) -> None:
     """Move units (lists of rows) out of train, writing into ``splits``."""
     sizes = [count(speakers[row] for row in unit) for unit in units]
-    of_speaker = defaultdict(list)
+    of_speaker: dict[str, list[int]] = defaultdict(list)
     for index, size in enumerate(sizes):
         for speaker in size:
             of_speaker[speaker].append(index)
@@ -52,13 +67,13 @@ def draw(units, speakers, splits, fractions, seed):
     drawable = {s: sum(sizes[i][s] for i in indices) for s, indices in of_speaker.items()}
     left = count(s for s, split in zip(speakers, splits, strict=True) if split in (None, TRAIN))
     active = [name for name, fraction in fractions.items() if fraction > 0]
-    taken = {name: defaultdict(int) for name in active}
+    taken: dict[str, dict[str, int]] = {name: defaultdict(int) for name in active}
     free = [True] * len(units)
 
-    def movable(index):
+    def movable(index: int) -> bool:
         return free[index] and all(left[s] > rows for s, rows in sizes[index].items())
 
-    def move(index, split):
+    def move(index: int, split: str) -> None:
         free[index] = False
         for speaker, rows in sizes[index].items():
             left[speaker] -= rows
@@ -83,7 +98,12 @@ def draw(units, speakers, splits, fractions, seed):
                 move(smallest, split)
 
 
-def overlapping_groups(recordings, starts, ends, groups):
+def overlapping_groups(
+    recordings: Sequence[Hashable],
+    starts: Sequence[float | None],
+    ends: Sequence[float | None],
+    groups: Iterable[Hashable | None],
+) -> list[int]:
     """Group numbers, N: rows share one where their group is equal or where they overlap in time.
 
     recordings: N hashable; starts, ends: N seconds (None: from the start, to the end); groups: N
@@ -91,13 +111,13 @@ def overlapping_groups(recordings, starts, ends, groups):
     """
     parent = list(range(len(recordings)))
 
-    def find(row):
+    def find(row: int) -> int:
         while parent[row] != row:
             parent[row] = parent[parent[row]]
             row = parent[row]
         return row
 
-    first_of = {}
+    first_of: dict[Hashable, int] = {}
     for row, group in enumerate(groups):
         if group is not None:
             parent[find(row)] = find(first_of.setdefault(group, row))
@@ -111,29 +131,35 @@ def overlapping_groups(recordings, starts, ends, groups):
     return [find(row) for row in range(len(recordings))]
 
 
-def split_overlaps(recordings, starts, ends, splits):
+def split_overlaps(
+    recordings: Iterable[Hashable],
+    starts: Sequence[float | None],
+    ends: Sequence[float | None],
+    splits: Sequence[str],
+) -> list[tuple[int, int]]:
     """Pairs of rows (i, j) of different splits that overlap in time, at least one for each such
     recording.
     """
-    pairs = []
+    pairs: list[tuple[int, int]] = []
     for rows in by_time(recordings, starts, ends):
-        open_rows = []
+        open_rows: list[tuple[float, int]] = []
         for start, end, row in rows:
             open_rows = [(e, r) for e, r in open_rows if e > start]
-            pairs += [tuple(sorted((r, row))) for _, r in open_rows if splits[r] != splits[row]][:1]
+            others = [r for _, r in open_rows if splits[r] != splits[row]]
+            pairs += [(min(r, row), max(r, row)) for r in others[:1]]
             open_rows.append((end, row))
     return pairs
 
 
-def shared_between_splits(recordings, splits):
+def shared_between_splits(recordings: Iterable[H], splits: Iterable[str]) -> list[H]:
     """Keys of ``recordings`` that have rows in more than one split, in order of appearance."""
-    seen = defaultdict(set)
+    seen: dict[H, set[str]] = defaultdict(set)
     for recording, split in zip(recordings, splits, strict=True):
         seen[recording].add(split)
     return [recording for recording, found in seen.items() if len(found) > 1]
 
 
-def check_fractions(fractions):
+def check_fractions(fractions: Mapping[str, float]) -> None:
     """ValueError where fractions are negative or leave nothing to train on."""
     for name, fraction in fractions.items():
         if not 0 <= fraction < 1:
@@ -142,19 +168,23 @@ def check_fractions(fractions):
         raise ValueError(f"fractions {fractions} leave nothing to train on")
 
 
-def by_time(recordings, starts, ends):
+def by_time(
+    recordings: Iterable[Hashable],
+    starts: Sequence[float | None],
+    ends: Sequence[float | None],
+) -> list[list[tuple[float, float, int]]]:
     """For each recording its rows as (start, end, row), sorted by start."""
-    rows = defaultdict(list)
+    rows: dict[Hashable, list[tuple[float, float, int]]] = defaultdict(list)
     for row, recording in enumerate(recordings):
-        start = 0.0 if starts[row] is None else starts[row]
-        end = float("inf") if ends[row] is None else ends[row]
-        rows[recording].append((start, end, row))
+        start, end = starts[row], ends[row]
+        first = 0.0 if start is None else start
+        rows[recording].append((first, float("inf") if end is None else end, row))
     return [sorted(group) for group in rows.values()]
 
 
-def count(items):
+def count(items: Iterable[H]) -> dict[H, int]:
     """{item: how often}."""
-    counts = defaultdict(int)
+    counts: dict[H, int] = defaultdict(int)
     for item in items:
         counts[item] += 1
     return counts

@@ -1,12 +1,15 @@
 """The steps of prepare that touch no output: what is usable, what belongs where, what is odd."""
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from hashlib import sha256
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ext_common.cli import UsageError, UserError
-from fairseq_ext.speaker.prepare.layouts import Bad
+from fairseq_ext.speaker.features import FeatureSpec
+from fairseq_ext.speaker.prepare.layouts import Bad, Record, Source
 from fairseq_ext.speaker.prepare.splits import (
     TRAIN,
     assign_splits,
@@ -17,9 +20,10 @@ from fairseq_ext.speaker.prepare.splits import (
 
 # What may differ between two runs that write the same bytes.
 RUN_ONLY = ("workers", "max_bad", "overwrite")
+Kept = tuple[Record, int, int]  # with offset and length in the store
 
 
-def ready_spec(found, spec):
+def ready_spec(found: Source, spec: FeatureSpec) -> FeatureSpec:
     """The specification of the features; where the source holds features it says how many bands."""
     if found.n_mels is None:
         return spec
@@ -30,10 +34,11 @@ def ready_spec(found, spec):
     return replace(spec, n_mels=found.n_mels)
 
 
-def usable_records(records):
+def usable_records(records: Iterable[Record]) -> tuple[list[Record], list[Bad]]:
     """(records, bad): files that are missing and utterances nothing can be done with go out."""
-    usable, bad = [], []
-    there = {}
+    usable: list[Record] = []
+    bad: list[Bad] = []
+    there: dict[Path, bool] = {}
     for record in records:
         if record.path not in there:
             there[record.path] = record.path.is_file()
@@ -48,11 +53,12 @@ def usable_records(records):
     return usable, bad
 
 
-def check_given_splits(records):
+def check_given_splits(records: Iterable[Record]) -> None:
     """UserError where the data itself puts the same stretch of audio in two splits."""
     given = [record for record in records if record.split is not None]
     columns = [record.path for record in given], [r.start for r in given], [r.end for r in given]
-    for first, second in split_overlaps(*columns, [record.split for record in given])[:1]:
+    splits = [record.split for record in given if record.split is not None]
+    for first, second in split_overlaps(*columns, splits)[:1]:
         a, b = given[first], given[second]
         raise UserError(
             f"{a.where or a.record_id} ({a.record_id}, {a.split}) and {b.where or b.record_id} "
@@ -61,21 +67,22 @@ def check_given_splits(records):
         )
 
 
-def check_grouping(records, options):
+def check_grouping(records: Iterable[Record], options: Any) -> None:
     """UsageError for --group-by group where nothing names a group."""
     if options.group_by == "group" and all(record.group is None for record in records):
         raise UsageError("--group-by group: the data names no groups (a column or pattern group)")
 
 
-def make_plan(found, options, spec):
+def make_plan(found: Source, options: Any, spec: FeatureSpec) -> dict[str, Any]:
     """Everything that decides which bytes are written, as a JSON object."""
     inventory = sha256()
-    stats = {}
+    stats: dict[Path, tuple[int, int]] = {}
     for record in found.records:
         if record.path not in stats:
             status = record.path.stat()
             stats[record.path] = (status.st_size, status.st_mtime_ns)
-        line = (record._replace(path=None, where=None), stats[record.path])
+        nowhere: Any = None  # where the file lies is no matter
+        line = (record._replace(path=nowhere, where=None), stats[record.path])
         inventory.update(repr(line).encode("utf-8", "backslashreplace"))
     inventory.update(json.dumps(found.speakers).encode())
     inventory.update(json.dumps(sorted(item[:2] for item in found.bad)).encode())
@@ -91,7 +98,11 @@ def gather(found, entries):
     always kept: a list to be predicted must be answered whole.
     """
     spans = {e.note["digest"]: (e.offset, e.rows) for e in entries if e.rows is not None}
-    kept, duplicates, bad, first, ids = [], [], [], {}, set()
+    kept: list[Kept] = []
+    duplicates: list[dict[str, Any]] = []
+    bad: list[Bad] = []
+    first: dict[str, Record] = {}
+    ids: set[str] = set()
     for entry in sorted(entries, key=lambda entry: int(entry.record_id)):
         record = found.records[int(entry.record_id)]
         if "bad" in entry.note:
@@ -116,7 +127,9 @@ def gather(found, entries):
     return kept, duplicates, bad
 
 
-def divide(found, kept, options):
+def divide(
+    found: Source, kept: Sequence[Kept], options: Any
+) -> tuple[list[tuple[Any, ...]], list[str], list[str]]:
     """(rows for write_corpus, speakers, warnings): splits given and drawn, and what is odd about
     them.
     """
@@ -127,7 +140,7 @@ def divide(found, kept, options):
     fractions = {"valid": options.valid_fraction, "test": options.test_fraction}
     fractions = {name: part for name, part in fractions.items() if name not in given}
     units = overlapping_groups(paths, starts, ends, groups)
-    speakers = [record.speaker for record in records]
+    speakers: list[Any] = [record.speaker for record in records]
     splits = assign_splits(speakers, units, given, fractions, options.seed)
     warnings = []
     for first, second in split_overlaps(paths, starts, ends, splits)[:1]:
@@ -161,7 +174,7 @@ def divide(found, kept, options):
     return rows, names, warnings
 
 
-def group_of(record, group_by):
+def group_of(record: Record, group_by: str) -> str | None:
     """The group of a record as text, None where it stands alone."""
     if group_by in ("auto", "group"):
         return record.group

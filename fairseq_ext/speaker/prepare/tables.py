@@ -4,16 +4,20 @@ import csv
 import json
 import math
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ext_common.cli import UserError
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
+Table = dict[str, tuple[int, tuple[str, ...]]]
 
 
-def audio_files(source):
+def audio_files(source: Path) -> list[str]:
     """Relative paths (with /) of the audio files below ``source``, sorted, without hidden ones."""
-    files, seen = [], set()
+    files: list[str] = []
+    seen: set[str] = set()
     for folder, folders, names in os.walk(source, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
@@ -28,7 +32,9 @@ def audio_files(source):
     return sorted(files)
 
 
-def csv_rows(table, required, optional):
+def csv_rows(
+    table: Path, required: Sequence[str], optional: Sequence[str]
+) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number, {column: stripped text}) of each row; absent optional columns are empty."""
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
@@ -54,9 +60,9 @@ def csv_rows(table, required, optional):
         raise UserError(f"{table}: cannot be read as a UTF-8 CSV file ({cause(error)})") from None
 
 
-def kaldi_table(path, columns, last_has_spaces=False):
+def kaldi_table(path: Path, columns: int, last_has_spaces: bool = False) -> Table:
     """{key: (line number, other columns)} of a Kaldi text table."""
-    table = {}
+    table: Table = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -73,19 +79,19 @@ def kaldi_table(path, columns, last_has_spaces=False):
     return table
 
 
-def json_object(path, keys):
+def json_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """A JSON object that has ``keys``; UserError otherwise."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({cause(error)})") from None
     for key in keys:
         if not isinstance(content, dict) or key not in content:
             raise UserError(f"{path}: no key {key!r}: is this the course's data?")
-    return content
+    return dict(content)
 
 
-def seconds(text, name, where, negative=False):
+def seconds(text: str, name: str, where: str, negative: bool = False) -> float | None:
     """A time in seconds, None for an empty text; UserError where it is no such number."""
     if not text:
         return None
@@ -98,12 +104,12 @@ def seconds(text, name, where, negative=False):
     return value
 
 
-def check_cut(start, end, where):
+def check_cut(start: float | None, end: float | None, where: str) -> None:
     """UserError unless a cut starts before it ends."""
     if (start or 0) < 0 or (end is not None and end <= (start or 0)):
         raise UserError(f"{where}: start {start or 0} is not before end {end}")
 
 
-def cause(error):
+def cause(error: Exception) -> str:
     """What went wrong, without the path that the sentence has already named."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

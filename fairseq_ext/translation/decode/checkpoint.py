@@ -46,9 +46,9 @@ class Vocabulary:
         return detokenise(" ".join(filter(None, texts)), self.target_lang)
 
 
-def split_paths(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
+def split_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
     """The checkpoints of an ensemble, given as a list or as one string with colons."""
-    if isinstance(paths, str | os.PathLike):
+    if isinstance(paths, str | os.PathLike[str]):
         paths = os.fspath(paths)
         # a single file may have a colon in its name
         paths = [paths] if os.path.exists(paths) else paths.split(":")
@@ -58,7 +58,7 @@ def split_paths(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[
     return found
 
 
-def read_state(path: str | os.PathLike, again: bool = False) -> dict[str, Any]:
+def read_state(path: str | os.PathLike[str], again: bool = False) -> dict[str, Any]:
     """What `torch.save` wrote, as plain dicts and tensors on the CPU; nothing in it is run.
 
     again: the file will be wanted once more, and is kept for the next call. UserError where it is missing,
@@ -77,7 +77,7 @@ def read_state(path: str | os.PathLike, again: bool = False) -> dict[str, Any]:
 _kept: dict[Identity | None, dict[str, Any]] = {}
 
 
-def _read(path: str | os.PathLike) -> dict[str, Any]:
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     state = checkpoints.read_state(path)
     why = why_no_translation_model(state)
     if why:
@@ -90,7 +90,7 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
 def why_no_translation_model(state: Any) -> str | None:
     """The second half of a sentence about a checkpoint's content; None for a translation model."""
 
-    def saved(task_state):
+    def saved(task_state: Mapping[str, Any]) -> bool:
         found = task_state.get("translation")
         return isinstance(found, Mapping) and set(found) >= _STATE
 
@@ -106,7 +106,7 @@ def why_no_translation_model(state: Any) -> str | None:
     return None
 
 
-def vocabulary_of(state: Mapping[str, Any], path: str | os.PathLike) -> Vocabulary:
+def vocabulary_of(state: Mapping[str, Any], path: str | os.PathLike[str]) -> Vocabulary:
     """The vocabulary in a checkpoint's state."""
     saved = state["task_state"]["translation"]
     source, target = saved["source_lang"], saved["target_lang"]
@@ -145,7 +145,9 @@ def check_alike(vocabularies: Mapping[str, Vocabulary]) -> None:
             )
 
 
-def build_model(state: Mapping[str, Any], path: str | os.PathLike, user_dir: str | None = None):
+def build_model(
+    state: Mapping[str, Any], path: str | os.PathLike[str], user_dir: str | None = None
+) -> Any:
     """The fairseq model of a checkpoint's state with its weights, in evaluation mode."""
     # fairseq's encoders give one mask as bool, one as float
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")

@@ -190,7 +190,7 @@ def is_whole(folder: Path, digest: str) -> bool:
     try:
         description = read_description(folder)
         sizes = {name: (folder / name).stat().st_size for name in description["files"]}
-        return (
+        return bool(
             description["version"] == VERSION
             and description["checkpoint_sha256"] == digest
             and sizes == description["files"]
@@ -200,7 +200,8 @@ def is_whole(folder: Path, digest: str) -> bool:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    return found
 
 
 def read_vocabulary(folder: Path, description: dict[str, Any]) -> Vocabulary:

@@ -66,6 +66,7 @@ class CTranslate2Backend:
         # a thread has a generator, seeded when it first draws: a new model has a new thread
         with _SEEDING:
             set_seed(int.from_bytes(digest, "little"))
+            assert self.reopen is not None
             model = self.reopen()
             # an empty source would draw nothing
             self._translate(model, [max(batch, key=len)[-2:]], SampleOptions(), 1, sampling_topk=0)
@@ -77,7 +78,14 @@ class CTranslate2Backend:
         found = self._translate(model, batch, options, limit, beam_size=1, **drawn)
         return [one for (one,) in found]
 
-    def _translate(self, model, batch, options: DecodeOptions, limit: int, **how: Any):
+    def _translate(
+        self,
+        model: Any,
+        batch: Sequence[Sequence[int]],
+        options: DecodeOptions,
+        limit: int,
+        **how: Any,
+    ) -> list[list[Candidate]]:
         if 0 < options.unkpen < float("inf"):
             raise UserError(
                 "the backend ctranslate2 either allows <unk> (--unkpen 0) or not (inf): "

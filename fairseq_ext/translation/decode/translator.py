@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from ext_common.cli import UserError
 from fairseq_ext.translation.decode.checkpoint import (
@@ -27,6 +27,7 @@ from fairseq_ext.translation.decode.options import (
     Backend,
     Candidate,
     DecodeOptions,
+    SampleOptions,
     Source,
     make_batches,
 )
@@ -64,7 +65,12 @@ class Translation:
         return self.hypotheses[0].score
 
 
+Done = Callable[[int], object]
 _NOTHING = Translation((Hypothesis("", 0.0),), parts=0)
+
+
+def _nobody(lines: int) -> None:
+    pass
 
 
 class Translator:
@@ -76,7 +82,7 @@ class Translator:
     @classmethod
     def from_checkpoint(
         cls,
-        path: str | os.PathLike | Sequence[str | os.PathLike],
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         backend: str = "fairseq",
         device: str = "cpu",
         compute_type: str | None = None,
@@ -110,7 +116,7 @@ class Translator:
         decoder = FairseqBackend(models, usable_device(device), compute_type, threads)
         return cls(decoder, vocabularies[paths[0]])
 
-    def __call__(self, lines: Iterable[str], **options) -> list[str]:
+    def __call__(self, lines: Iterable[str], **options: Any) -> list[str]:
         """The best translation of each line, in order. options: fields of `DecodeOptions`."""
         options.setdefault("nbest", 1)
         return [found.text for found in self.translate(lines, DecodeOptions(**options))]
@@ -119,7 +125,7 @@ class Translator:
         self,
         lines: Iterable[str],
         options: DecodeOptions | None = None,
-        done: Callable[[int], object] = lambda n: None,
+        done: Done = _nobody,
     ) -> Iterator[Translation]:
         """A `Translation` for each line, in order; lines are read in windows.
 
@@ -132,14 +138,16 @@ class Translator:
         while window := list(itertools.islice(lines, self.window)):
             yield from self.translate_window(window, options, done)
 
-    def translate_window(self, lines, options=None, done=lambda n: None) -> list[Translation]:
+    def translate_window(
+        self, lines: Sequence[str], options: DecodeOptions | None = None, done: Done = _nobody
+    ) -> list[Translation]:
         """:meth:`translate` for lines that may be held in memory at once."""
         options = options or DecodeOptions()
         sources = [[Source(ids) for ids in self.parts(line, options)] for line in lines]
         return [self.join(parts) for parts in self.decode_window(sources, options, done)]
 
     def decode_window(
-        self, sources: Sequence[Sequence[Source]], options: DecodeOptions, done=lambda n: None
+        self, sources: Sequence[Sequence[Source]], options: DecodeOptions, done: Done = _nobody
     ) -> list[list[list[Candidate]]]:
         """For each line, and each of its sources, the candidates, best first (one where drawn)."""
         # one source is decoded once, however often it comes; most corpora repeat short lines
@@ -176,7 +184,9 @@ class Translator:
         # only a single character can still be too long, where a model holds next to nothing
         return [tuple(self.vocabulary.encode(part)[-self.backend.max_source :]) for part in parts]
 
-    def _decode_all(self, batches, options: DecodeOptions) -> Iterator[list[list[Candidate]]]:
+    def _decode_all(
+        self, batches: Sequence[tuple[int, list[Source]]], options: DecodeOptions
+    ) -> Iterator[list[list[Candidate]]]:
         """Decode batches, in order, as many at a time as the backend has workers."""
         workers = min(self.backend.workers, len(batches))
         if workers < 2:
@@ -196,8 +206,8 @@ class Translator:
         """Decode a batch, in halves where the device has not the memory for the whole."""
         ids = [source.ids for source in batch]
         try:
-            if options.sampled:
-                seeds = [source.seed for source in batch]
+            if isinstance(options, SampleOptions):
+                seeds = [cast(int, source.seed) for source in batch]
                 return [[one] for one in self.backend.sample(ids, seeds, options, limit)]
             return self.backend.decode(ids, options, limit)
         except RuntimeError as error:

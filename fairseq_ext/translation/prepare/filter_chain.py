@@ -17,6 +17,7 @@ same ones. Someone's own is a class that their ``--user-dir`` registers:
 
 import random
 from collections.abc import Iterable
+from typing import Any
 
 from ext_common.cli import OptionError
 from fairseq_ext.translation.prepare.filters import CALIBRATION_PAIRS, FILTERS
@@ -39,7 +40,7 @@ class FilterChain:
     def __init__(self, spec: str, source_lang: str, target_lang: str) -> None:
         self.languages = (source_lang, target_lang)
         self.spec = spec
-        self.filters = {}
+        self.filters: dict[str, Any] = {}
         for name, options in parse_filters(spec):
             if name in self.filters:
                 raise OptionError(f"filter {name!r} is in the chain twice: give it once")

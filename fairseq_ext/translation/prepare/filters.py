@@ -68,7 +68,9 @@ class LengthOptions:
 class Length:
     """Pairs with a side that is too short or too long, or with one endless word."""
 
-    def __init__(self, languages, min: int, max: int, max_characters: int, max_word: int) -> None:
+    def __init__(
+        self, languages: Sequence[str], min: int, max: int, max_characters: int, max_word: int
+    ) -> None:
         self.sides = [
             (side, lang, unit(lang), max if unit(lang) == "words" else max_characters)
             for side, lang in zip(("source", "target"), languages, strict=True)
@@ -208,7 +210,9 @@ class LengthRatio:
     up, a third of it from 16 expected characters up.
     """
 
-    def __init__(self, languages, factor: float, slack: float, ratio: float | None) -> None:
+    def __init__(
+        self, languages: Sequence[str], factor: float, slack: float, ratio: float | None
+    ) -> None:
         self.languages, self.factor, self.slack = tuple(languages), factor, slack
         if factor < 1 or slack < 0 or (ratio is not None and not ratio > 0):
             raise OptionError(

@@ -53,7 +53,7 @@ class LeakGuard:
         self._sides = {lang: _Side(lines, unit(lang)) for lang, lines in heldout.items()}
 
     @classmethod
-    def from_files(cls, files: Mapping[str, Iterable[str | os.PathLike]]) -> "LeakGuard":
+    def from_files(cls, files: Mapping[str, Iterable[str | os.PathLike[str]]]) -> "LeakGuard":
         """files: language → files of valid and test lines (.gz and .zst too)."""
         return cls({k: chain.from_iterable(map(read_lines, paths)) for k, paths in files.items()})
 
@@ -156,7 +156,7 @@ class Guard:
     sha256: of what decides its answers. Raises UserError where the bitext has no such lines.
     """
 
-    def __init__(self, data: str | os.PathLike, lang: str) -> None:
+    def __init__(self, data: str | os.PathLike[str], lang: str) -> None:
         corpus = Corpus.open(data)
         own = [code for code in corpus.languages if language(code) == language(lang)]
         if not own:

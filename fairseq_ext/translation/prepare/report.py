@@ -61,7 +61,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def leak_error(count: int, examples: list, held_out: list) -> UserError:
+def leak_error(count: int, examples: list[Any], held_out: list[Any]) -> UserError:
     """The sentence for pairs of INPUT that occur in valid or test."""
     shown = "; ".join(f"line {row.number}: {short(row.source)}" for row in examples)
     places = " or ".join(map(str, held_out))

@@ -43,7 +43,7 @@ class Settings:
         return {"models": models, "held_out": held_out}
 
 
-def settle(options) -> Settings:
+def settle(options: Any) -> Settings:
     """The settings of options; UserError where they contradict --vocab-from or each other."""
     base = Corpus.open(options.vocab_from) if options.vocab_from else None
     fractions = {}
@@ -66,7 +66,7 @@ def settle(options) -> Settings:
     return Settings(base, normalise, opencc, joint, symbols, fractions)
 
 
-def check_base(base: Corpus, options) -> None:
+def check_base(base: Corpus, options: Any) -> None:
     """UserError where options are not those of the folder that gives the vocabulary."""
     if set(base.languages) != set(options.languages):
         raise UserError(

@@ -49,7 +49,7 @@ def split(
         free = order[(chosen[order] == 0) & (sizes[order] <= max(1, wanted // 10))]
         before = np.cumsum(sizes[free]) - sizes[free]
         chosen[free[before < wanted]] = code
-    return chosen[component]
+    return np.asarray(chosen[component])
 
 
 def wanted_pairs(pairs: int, fraction: float, minimum: int) -> int:
@@ -70,7 +70,7 @@ def components(source_keys: np.ndarray, target_keys: np.ndarray) -> np.ndarray:
     nodes = len(sources) + len(targets)
     edges = (np.ones(len(source), dtype=np.int8), (source, target + len(sources)))
     _, labels = connected_components(coo_matrix(edges, shape=(nodes, nodes)), directed=False)
-    return labels[source]
+    return np.asarray(labels[source])
 
 
 def shared_rows(keys: np.ndarray) -> int:
@@ -96,4 +96,4 @@ def _mix(values: np.ndarray) -> np.ndarray:
     """The output function of SplitMix64 (Steele, Lea & Flood 2014), element by element."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return np.asarray(values ^ (values >> np.uint64(31)))

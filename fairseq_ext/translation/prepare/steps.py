@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from ext_common.cli import progress
 from ext_common.parallel import in_order
@@ -48,9 +48,9 @@ class Kept:
     """What is remembered of the pairs that are kept, in input order; texts lie in ``files``."""
 
     files: tuple[Path, Path]
-    numbers: array = field(default_factory=lambda: array("Q"))
-    keys: tuple[array, array] = field(default_factory=lambda: (array("Q"), array("Q")))
-    ratios: array = field(default_factory=lambda: array("f"))
+    numbers: "array[int]" = field(default_factory=lambda: array("Q"))
+    keys: "tuple[array[int], array[int]]" = field(default_factory=lambda: (array("Q"), array("Q")))
+    ratios: "array[float]" = field(default_factory=lambda: array("f"))
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -67,7 +67,7 @@ class Cleaner:
 
     def __init__(self, languages: tuple[str, str], convention: str):
         self.languages, self.convention = languages, convention
-        self.filters: list[tuple[int, str, Callable]] = []
+        self.filters: list[tuple[int, str, Callable[..., Any]]] = []
         self.guard: LeakGuard | None = None
 
     def use(self, chain: FilterChain, guard: LeakGuard | None) -> None:
@@ -107,7 +107,9 @@ class Cleaner:
         return normalise(text, lang, self.convention)
 
 
-def survey(inputs: Sequence[Path], columns: Sequence[int], cleaner: Cleaner, seed: int):
+def survey(
+    inputs: Sequence[Path], columns: Sequence[int], cleaner: Cleaner, seed: int
+) -> tuple[int, list[tuple[str, str]]]:
     """(number of pairs, a cleaned random sample of them); reads the inputs once."""
     last = 0
 
@@ -129,14 +131,14 @@ def clean(
     folder: Path,
     rejects: IO[str],
     workers: int,
-) -> tuple[Kept, Counter, list[Row]]:
+) -> tuple[Kept, Counter[str], list[Row]]:
     """Filter ``pairs`` into two files of ``folder``; what is left out goes to ``rejects``.
 
     cleaner: what raw pairs go through first, with the same chain.
     Returns (what is kept, removed pairs by name of the filter or "leak", the first leaks).
     """
     kept = Kept((folder / "source", folder / "target"))
-    removed: Counter = Counter()
+    removed: Counter[str] = Counter()
     first_leaks: list[Row] = []
     with ExitStack() as stack:
         files = [stack.enter_context(open_lines(path, "w")) for path in kept.files]
@@ -184,7 +186,13 @@ def reject_line(number: int, reason: str, source: str, target: str) -> str:
     return "\t".join((str(number), *cells)) + "\n"
 
 
-def write_splits(kept: Kept, labels: Sequence[int], languages, names: Sequence[str], folder: Path):
+def write_splits(
+    kept: Kept,
+    labels: Iterable[int],
+    languages: Sequence[str],
+    names: Sequence[str],
+    folder: Path,
+) -> None:
     """text/SPLIT.LANG and text/SPLIT.ids of the pairs whose label is the split's place in ``SPLITS``."""
     with ExitStack() as stack:
         files = {
@@ -199,7 +207,7 @@ def write_splits(kept: Kept, labels: Sequence[int], languages, names: Sequence[s
                 file.write(f"{text}\n")
 
 
-def batches(items: Iterable, size: int) -> Iterator[list]:
+def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from ext_common.cli import UserError
 from fairseq_ext.translation.text.normalise import script_share
@@ -21,7 +22,7 @@ def check_lines(
     references: Sequence[Sequence[str]],
     baseline: Sequence[str] | None = None,
     source: Sequence[str] | None = None,
-    names: dict | None = None,
+    names: dict[str, Any] | None = None,
 ) -> None:
     """UserError where a score of these lines would mean nothing.
 
@@ -46,7 +47,7 @@ def warnings_about(
     baseline: Sequence[str] | None = None,
     source: Sequence[str] | None = None,
     lang: str = "",
-    names: dict | None = None,
+    names: dict[str, Any] | None = None,
 ) -> list[str]:
     """Sentences on what is suspicious, but can be right."""
     found = []
@@ -80,7 +81,13 @@ def warnings_about(
     return found
 
 
-def _named(hypotheses, references, baseline, source, names) -> list[tuple[str, Sequence[str]]]:
+def _named(
+    hypotheses: Sequence[str],
+    references: Sequence[Sequence[str]],
+    baseline: Sequence[str] | None,
+    source: Sequence[str] | None,
+    names: dict[str, Any] | None,
+) -> list[tuple[str, Sequence[str]]]:
     """(name, lines) of hypotheses, references, baseline and source, in this order."""
     names = names or {}
     default = (

@@ -7,6 +7,7 @@ corpus scores. The tokenizer of BLEU follows the target language.
 import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fairseq_ext.translation.text.normalise import language
 
@@ -81,14 +82,14 @@ def _counts(sums: Mapping[str, float], keys: Sequence[str]) -> list[int]:
 
 
 @functools.lru_cache
-def _bleu(lang: str):
+def _bleu(lang: str) -> Any:
     from sacrebleu.metrics import BLEU
 
     return BLEU(tokenize=tokenizer_for(lang))
 
 
 @functools.lru_cache
-def _chrf():
+def _chrf() -> Any:
     from sacrebleu.metrics import CHRF
 
     return CHRF()

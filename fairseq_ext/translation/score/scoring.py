@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, List, Optional
+from typing import Any, List, Optional, cast
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class ScoringOptions:
     )
     seed: int = field(default=12345, metadata={"help": "seed of the resamples and trials"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bootstrap < 1 or self.randomisations < 1:
             raise ValueError("--bootstrap and --randomisations must be at least 1")
         if self.seed < 0:
@@ -118,7 +118,7 @@ def score(
     options = options or ScoringOptions()
     hypotheses = list(hypotheses)
     if not references or isinstance(references[0], str):
-        references = [references]
+        references = [cast(Sequence[str], references)]
     check_lines(hypotheses, references, baseline, source, names)
     warned = warnings_about(hypotheses, references, baseline, source, lang, names)
     tokenizer, reason = choose_tokenizer(lang, options.tokenizer)
@@ -166,7 +166,12 @@ def measure(metric: "Metric", statistics: np.ndarray, options: ScoringOptions) -
     )
 
 
-def compare(formula, ours: np.ndarray, theirs: np.ndarray, options: ScoringOptions) -> Comparison:
+def compare(
+    formula: significance.Formula,
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    options: ScoringOptions,
+) -> Comparison:
     """Both tests on per-sentence statistics (N, K) of a system and a baseline."""
     paired = significance.paired_bootstrap(formula, ours, theirs, options.bootstrap, options.seed)
     base = significance.total(formula, theirs)
@@ -202,14 +207,16 @@ class Metric:
         split = characters if key == "ter" and unit(lang) == "characters" and not asian else None
         if split:
             references = [[split(line) for line in one] for one in references]
+        given: Any = references
         if len(references) > 1:
-            references = [[line if line.strip() else None for line in one] for one in references]
+            given = [[line if line.strip() else None for line in one] for one in references]
+        metric: Any
         if key == "bleu":
-            metric = BLEU(tokenize=tokenizer, references=references)
+            metric = BLEU(tokenize=tokenizer, references=given)
         elif key == "chrf":
-            metric = CHRF(references=references)
+            metric = CHRF(references=given)
         else:
-            metric = TER(normalized=asian, asian_support=asian, references=references)
+            metric = TER(normalized=asian, asian_support=asian, references=given)
         name = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER"}[key]
         return cls(name, FORMULAS[key], metric, split)
 

@@ -84,7 +84,7 @@ def bootstrap(formula: Formula, *systems: np.ndarray, trials: int, seed: int) ->
     systems: statistics (N, K) over the same N sentences.
     """
     systems = tuple(np.asarray(system, dtype=np.float64) for system in systems)
-    scores = [[] for _ in systems]
+    scores: list[list[np.ndarray]] = [[] for _ in systems]
     for weights in _resamples(len(systems[0]), trials, np.random.default_rng(seed)):
         for system, found in zip(systems, scores, strict=True):
             found.append(formula(weights @ system))

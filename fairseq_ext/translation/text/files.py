@@ -11,7 +11,7 @@ from ext_common.cli import UserError
 _BLOCK = 1 << 20
 
 
-def blocks(path: str | os.PathLike) -> Iterator[bytes]:
+def blocks(path: str | os.PathLike[str]) -> Iterator[bytes]:
     """The bytes of a file, "-" for the standard input; .gz and .zst are unpacked.
 
     OSError, EOFError and zlib.error where they cannot be read.
@@ -26,7 +26,7 @@ def blocks(path: str | os.PathLike) -> Iterator[bytes]:
             yield from _pieces(file)
 
 
-def raw_lines(path: str | os.PathLike) -> Iterator[bytes]:
+def raw_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
     r"""The lines of :func:`blocks` with their "\n", which the last may lack."""
     if os.fspath(path) == "-":
         # a line that is typed is wanted at once

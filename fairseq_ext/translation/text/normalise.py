@@ -113,7 +113,7 @@ _CARRIER = regex.compile(r"[\p{L}\p{N}]")
 def language(code: str) -> str:
     """The code this module knows a language by: ``zh`` for zh-Hant-TW, zh_CN and cmn."""
     base = regex.split("[-_]", code.lower(), maxsplit=1)[0]
-    return _ALIASES.get(base, base)
+    return str(_ALIASES.get(base, base))
 
 
 def normalise(text: str, lang: str, convention: str = "standard") -> str:
@@ -125,7 +125,8 @@ def normalise(text: str, lang: str, convention: str = "standard") -> str:
     name, _, conversion = convention.partition("+")
     if conversion and language(lang) in CHINESE:
         text = opencc(conversion).convert(CONVENTIONS.get("none")(text, lang))
-    return CONVENTIONS.get(name)(text, lang)
+    normalised: str = CONVENTIONS.get(name)(text, lang)
+    return normalised
 
 
 @functools.cache
@@ -212,9 +213,11 @@ def script_share(text: str, lang: str) -> float:
     1.0 for a text without letters and for a language whose scripts are not known here.
     """
     own = _script_pattern(language(lang))
-    letters = sum(map(str.isalpha, text)) if own else 0
+    letters = sum(map(str.isalpha, text))
+    if own is None or not letters:
+        return 1.0
     # regex knows letters of a later Unicode than str
-    return min(1.0, len(own.findall(text)) / letters) if letters else 1.0
+    return min(1.0, len(own.findall(text)) / letters)
 
 
 def written(text: str, lang: str) -> str:
@@ -230,7 +233,7 @@ def detokenise(text: str, lang: str) -> str:
     return _CJK_GAP.sub("", text) if language(lang) in _HAN_PUNCTUATED else text
 
 
-def _uneven(inputs, source: int, target: int) -> UserError:
+def _uneven(inputs: Sequence[object], source: int, target: int) -> UserError:
     return UserError(
         f"{inputs[0]} has {source:,} lines and {inputs[1]} {target:,}: parallel files need the same "
         "number, so give the pair that belongs together"
@@ -238,13 +241,13 @@ def _uneven(inputs, source: int, target: int) -> UserError:
 
 
 @functools.cache
-def _script_pattern(lang: str) -> regex.Pattern | None:
+def _script_pattern(lang: str) -> regex.Pattern[Any] | None:
     own = [rf"\p{{scx={script}}}" for script, langs in _SCRIPTS.items() if lang in langs.split()]
     return regex.compile(f"(?V1)[\\p{{L}}&&[{''.join(own)}]]") if own else None
 
 
 def read_pairs(
-    inputs: Sequence[str | os.PathLike], columns: Sequence[int] = (1, 2)
+    inputs: Sequence[str | os.PathLike[str]], columns: Sequence[int] = (1, 2)
 ) -> Iterator[tuple[int, str, str]]:
     """(1-based line number, source, target), raw; a column that a row does not have is "".
 
@@ -280,7 +283,7 @@ def read_pairs(
         raise _uneven(inputs, number, number + surplus)
 
 
-def read_lines(path: str | os.PathLike) -> Iterator[str]:
+def read_lines(path: str | os.PathLike[str]) -> Iterator[str]:
     r"""The lines of a UTF-8 file, "-" for the standard input; .gz and .zst are unpacked.
 
     Only "\n" ends a line. A byte order mark at the start and one "\r" at a line's end are dropped.

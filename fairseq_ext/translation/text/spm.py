@@ -42,7 +42,7 @@ class Codec:
         self._check()
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike, extra_symbols: Sequence[str] = ()) -> "Codec":
+    def from_file(cls, path: str | os.PathLike[str], extra_symbols: Sequence[str] = ()) -> "Codec":
         try:
             with open(path, "rb") as file:
                 model = file.read()
@@ -52,12 +52,14 @@ class Codec:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the best segmentation of normalised text, without ``</s>``."""
-        return self.processor.encode(self.escape(text))
+        ids: list[int] = self.processor.encode(self.escape(text))
+        return ids
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """:meth:`encode` of each text."""
         escaped = [self.escape(text) for text in texts]
-        return self.processor.encode(escaped, num_threads=threads)
+        ids: list[list[int]] = self.processor.encode(escaped, num_threads=threads)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, byte pieces joined to characters.
@@ -78,18 +80,18 @@ class Codec:
                 f"{self.name} has no symbol {symbol} (known: {known}): prepare the bitext with "
                 f"--extra-symbols '{symbol}'"
             )
-        return self.processor.piece_to_id(symbol)
+        return int(self.processor.piece_to_id(symbol))
 
     def escape(self, text: str) -> str:
         """Text in which no extra symbol occurs; the inverse of :meth:`unescape`."""
         if self._symbols is None or self._symbols.search(text) is None:
             return text
-        return self._symbols.sub(lambda m: f"{m[0][0]}{_JOINER}{m[0][1:]}", text)
+        return str(self._symbols.sub(lambda m: f"{m[0][0]}{_JOINER}{m[0][1:]}", text))
 
     def unescape(self, text: str) -> str:
         if _JOINER not in text or self._symbols is None:
             return text
-        return self._symbols.sub(lambda m: m[0].replace(_JOINER, "", 1), text)
+        return str(self._symbols.sub(lambda m: m[0].replace(_JOINER, "", 1), text))
 
     @cached_property
     def processor(self) -> Any:
@@ -104,7 +106,7 @@ class Codec:
     @property
     def size(self) -> int:
         """Number of ids, the four special ones among them."""
-        return self.processor.get_piece_size()
+        return int(self.processor.get_piece_size())
 
     @cached_property
     def sha256(self) -> str:
@@ -123,7 +125,7 @@ class Codec:
         return frozenset(self.processor.piece_to_id(symbol) for symbol in self.extra_symbols)
 
     @cached_property
-    def _symbols(self) -> re.Pattern | None:
+    def _symbols(self) -> re.Pattern[Any] | None:
         """Matches an extra symbol with any number of joiners behind its first character."""
         if not self.extra_symbols:
             return None
@@ -150,7 +152,7 @@ class Codec:
 
 
 def train_model(
-    files: Sequence[str | os.PathLike],
+    files: Sequence[str | os.PathLike[str]],
     size: int | None = None,
     kind: str = "unigram",
     pairs: int | None = None,
@@ -240,9 +242,9 @@ def default_size(pairs: int, characters: int) -> int:
     return int(min(32_000, round(size, -2)))
 
 
-def _characters(files: Sequence[str | os.PathLike]) -> int:
+def _characters(files: Sequence[str | os.PathLike[str]]) -> int:
     """How many different characters make up COVERAGE of the text."""
-    counts: Counter = Counter()
+    counts: Counter[str] = Counter()
     for line in islice(chain.from_iterable(map(_read, files)), TRAINING_LINES):
         counts.update(line)
     wanted, needed = COVERAGE * counts.total(), 0
@@ -253,13 +255,13 @@ def _characters(files: Sequence[str | os.PathLike]) -> int:
     return needed
 
 
-def _read(path: str | os.PathLike) -> Iterator[str]:
+def _read(path: str | os.PathLike[str]) -> Iterator[str]:
     with open(path, encoding="utf-8", newline="\n") as file:
         for line in file:
             yield line.rstrip("\n")
 
 
-def _lines(files: Sequence[str | os.PathLike]) -> Iterator[str]:
+def _lines(files: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
     return _read(files[0]) if files else iter(())
 
 
