@@ -230,7 +230,7 @@ def _plain(obj: Any) -> Any:
         return {f.name: _plain(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
     if isinstance(obj, Mapping):
         return {_key(key): _plain(value) for key, value in obj.items()}
-    if isinstance(obj, os.PathLike[str]):
+    if isinstance(obj, os.PathLike):
         return os.fspath(obj)
     if hasattr(obj, "tolist"):  # numpy scalars and arrays, tensors: no import needed to know them
         return _plain(obj.tolist())
