@@ -97,16 +97,15 @@ MOVED = {
 
 def install() -> None:
     """Make Python know the names of MOVED."""
-    if _Moved not in sys.meta_path:
-        sys.meta_path.append(_Moved)
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.append(_Moved())
 
 
 class _Moved(MetaPathFinder):
     """Asked last: what is there by its own name comes first."""
 
-    @classmethod
     def find_spec(
-        cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         new = MOVED.get(fullname)
         return ModuleSpec(fullname, _Alias(new)) if new else None

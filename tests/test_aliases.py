@@ -109,4 +109,4 @@ def test_an_unknown_name_is_unknown_as_ever():
 def test_importing_a_wing_imports_none_of_them():
     ours = ("ext_common.", "fairseq_ext.", "diffusion_ext.")
     code = f"import sys, fairseq_ext, diffusion_ext; print([m for m in sys.modules if m.startswith({ours})])"
-    assert python("-c", code).strip() == "['ext_common.aliases']"
+    assert python("-c", code).strip() == "['ext_common.threads', 'ext_common.aliases']"

@@ -9,6 +9,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from ext_common.cli import UserError
 from ext_common.manifest import atomic_write, user_cache
 
 Arrays = dict[str, np.ndarray]
@@ -46,6 +47,6 @@ def cached(
         with atomic_write(path, "wb") as file:
             named: dict[str, Any] = {**arrays}
             np.savez(file, **named)
-    except OSError:
+    except (OSError, UserError):
         pass
     return arrays, False

@@ -77,7 +77,6 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
         f" {facts.hours:.1f} hours: {size.about}"
     )
     schedule = cosine(updates, size.warmup, asked)
-    epochs = {"--keep-last-epochs": "5"} if size is HOURS else {"--no-epoch-checkpoints": None}
     return [
         Choice("data", {"--crop-frames": str(size.crop), "--epoch-updates": str(size.epoch)}, data),
         Choice("arch", {"--arch": "conformer_speaker"}, "the best encoder of the ablation"),
@@ -93,7 +92,9 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
         Choice("batch", {"--batch-size": str(batch)}, together or "crops an update"),
         Choice("length", {"--max-update": str(size.updates)}, "where accuracy stops rising"),
         Choice(
-            "checkpoints", epochs, "of the average" if size is HOURS else "the best and the last"
+            "checkpoints",
+            {"--keep-last-epochs": "5"},
+            "the best, the last, and what can be averaged",
         ),
         Choice(
             "validation",

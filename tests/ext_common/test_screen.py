@@ -255,7 +255,7 @@ def test_a_training_on_a_terminal(train_here, monkeypatch, caplog):
 
 def test_a_start_that_fails_at_once_leaves_no_folder(train_here, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.stdout", Terminal())
-    with pytest.raises(AssertionError, match="Must specify batch size"):
+    with pytest.raises(UserError, match="the size of a batch, is missing"):
         train_here("ck")
     assert not (tmp_path / "ck").exists()
 

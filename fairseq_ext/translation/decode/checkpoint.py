@@ -48,7 +48,7 @@ class Vocabulary:
 
 def split_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
     """The checkpoints of an ensemble, given as a list or as one string with colons."""
-    if isinstance(paths, str | os.PathLike[str]):
+    if isinstance(paths, str | os.PathLike):
         paths = os.fspath(paths)
         # a single file may have a colon in its name
         paths = [paths] if os.path.exists(paths) else paths.split(":")
