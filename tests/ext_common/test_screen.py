@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ext_common import engine, screen
+from ext_common.cli import UserError
 from ext_common.progress import Pace, training_line, validations_left
 from ext_common.trainlog import collect_curves, parse_log
 
