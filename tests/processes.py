@@ -116,7 +116,8 @@ def serve(kind: str) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for name in _READY[kind]:
         __import__(name)
-    own = {os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)}
+    listed = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    own = {os.path.abspath(entry) for entry in listed if entry}
     installed = [entry for entry in sys.path[1:] if os.path.abspath(entry) not in own]
     for line in sys.stdin:
         request = json.loads(line)
