@@ -118,9 +118,11 @@ def train_by(
     return json.loads(done.read_text())
 
 
-def run(command: list, log: Path) -> float:
-    """Run on one thread with its output in `log`; CPU seconds of the process and its children."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+def run(command: list, log: Path, threads: int | None = 1) -> float:
+    """Run with its output in `log`, threads None as many as it takes itself; CPU seconds with children."""
+    environment = dict(os.environ)
+    if threads:
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with open(log, "w") as f:
         child = subprocess.Popen(
             [str(c) for c in command], stdout=f, stderr=subprocess.STDOUT, cwd=ROOT, env=environment

@@ -10,6 +10,7 @@ figures mean, with the tables put in. docs/fairseq-gaps.md comes from the docstr
 import re
 import sys
 
+from benchmarks import shortest
 from benchmarks.backtranslation import report as backtranslation
 from benchmarks.diffusion import report as diffusion
 from benchmarks.diffusion import speed as diffusion_speed
@@ -83,6 +84,7 @@ def speed_tables() -> dict[str, str]:
         line = origin(figures["command"], [figures])
         found["diffusion"] = f"{diffusion_speed.table(figures)}\n\n{line}"
     found["startup"] = startup_section(recorded("startup"))
+    found["shortest"] = shortest.report()
     return found
 
 
@@ -94,7 +96,8 @@ def startup_section(records: list[dict]) -> str:
         for row in figures["commands"]:
             shown = [f"{side['above_torch']:.2f} s" for side in row["sides"].values()]
             share = f"{row['share']:.0%}" if "share" in row else ""
-            rows.append([row["name"], *shown, share, f"{row['goal']:.0%}"])
+            goal = f"{row['goal']:.0%}" if row["goal"] else ""
+            rows.append([row["name"], *shown, share, goal])
         sides = list(figures["commands"][0]["sides"])
         torch = f"`import torch` alone takes {figures['torch']['wall']:.2f} s."
         head = ["seconds above `import torch`", *sides, "share", "goal"]

@@ -22,11 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+from benchmarks.common import machine
+from benchmarks.recorded import RESULTS, ROOT, Results
 from ext_common.cli import Parser, UserError, add_dataclass, from_args, run
-from ext_common.manifest import atomic_json, versions
+from ext_common.manifest import versions
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "startup.json"
+RESULT = RESULTS / "startup.jsonl"
 LINES = ("the old man sees a big red house .", "we buy new books and cold fish today .")
 SETTLED = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
@@ -42,7 +43,9 @@ class Options:
         default=7, metadata={"help": "rounds, in each of which every side runs once"}
     )
     only: Optional[str] = field(default=None, metadata={"help": "one command, by name"})
-    output: str = field(default=str(RESULT), metadata={"help": "JSON file for the figures"})
+    output: str = field(
+        default=str(RESULT), metadata={"help": "file of lines of JSON for the figures"}
+    )
     folder: Optional[str] = field(
         default=None, metadata={"help": "where data and models are; none: a new temporary folder"}
     )
@@ -78,13 +81,14 @@ def main(argv):
         figures = measure(cases, sides, options.rounds, folder)
     record = {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{len(os.sched_getaffinity(0))} CPUs, load {os.getloadavg()[0]:.1f}",
-        "command": " ".join(["python -m benchmarks.startup", *argv]),
+        "machine": machine(),
+        # folders of one machine are of no use to a reader
+        "command": f"python -m benchmarks.startup --before CHECKOUT --rounds {options.rounds}",
         "versions": versions(),
         "rounds": options.rounds,
         **figures,
     }
-    atomic_json(options.output, record)
+    Results(options.output).put({"run": "startup", **record})
     print(table(record))
 
 
