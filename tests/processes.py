@@ -153,16 +153,11 @@ def become(installed: list[str], words, cwd, env, streams, timeout) -> None:
         sys.path[:] = [cwd, *paths, *installed]
         sys.argv = words[2:]
         runpy.run_module(words[2], run_name="__main__", alter_sys=True)
-    elif words[0] == sys.executable:
-        sys.path[:] = [os.path.dirname(words[1]), *paths, *installed]
-        sys.argv = words[1:]
-        runpy.run_path(words[1], run_name="__main__")
     else:
-        sys.path[:] = [str(_bin()), *paths, *installed]
-        sys.argv = words
-        command = Path(words[0]).name.removeprefix("fairseq-").replace("-", "_")
-        module = __import__(f"fairseq_cli.{command}", fromlist=["cli_main"])
-        sys.exit(module.cli_main())
+        # the command as the main module, which processes that it spawns begin with
+        sys.argv = words[1:] if words[0] == sys.executable else words
+        sys.path[:] = [os.path.dirname(sys.argv[0]), *paths, *installed]
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
