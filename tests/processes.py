@@ -36,7 +36,7 @@ def run(
     check=False,
     **streams,
 ) -> subprocess.CompletedProcess:
-    """`subprocess.run` for `python -m MODULE …`, `python FILE …` and the commands of fairseq.
+    """`subprocess.run` for `python -m MODULE …`, `python scripts/FILE …` and the commands of fairseq.
 
     Others are started as they are. streams: stdout and stderr, PIPE or (stderr) STDOUT.
     """
@@ -80,7 +80,7 @@ def _kind(words: list[str]) -> str | None:
         return "fairseq"
     if words[:2] == [sys.executable, "-m"] and not words[2].startswith("pytest"):
         return "fairseq" if words[2] in _TRAINS else "python"
-    if words[0] == sys.executable and words[1].endswith(".py"):
+    if words[0] == sys.executable and "scripts" in Path(words[1]).parts:
         return "python"
     return None
 
