@@ -73,8 +73,10 @@ class AveragedUNet(nn.Module):
         if self.self_condition:
             x = torch.cat([x, torch.zeros_like(x) if x0 is None else x0], 1)
         if average is None:
-            return self.net(x, t, label, condition)
-        return functional_call(self.net, self.ema.of(average), (x, t, label, condition))
+            out: Tensor = self.net(x, t, label, condition)
+        else:
+            out = functional_call(self.net, self.ema.of(average), (x, t, label, condition))
+        return out
 
 
 def network_of(state: Mapping[str, Any]) -> Optional[AveragedUNet]:
@@ -89,7 +91,7 @@ def network_of(state: Mapping[str, Any]) -> Optional[AveragedUNet]:
     return AveragedUNet(options_of(NetworkOptions, model), state["task_state"]["spec"])
 
 
-def check_options(options: UNetOptions, cfg, height: int, width: int) -> None:
+def check_options(options: UNetOptions, cfg: Any, height: int, width: int) -> None:
     """UserError for sizes that cannot be built, or that the images do not fit."""
     if options.base_channels < 4 or options.base_channels % 4 or options.blocks < 1:
         raise UserError(
@@ -121,7 +123,7 @@ def check_options(options: UNetOptions, cfg, height: int, width: int) -> None:
         )
 
 
-def options_of(cls: type, cfg: Mapping) -> Any:
+def options_of(cls: type, cfg: Mapping[str, Any]) -> Any:
     """The instance of an options dataclass that a part of fairseq's configuration describes."""
     given = {f.name: cfg[f.name] for f in fields(cls) if f.name in cfg}
     lists = {k for k, v in given.items() if isinstance(v, Sequence) and not isinstance(v, str)}

@@ -56,8 +56,8 @@ def build_network(
     path: str | os.PathLike[str],
     parts: Sequence[str],
     user_dir: str | None = None,
-    own: Callable[[Mapping], Any] | None = None,
-):
+    own: Callable[[Mapping[str, Any]], Any] | None = None,
+) -> Any:
     """The network of a checkpoint's state, with its weights.
 
     parts: modules of this project that register what the checkpoint's wing consists of. own: state → the
@@ -97,7 +97,9 @@ def build_network(
     return models[0]
 
 
-def own_network(state: Mapping, path: str | os.PathLike, own: Callable[[Mapping], Any]):
+def own_network(
+    state: Mapping[str, Any], path: str | os.PathLike[str], own: Callable[[Mapping[str, Any]], Any]
+) -> Any:
     """What `own` makes of a state, with the weights; UserError where its options or weights do not fit."""
     from ext_common.compat.files import why_misfit
 
@@ -115,7 +117,7 @@ def own_network(state: Mapping, path: str | os.PathLike, own: Callable[[Mapping]
     return network
 
 
-def check_registered(state: Mapping, path: str | os.PathLike, hint: str) -> None:
+def check_registered(state: Mapping[str, Any], path: str | os.PathLike[str], hint: str) -> None:
     """UserError where fairseq does not know the task or model; it would fail with a KeyError."""
     from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
     from fairseq.tasks import TASK_REGISTRY
@@ -146,14 +148,14 @@ def refuse_foreign(
     may those of somebody's plugin.
     """
     name = getattr(cfg, "_name", None) or getattr(cfg, flag.lstrip("-"), None)
-    part = registry.get(name)
+    part = registry.get(name) if isinstance(name, str) else None
     module = getattr(part, "__module__", "")
-    fits = module.startswith(tuple(own)) and issubclass(part, kind)
+    fits = part is not None and module.startswith(tuple(own)) and issubclass(part, kind)
     if module.startswith(("fairseq.", *OUR_PLUGINS)) and not fits:
         raise UserError(f"{flag} {name} does not belong to this --task: give {usual}")
 
 
-def import_plugin(state: Mapping, user_dir: str | None) -> str | None:
+def import_plugin(state: Mapping[str, Any], user_dir: str | None) -> str | None:
     """Import `user_dir`, or the plugin a checkpoint was trained with where that is not this one.
 
     Returns the latter's name where it was not found; the checkpoint may do without.
@@ -194,7 +196,7 @@ def load_plugin(folder: str | None) -> None:
         )
 
 
-def plugin_of(state: Mapping, user_dir: str | None) -> str | None:
+def plugin_of(state: Mapping[str, Any], user_dir: str | None) -> str | None:
     """`user_dir`, or the plugin a checkpoint was trained with; None where that is this project's or none."""
     recorded = state["cfg"].get("common") or {}
     recorded = recorded.get("user_dir") if isinstance(recorded, Mapping) else None

@@ -173,10 +173,10 @@ class StoreWriter:
             raise
         self._data = open(self.part, "ab", buffering=0)
 
-    def _finished(self):
+    def _finished(self) -> UserError:
         return UserError(f"{self.final} is already finished: write to another folder or delete it")
 
-    def _resume(self):
+    def _resume(self) -> None:
         self._lines.seek(0)
         lines = whole_lines(self._lines.read())
         if len(lines) < 2:

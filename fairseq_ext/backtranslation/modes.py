@@ -99,7 +99,7 @@ class TopPOptions(SamplingOptions):
 
 class _Drawn(Mode):
     def __init__(self, temperature: float, **limits: float) -> None:
-        self.how = {"topk": 0, "topp": 1.0, "temperature": temperature, **limits}
+        self.how: dict[str, Any] = {"topk": 0, "topp": 1.0, "temperature": temperature, **limits}
         try:
             SampleOptions(**self.how)
         except ValueError as error:

@@ -1,13 +1,13 @@
 """Utterances side by side: which share a batch, and how shorter ones are padded."""
 
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def pad(features: List[Tensor]):
+def pad(features: List[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
     """[(T_i, F)] → (B, max T, F) filled with zeros, and the padding mask (B, max T) or None."""
     lengths = torch.tensor([len(f) for f in features])
     if bool((lengths == lengths[0]).all()):
@@ -16,7 +16,9 @@ def pad(features: List[Tensor]):
     return source, torch.arange(source.shape[1]) >= lengths[:, None]
 
 
-def batches_by_frames(sizes: np.ndarray, max_frames: int, max_utterances: Optional[int] = None):
+def batches_by_frames(
+    sizes: np.ndarray, max_frames: int, max_utterances: Optional[int] = None
+) -> List[List[int]]:
     """Indices in batches of similar length, each of at most `max_frames` padded frames.
 
     Every index is in exactly one batch; an utterance longer than `max_frames` is a batch of its own.

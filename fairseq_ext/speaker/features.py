@@ -34,7 +34,7 @@ class AudioError(UserError):
         super().__init__(message)
         self.reason = reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
         # pickled on its way out of a worker process, by its arguments
         return type(self), (self.reason, str(self))
 

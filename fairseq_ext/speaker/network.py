@@ -14,7 +14,7 @@ from fairseq_ext.speaker.kernels import Linear
 from fairseq_ext.speaker.pooling import POOLINGS
 
 # Sizes by name; the recipes under configs/speaker_id say the same (a test compares them).
-PRESETS = {
+PRESETS: Dict[str, Dict[str, Any]] = {
     "conformer_speaker": {},
     "conformer_speaker_classroom": dict(
         d_model=80,
@@ -133,7 +133,8 @@ class NamedNetwork(nn.Module):
         self.network = network
 
     def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None) -> Dict[str, Tensor]:
-        return self.network(source, padding_mask)
+        found: Dict[str, Tensor] = self.network(source, padding_mask)
+        return found
 
 
 class LinearFrontEnd(nn.Module):

@@ -91,7 +91,9 @@ def make_plan(found: Source, options: Any, spec: FeatureSpec) -> dict[str, Any]:
     return {"options": chosen, "features": asdict(spec), "recordings": inventory.hexdigest()}
 
 
-def gather(found, entries):
+def gather(
+    found: Source, entries: Iterable[Any]
+) -> tuple[list[Kept], list[dict[str, Any]], list[Bad]]:
     """(kept, duplicates, bad) of all records, in the order of the source.
 
     kept: (record, offset, length); of equal content the first is kept. One without a label is

@@ -78,7 +78,7 @@ _kept: dict[Identity | None, dict[str, Any]] = {}
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    state = checkpoints.read_state(path)
+    state: dict[str, Any] = checkpoints.read_state(path)
     why = why_no_translation_model(state)
     if why:
         raise UserError(f"{path} {why}: give a checkpoint trained with --task translation_spm")
