@@ -39,7 +39,7 @@ def processor(record: Mapping) -> str:
 
 
 def filled(template: Path, tables: Mapping[str, str], made_by: str) -> str:
-    """A page: a template with each line ``{{name}}`` replaced; KeyError for an unknown or an unused table."""
+    """A page: a template with each line `{{name}}` replaced; KeyError for an unknown or an unused table."""
     used = set()
 
     def place(match: re.Match) -> str:

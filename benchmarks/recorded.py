@@ -69,7 +69,7 @@ def data_file(name: str) -> Path:
 
 
 def changed_recipe(path: Path, changes: dict[str, Any]) -> dict:
-    """The recipe in a YAML file with changes: ``{"common.seed": 2}``, or a section whole."""
+    """The recipe in a YAML file with changes: `{"common.seed": 2}`, or a section whole."""
     config = yaml.safe_load(path.read_text())
     for key, value in changes.items():
         section, _, field = key.partition(".")
@@ -86,9 +86,9 @@ def digest_of(*parts: Any) -> str:
 
 
 def train(config: dict, data: Path, digest: str, folder: Path, models: Path) -> dict:
-    """Train from a recipe in ``folder``; returns wall and CPU seconds of the whole process.
+    """Train from a recipe in `folder`; returns wall and CPU seconds of the whole process.
 
-    models: the folder of the model groups in the recipe's ``defaults:``.
+    models: the folder of the model groups in the recipe's `defaults:`.
     """
     config = copy.deepcopy(config)
     config["task"]["data"] = str(data)
@@ -101,7 +101,7 @@ def train(config: dict, data: Path, digest: str, folder: Path, models: Path) -> 
 def train_by(
     command: list, config: dict, digest: str, folder: Path, models: Path | None = None
 ) -> dict:
-    """Write ``folder``/recipe.yaml and run the command, unless that was done; returns seconds."""
+    """Write `folder`/recipe.yaml and run the command, unless that was done; returns seconds."""
     done = folder / "train.json"
     if done.exists() and json.loads(done.read_text())["recipe_sha256"] == digest:
         return json.loads(done.read_text())

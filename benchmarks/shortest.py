@@ -90,7 +90,7 @@ def command(job: str, data: Path, *flags) -> list:
 
 
 def judged(job: str, folder: Path, data: Path) -> float:
-    """The figure of FIGURES for what was trained into ``folder``/checkpoints."""
+    """The figure of FIGURES for what was trained into `folder`/checkpoints."""
     if job == "speaker":
         return 100 * speaker.evaluate(folder.name, data, "test", folder.parent)["top1"]
     checkpoints = folder / "checkpoints"

@@ -34,7 +34,7 @@ class ImageDataset(FairseqDataset):
             self._draw()
 
     def set_epoch_size(self, minimum: int, multiple: int) -> None:
-        """Images an epoch: one pass over all rows or ``minimum``, rounded up to a ``multiple``.
+        """Images an epoch: one pass over all rows or `minimum`, rounded up to a `multiple`.
 
         Raises ValueError for a dataset that is not shuffled, whose size is that of its rows.
         """

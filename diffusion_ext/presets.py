@@ -200,7 +200,7 @@ def data_flags(facts: Facts) -> dict[str, str | None]:
 def fitted(
     facts: Facts, sizes: Mapping[int, Size], asked: Mapping[str, Any]
 ) -> tuple[Size, dict[str, str | None]]:
-    """The row of ``sizes`` for these images, and its network: multiples where a side halves so often.
+    """The row of `sizes` for these images, and its network: multiples where a side halves so often.
 
     It attends at the largest height there is up to the row's, with the --channel-mults asked for.
     """

@@ -38,7 +38,7 @@ class Images:
     """N decoded images.
 
     pixels: read-only memory map, uint8 (N, channels, height, width); labels: int64 (N,), index
-    into ``classes``, -1 without; names: paths in the source; hashes: 16 hex digits of each image's
+    into `classes`, -1 without; names: paths in the source; hashes: 16 hex digits of each image's
     pixels; content_hash: of all pixels and labels in order.
     """
 
@@ -53,7 +53,7 @@ class Images:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Images":
-        """The finished store in the folder ``path``; UserError where it is none, or damaged."""
+        """The finished store in the folder `path`; UserError where it is none, or damaged."""
         path = Path(path)
         meta = read_meta(path)
         if meta is None:
@@ -117,7 +117,7 @@ class Images:
 
 
 def open_images(data, options) -> Images:
-    """The images in ``data``: a folder that diffusion_ext.prepare made, or any folder of images.
+    """The images in `data`: a folder that diffusion_ext.prepare made, or any folder of images.
 
     The latter are decoded at the first call; after that the store is found by the folder's path and
     the options, and used while names, sizes and times of change of its files are the same. options:
@@ -202,7 +202,7 @@ def store_folder(data, options, recipe: Recipe) -> Path:
 
 
 def check_outside(place, data, what: str) -> None:
-    """UserError where ``place`` lies in the images' folder, visibly."""
+    """UserError where `place` lies in the images' folder, visibly."""
     place, data = Path(place).resolve(), Path(data).resolve()
     inside = place.relative_to(data).parts if place.is_relative_to(data) else None
     if inside is not None and not any(part.startswith(".") for part in inside):
@@ -229,7 +229,7 @@ def held_out(hashes, valid_fraction: float, max_valid: int) -> np.ndarray:
 
     Those with the smallest content hash: identical images are always on the same side, and neither
     order nor seed has a part in it. The number is the rounded share of N, but at least 1 and at
-    most ``max_valid``; of 2 to 29 images at 5 % it is 1. Images that occur more often than there is
+    most `max_valid`; of 2 to 29 images at 5 % it is 1. Images that occur more often than there is
     room for are passed over; where all do, the least frequent is taken whole. A share of 0 holds
     out nothing.
     """

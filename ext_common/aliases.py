@@ -128,7 +128,7 @@ class _Alias(Loader):
         module.__spec__ = self.spec
 
     def get_code(self, fullname: str) -> CodeType:
-        """For ``python -m`` with an old name."""
+        """For `python -m` with an old name."""
         found = importlib.util.find_spec(self.new)
         loader = found and found.loader
         code = loader.get_code(self.new) if isinstance(loader, InspectLoader) else None
@@ -138,7 +138,7 @@ class _Alias(Loader):
 
 
 def names_of(module: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a package that was a module, and whose names now stand in ``module``.
+    """The `__getattr__` of a package that was a module, and whose names now stand in `module`.
 
     AttributeError for a name that is not there, and for dunder names, which belong to the package itself.
     """

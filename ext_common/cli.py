@@ -64,7 +64,7 @@ class OptionError(UserError, ValueError):
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Call ``main(argv)`` and exit with its code; see the module for what the codes mean.
+    """Call `main(argv)` and exit with its code; see the module for what the codes mean.
 
     Anything but UserError, Ctrl-C and an environment that refuses to be written is a bug in this
     project and keeps its traceback. Programs that this one starts inherit OpenMP's threads.
@@ -107,7 +107,7 @@ def _report(message: str, code: int) -> int:
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one sentence with the nearest flag, and which guesses no flags.
 
-    ``--sub`` must not silently mean ``--subset`` today and become ambiguous tomorrow.
+    `--sub` must not silently mean `--subset` today and become ambiguous tomorrow.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -151,7 +151,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """``": did you mean 'x'?"``, or an empty string where nothing is near."""
+    """`": did you mean 'x'?"`, or an empty string where nothing is near."""
     near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.5)
     return f": did you mean {near[0]!r}?" if near else ""
 
@@ -161,10 +161,10 @@ def add_dataclass(
     cls: type,
     skip: Iterable[str] = (),
 ) -> None:
-    """One ``--flag`` for each field of an options dataclass (fields in ``skip`` left out).
+    """One `--flag` for each field of an options dataclass (fields in `skip` left out).
 
-    Field metadata: ``help`` (required; states the unit), ``choices``. Types: int, float, str, bool
-    (``--x / --no-x``), List of these (comma-separated) and Optional of all of them (``none``).
+    Field metadata: `help` (required; states the unit), `choices`. Types: int, float, str, bool
+    (`--x / --no-x`), List of these (comma-separated) and Optional of all of them (`none`).
     A field without default becomes a required flag.
     """
     for field, kind in option_fields(cls):
@@ -192,7 +192,7 @@ def add_dataclass(
 
 
 def from_args(cls: type, args: argparse.Namespace) -> Any:
-    """The instance of ``cls`` that parsed arguments describe; what ``cls`` refuses is bad usage."""
+    """The instance of `cls` that parsed arguments describe; what `cls` refuses is bad usage."""
     given = {f.name: getattr(args, f.name) for f, _ in option_fields(cls) if hasattr(args, f.name)}
     try:
         return cls(**given)
@@ -214,7 +214,7 @@ def _argparse_type(field: dataclasses.Field[Any], kind: Any) -> Callable[[str], 
 
 
 def option_fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
-    """(field, resolved type) for each init field; a field without ``help`` raises ValueError."""
+    """(field, resolved type) for each init field; a field without `help` raises ValueError."""
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise TypeError(f"options must be a dataclass, got {cls!r}")
     hints = typing.get_type_hints(cls)
@@ -226,7 +226,7 @@ def option_fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
 
 
 def field_default(field: dataclasses.Field[Any]) -> Any:
-    """The default of a field, ``dataclasses.MISSING`` where it has none."""
+    """The default of a field, `dataclasses.MISSING` where it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
@@ -244,7 +244,7 @@ def show_value(value: Any) -> str:
 
 
 def parse_option(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
-    """``value`` (text or already typed) as the type of ``field``; OptionError names the field."""
+    """`value` (text or already typed) as the type of `field`; OptionError names the field."""
     try:
         parsed = _parse(kind, value)
     except (ValueError, TypeError):

@@ -77,7 +77,7 @@ for name in sys.argv[1:]:
 
 
 class Finding(NamedTuple):
-    """One line of the report; ``level`` is "ok", "note" or "broken"."""
+    """One line of the report; `level` is "ok", "note" or "broken"."""
 
     level: str
     text: str
@@ -171,7 +171,7 @@ def check_pin(pin: Pin) -> Iterator[Finding]:
 
 
 def which_fairseq(pins: dict[str, Pin]) -> Iterator[Finding]:
-    """Which distribution the importable ``fairseq`` comes from; finding it does not import it."""
+    """Which distribution the importable `fairseq` comes from; finding it does not import it."""
     spec = util.find_spec("fairseq")
     place = Path(spec.origin).parent if spec and spec.origin else None
     wanted = pins.get("ve-fairseq", Pin("ve-fairseq", ""))
@@ -244,7 +244,7 @@ def _gpus(answer: dict[str, Any]) -> Iterator[Finding]:
 
 
 def probe(names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """One answer for each module: ``{"name", "path", ...}``, or ``"error"`` where it failed."""
+    """One answer for each module: `{"name", "path", ...}`, or `"error"` where it failed."""
     left = list(names)
     while left:
         try:
@@ -278,7 +278,7 @@ def probe(names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
 
 
 def remedy(name: str, error: str, pins: dict[str, Pin]) -> str:
-    """What to do about a module that fails to import with ``error``."""
+    """What to do about a module that fails to import with `error`."""
     quoted = {pin.name: str(pin) for pin in pins.values()}
     for symptom, advice in _SYMPTOMS:
         if symptom in error:

@@ -64,7 +64,7 @@ def trained_model() -> Optional[Trained]:
 
 @contextlib.contextmanager
 def building(trainer: Any) -> Iterator[None]:
-    """While a schedule is built for the model of ``trainer``."""
+    """While a schedule is built for the model of `trainer`."""
     _being_built.append(Trained(trainer.cfg.model, trainer.model))
     try:
         yield
@@ -131,7 +131,7 @@ def _compare_rates(result: Any, cfg: Any, trainer: Any, **_kwargs: Any) -> None:
 def new_curve(before: dict, cfg: Any, rate: float, updates: int) -> Optional[str]:
     """What to say where another --max-update changed the rate of the next update; None elsewhere.
 
-    before: `trained_with` of the checkpoint, of ``updates`` updates; rate: that of the next one now.
+    before: `trained_with` of the checkpoint, of `updates` updates; rate: that of the next one now.
     """
     old_length, length = before["optimization"].get("max_update"), cfg.optimization.max_update
     name, old_rate = before["lr_scheduler"].get("_name"), before["lr"]
@@ -168,7 +168,7 @@ def _take_the_best_metric_from_the_task() -> None:
 
 
 def choose_best_metric(cfg: Any, task: Any) -> None:
-    """Write `task.best_metric` into ``cfg.checkpoint``, unless a metric was asked for."""
+    """Write `task.best_metric` into `cfg.checkpoint`, unless a metric was asked for."""
     best = getattr(task, "best_metric", None)
     asked = "best_checkpoint_metric" in given()
     asked = asked or cfg.checkpoint.best_checkpoint_metric != _DEFAULT_METRIC

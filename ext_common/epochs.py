@@ -15,7 +15,7 @@ from fairseq.data import iterators
 class Wanted:
     """What fairseq asks of a task for an epoch; None is no limit.
 
-    max_tokens, max_sentences: of a batch; max_positions: of a sample, where ``ignore_invalid_inputs`` allows
+    max_tokens, max_sentences: of a batch; max_positions: of a sample, where `ignore_invalid_inputs` allows
     to leave out what is longer; num_shards: processes.
     """
 
@@ -71,7 +71,7 @@ class OwnBatches:
         )
 
     def full_updates(self, dataset: Any, size: int, wanted: Wanted) -> list[Any]:
-        """`full_batches` of ``size``, with `--update-freq` and `--epoch-updates` of this task."""
+        """`full_batches` of `size`, with `--update-freq` and `--epoch-updates` of this task."""
         freq = update_freq(self.cfg.update_freq, wanted.epoch)
         return full_batches(
             dataset, size, wanted.num_shards, freq, wanted.epoch, self.cfg.epoch_updates
@@ -79,7 +79,7 @@ class OwnBatches:
 
 
 def epoch_of(dataset: Any, batches: Sequence[Any], data_buffer_size: int, **options: Any) -> Any:
-    """The iterator over ``batches`` (lists of indices) that a task's `get_batch_iterator` returns.
+    """The iterator over `batches` (lists of indices) that a task's `get_batch_iterator` returns.
 
     options: seed, num_shards, shard_id, num_workers, epoch, … of `EpochBatchIterator`.
     """
@@ -97,7 +97,7 @@ def epoch_of(dataset: Any, batches: Sequence[Any], data_buffer_size: int, **opti
 def full_batches(
     dataset: Any, size: int, shards: int, freq: int, epoch: int, updates: int
 ) -> list[Any]:
-    """Batches of ``size`` of a dataset whose epochs are streams: every update is full.
+    """Batches of `size` of a dataset whose epochs are streams: every update is full.
 
     shards: processes; freq: batches an update; updates: an epoch has at least so many. All processes and
     accumulation steps together see the same samples in an update however many they are.
@@ -109,7 +109,7 @@ def full_batches(
 
 
 def in_order(dataset: Any, size: int) -> list[Any]:
-    """Batches of ``size`` in the dataset's own order."""
+    """Batches of `size` in the dataset's own order."""
     order = dataset.ordered_indices()
     return [order[i : i + size].tolist() for i in range(0, len(order), size)]
 

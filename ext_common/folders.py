@@ -33,11 +33,11 @@ def making(
     wait: bool = False,
     continues: Callable[[Path], bool] | None = None,
 ) -> Iterator[Path | None]:
-    """The folder to write; it becomes ``dest``, in the place of what is there, when the block ends well.
+    """The folder to write; it becomes `dest`, in the place of what is there, when the block ends well.
 
-    None where ``made()`` says that ``dest`` is what would be made; it is asked again once no other process is
-    at it. An exception removes the folder, unless ``continues`` is given, which says whether what an earlier
-    run left in it may be gone on with. Another process that makes ``dest``: UserError, or with ``wait`` it is
+    None where `made()` says that `dest` is what would be made; it is asked again once no other process is
+    at it. An exception removes the folder, unless `continues` is given, which says whether what an earlier
+    run left in it may be gone on with. Another process that makes `dest`: UserError, or with `wait` it is
     waited for.
     """
     place = Path(os.path.realpath(dest))
@@ -67,7 +67,7 @@ def making(
 
 @contextlib.contextmanager
 def exclusive(path: StrPath, what: StrPath, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file ``path``, which is gone afterwards; ``what`` is being written meanwhile."""
+    """Hold the lock file `path`, which is gone afterwards; `what` is being written meanwhile."""
     handle = lock(path, what, wait=wait)
     try:
         yield
@@ -79,10 +79,10 @@ def exclusive(path: StrPath, what: StrPath, *, wait: bool = False) -> Iterator[N
 
 
 def lock(path: StrPath, what: StrPath, *, wait: bool = False) -> int:
-    """A descriptor of the file ``path`` (made where there is none) that no other process holds.
+    """A descriptor of the file `path` (made where there is none) that no other process holds.
 
-    Closing it lets go, and so does being killed. UserError, which says that ``what`` is being written, where
-    another process has it; with ``wait`` that is said on stderr and it is waited for.
+    Closing it lets go, and so does being killed. UserError, which says that `what` is being written, where
+    another process has it; with `wait` that is said on stderr and it is waited for.
     """
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -115,7 +115,7 @@ def _is_still(handle: int, path: StrPath) -> bool:
 
 
 def partial_folder(dest: StrPath) -> Path:
-    """Where ``dest`` is while it is being made."""
+    """Where `dest` is while it is being made."""
     return _beside(Path(os.path.realpath(dest)), "partial")
 
 
@@ -127,9 +127,9 @@ def is_made(
     overwrite: bool = False,
     words: Mapping[str, str] | None = None,
 ) -> bool:
-    """Whether ``dest`` is what ``plan`` would make; UserError where it is anything that may not be replaced.
+    """Whether `dest` is what `plan` would make; UserError where it is anything that may not be replaced.
 
-    read(dest): the plan that it was made by, None where it is not from this command. ``overwrite``: one that
+    read(dest): the plan that it was made by, None where it is not from this command. `overwrite`: one that
     is from this command may be replaced. words: as of :func:`difference`.
     """
     if not dest.exists():
@@ -156,7 +156,7 @@ def refuse_file(dest: Path) -> None:
 
 
 def refuse_strangers(dest: Path, ours: Iterable[str] = ()) -> None:
-    """UserError where ``dest`` is a file, or holds any that no earlier run of the command can have left."""
+    """UserError where `dest` is a file, or holds any that no earlier run of the command can have left."""
     refuse_file(dest)
     strangers = sorted({path.name for path in dest.iterdir()} - set(ours)) if dest.exists() else []
     if strangers:
@@ -169,7 +169,7 @@ def refuse_strangers(dest: Path, ours: Iterable[str] = ()) -> None:
 def difference(
     old: Mapping[str, Any], new: Mapping[str, Any], words: Mapping[str, str] | None = None
 ) -> str:
-    """The first thing that two plans differ in, for a message: ``--seed 1, not 2``.
+    """The first thing that two plans differ in, for a message: `--seed 1, not 2`.
 
     words: what to say of a key instead; {before} and {now} are its values.
     """

@@ -56,7 +56,7 @@ def _given_in(words: tuple[str, ...], hydra: bool) -> frozenset[str]:
 
 
 def given_by(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Only what is given in ``words``: parsed while no action has a default.
+    """Only what is given in `words`: parsed while no action has a default.
 
     What the parser does not know is left to whoever parses in earnest.
     """
@@ -71,7 +71,7 @@ def whole_parser(
 ) -> argparse.ArgumentParser:
     """A training parser with the flags of the task, model, criterion, … as well.
 
-    parts: what is taken where ``words`` name none, as {"arch": "conformer_speaker"}, else what the task's
+    parts: what is taken where `words` name none, as {"arch": "conformer_speaker"}, else what the task's
     presets name. What is named wrongly is left out: fairseq says so later.
     """
     from fairseq.dataclass.utils import gen_parser_from_dataclass

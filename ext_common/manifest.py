@@ -40,9 +40,9 @@ _DISTRIBUTIONS = (
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file that appears under ``path`` only when the block ends without an exception.
+    """Open a file that appears under `path` only when the block ends without an exception.
 
-    ``mode`` is "w" (UTF-8, newlines as written) or "wb". The temporary file lies in the same
+    `mode` is "w" (UTF-8, newlines as written) or "wb". The temporary file lies in the same
     folder (made when absent), is synced before the rename and removed on failure. A path that is
     no regular file (/dev/stdout, a pipe) is written directly: there is nothing to rename over.
     """
@@ -76,14 +76,14 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
 
 def clear_temporary(path: str | os.PathLike[str]) -> None:
-    """Remove what killed writers of ``path`` left; only where nobody can be writing it now."""
+    """Remove what killed writers of `path` left; only where nobody can be writing it now."""
     path = Path(path)
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make renames inside ``folder`` survive a power cut."""
+    """Make renames inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -94,7 +94,7 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def atomic_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write ``obj`` as indented JSON, whole or not at all.
+    """Write `obj` as indented JSON, whole or not at all.
 
     Paths, dataclasses, numpy scalars and arrays become plain JSON; a number that is not finite
     becomes null, because JSON has no NaN and strict readers refuse the file.
@@ -202,7 +202,7 @@ def write_manifest(
     seed: int | None,
     **extra: Any,
 ) -> Path:
-    """Write ``folder/manifest.json`` and return its path.
+    """Write `folder/manifest.json` and return its path.
 
     inputs: {name: hash or record}, or file paths, hashed here. counts: in, out, and out by reason.
     options: mapping or dataclass. It holds no time and no host, so equal runs give equal bytes.

@@ -26,9 +26,9 @@ def in_order(
     start: Callable[[], object] | None = None,
     near: Callable[[Any], str] | None = None,
 ) -> Iterator[Any]:
-    """``function(job)`` of each job, in order, by ``workers`` processes (1: in this one).
+    """`function(job)` of each job, in order, by `workers` processes (1: in this one).
 
-    At most 3 results a worker are waiting. ``function`` may be any callable; jobs and results are pickled.
+    At most 3 results a worker are waiting. `function` may be any callable; jobs and results are pickled.
     method, preload: how processes begin ("fork" or "forkserver", which loads these modules once); start: the
     first thing that each does. UserError where a process is killed; near(job): where that was, in words.
     """

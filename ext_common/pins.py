@@ -10,7 +10,7 @@ DISTRIBUTION = "fairseq-ext"
 
 
 class Pin(NamedTuple):
-    """A requirement: distribution name and version specifiers, e.g. ``>=2.9,<2.15``."""
+    """A requirement: distribution name and version specifiers, e.g. `>=2.9,<2.15`."""
 
     name: str
     specifier: str

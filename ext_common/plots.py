@@ -37,9 +37,9 @@ def learning_curve(
     out_png: str | os.PathLike[str],
     metric: str = "accuracy",
 ) -> None:
-    """Draw loss, ``metric`` and learning rate against updates from fairseq's log (path or lines).
+    """Draw loss, `metric` and learning rate against updates from fairseq's log (path or lines).
 
-    Reads ``--log-format json``, ``simple`` and ``tqdm``, on stdout or in ``--log-file``. Of an
+    Reads `--log-format json`, `simple` and `tqdm`, on stdout or in `--log-file`. Of an
     update logged twice (a resumed run) the last counts. Raises UserError where nothing is found.
     """
     name = "the log"
@@ -203,7 +203,7 @@ def _draw_pairs(axis: Axes, pairs: list[tuple[str, str, float]]) -> None:
 def scatter_2d(
     points: np.ndarray, labels: Sequence[Any], out_png: str | os.PathLike[str], title: str = ""
 ) -> None:
-    """Draw ``points`` (N, 2) coloured by ``labels`` (N,); a legend for up to 20 different ones."""
+    """Draw `points` (N, 2) coloured by `labels` (N,); a legend for up to 20 different ones."""
     points = np.asarray(points)
     if points.ndim != 2 or points.shape[1] != 2 or len(points) != len(labels):
         raise ValueError(f"points must be (N, 2) with N labels, got {points.shape}, {len(labels)}")
@@ -261,7 +261,7 @@ def _save(figure: Figure, out: str | os.PathLike[str]) -> None:
 def most_confused(
     matrix: np.ndarray, names: Sequence[str], top: int
 ) -> list[tuple[str, str, float]]:
-    """The ``top`` largest off-diagonal counts as (true, predicted, count), largest first."""
+    """The `top` largest off-diagonal counts as (true, predicted, count), largest first."""
     errors = np.array(matrix)
     np.fill_diagonal(errors, 0)
     order = np.argsort(-errors, axis=None, kind="stable")[:top]

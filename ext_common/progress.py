@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Progress:
-    """What :func:`progress` returns: an iterable, or a counter with ``update(n)``; a context."""
+    """What :func:`progress` returns: an iterable, or a counter with `update(n)`; a context."""
 
     def __init__(
         self,
@@ -98,10 +98,10 @@ def progress(
     every: float = 5.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> Progress:
-    """Progress over an iterable, or over ``items`` steps reported with ``update(n)``.
+    """Progress over an iterable, or over `items` steps reported with `update(n)`.
 
-    On a terminal a bar with rate and time left; elsewhere a plain line every ``every`` seconds;
-    nothing at all for work that ends within ``after`` seconds.
+    On a terminal a bar with rate and time left; elsewhere a plain line every `every` seconds;
+    nothing at all for work that ends within `after` seconds.
     """
     if isinstance(items, int):
         total, items = items, range(items)
@@ -139,7 +139,7 @@ class Pace:
 
 
 def validations_left(done: int, total: int, every: int) -> int:
-    """Validations after ``done`` updates of ``total``: at each multiple of ``every`` and at the end."""
+    """Validations after `done` updates of `total`: at each multiple of `every` and at the end."""
     if done >= total:
         return 0
     multiples = total // every - done // every if every else 0

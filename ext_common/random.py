@@ -21,5 +21,5 @@ def generator(seed: int) -> np.random.Generator:
 
 
 def uniforms(seeds: Sequence[int], steps: int) -> np.ndarray:
-    """float64 (B, steps) in [0, 1): row b depends on ``seeds[b]`` only, its beginning not on ``steps``."""
+    """float64 (B, steps) in [0, 1): row b depends on `seeds[b]` only, its beginning not on `steps`."""
     return np.stack([generator(seed).random(steps) for seed in seeds])

@@ -9,7 +9,7 @@
     POOLINGS.build("self_attentive", 80, options="heads=4,hidden=64")
     POOLINGS.bind("self_attentive:heads=4,hidden=64")(80)
 
-Someone's own ``--user-dir`` adds an entry with the same decorator.
+Someone's own `--user-dir` adds an entry with the same decorator.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class UnknownName(UserError, ValueError):
 
 
 class Registry:
-    """Names of one ``kind``, each with a function or class and a dataclass of its options."""
+    """Names of one `kind`, each with a function or class and a dataclass of its options."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -45,9 +45,9 @@ class Registry:
         self._options: dict[str, type | None] = {}
 
     def register(self, name: str, options: type | None = None) -> Callable[[T], T]:
-        """Decorator that enters a function or class under ``name``.
+        """Decorator that enters a function or class under `name`.
 
-        ``options`` is a dataclass whose every field has ``help`` in its metadata, or None.
+        `options` is a dataclass whose every field has `help` in its metadata, or None.
         Raises ValueError for a name already taken or a field without help.
         """
         if not name or any(mark in name for mark in ",=:"):
@@ -82,9 +82,9 @@ class Registry:
         return self._entries[name]
 
     def options(self, name: str, given: Any = None) -> Any:
-        """The options of ``name`` as an instance of its dataclass (None for an entry without).
+        """The options of `name` as an instance of its dataclass (None for an entry without).
 
-        ``given``: ``"key=value,key=value"`` (a part without ``=`` continues a list), a mapping, an
+        `given`: `"key=value,key=value"` (a part without `=` continues a list), a mapping, an
         instance, or None for the defaults. Raises OptionError for an unknown key, with the
         nearest, for a value that does not fit and for a missing one without default.
         """
@@ -110,11 +110,11 @@ class Registry:
             raise OptionError(f"{self.kind} {name!r}: {error}") from error
 
     def build(self, name: str, *args: Any, options: Any = None, **kwargs: Any) -> Any:
-        """``entry(*args, **options, **kwargs)`` with ``options`` as :meth:`options` reads them."""
+        """`entry(*args, **options, **kwargs)` with `options` as :meth:`options` reads them."""
         return self._bound(name, options)(*args, **kwargs)
 
     def bind(self, text: str) -> functools.partial[Any]:
-        """The entry that ``"name"`` or ``"name:key=value,key=value"`` describes, with its options."""
+        """The entry that `"name"` or `"name:key=value,key=value"` describes, with its options."""
         name, _, options = text.partition(":")
         return self._bound(name.strip(), options)
 
@@ -125,7 +125,7 @@ class Registry:
         return functools.partial(self.get(name), **extra)
 
     def describe(self) -> str:
-        """For ``--help``: each name, the first line of its docstring, its options with defaults."""
+        """For `--help`: each name, the first line of its docstring, its options with defaults."""
         lines = []
         for name in self.names():
             doc = inspect.getdoc(self._entries[name]) or ""
@@ -140,7 +140,7 @@ class Registry:
 
 
 def _pairs(given: Any, lists: set[str]) -> dict[str, Any]:
-    """The key → value mapping in ``given``; ``lists`` are the keys whose values have commas."""
+    """The key → value mapping in `given`; `lists` are the keys whose values have commas."""
     if given is None:
         return {}
     if isinstance(given, Mapping):

@@ -205,13 +205,13 @@ class Screen(logging.Handler):
     # --- what happens ---------------------------------------------------------------------------
 
     def paused(self, seconds: float, validated: bool) -> None:
-        """Between two updates ``seconds`` went into a validation and a checkpoint, or into neither."""
+        """Between two updates `seconds` went into a validation and a checkpoint, or into neither."""
         self._pause += seconds
         if validated:
             self.pace.validated(seconds)
 
     def updated(self, seconds: float, epoch: int, done_in_epoch: int, epoch_length: int) -> None:
-        """An update is over, which with the pause after it took ``seconds``."""
+        """An update is over, which with the pause after it took `seconds`."""
         self.pace.updated(max(seconds - self._pause, 0.0))
         self._pause = 0.0
         if self.due():

@@ -1,9 +1,9 @@
 """A memory-mapped store of variable-length records: written once, read in crops without opening
 files.
 
-On disk, for the name ``features``: ``features.bin`` holds the rows of all records one after the
-other, raw and little-endian; ``features.json`` holds dtype, row shape and the length of every
-record. While it is being written they are called ``features.bin.part`` and ``features.journal``:
+On disk, for the name `features`: `features.bin` holds the rows of all records one after the
+other, raw and little-endian; `features.json` holds dtype, row shape and the length of every
+record. While it is being written they are called `features.bin.part` and `features.journal`:
 one JSON line a record, written after its data, so that a writer killed at any moment is opened
 again and goes on behind the last whole record.
 """
@@ -28,7 +28,7 @@ SYNC_BYTES = 256 << 20
 
 
 class Entry(NamedTuple):
-    """One journal line: ``rows`` is None for a record that was looked at and left out."""
+    """One journal line: `rows` is None for a record that was looked at and left out."""
 
     record_id: str
     offset: int
@@ -52,17 +52,17 @@ class Store:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Record ``index`` as a read-only view (length, *row_shape)."""
+        """Record `index` as a read-only view (length, *row_shape)."""
         start = self.offsets[index]
         return self.data[start : start + self.lengths[index]]
 
 
 class StoreWriter:
-    """Appends records to the store in ``directory``; opened again after an interruption it
+    """Appends records to the store in `directory`; opened again after an interruption it
     continues.
 
     row_shape, dtype: of one row; key: any string that tells what is being written: a half-written
-    store with another key is refused. ``done`` lists what is already written, in order. Raises
+    store with another key is refused. `done` lists what is already written, in order. Raises
     UserError where the folder holds a finished store, another key, or another process is writing.
     """
 
@@ -99,7 +99,7 @@ class StoreWriter:
         return self._rows
 
     def append(self, record_id: str, array: np.ndarray, note: dict[str, Any] | None = None) -> int:
-        """Write ``array`` (T, *row_shape) and return its offset in rows.
+        """Write `array` (T, *row_shape) and return its offset in rows.
 
         Raises ValueError for another shape or dtype, or an id that is already there.
         """
@@ -119,7 +119,7 @@ class StoreWriter:
         return entry.offset
 
     def skip(self, record_id: str, note: dict[str, Any]) -> None:
-        """Note that ``record_id`` was looked at and has no data."""
+        """Note that `record_id` was looked at and has no data."""
         self._check_new(record_id)
         self._log(Entry(record_id, self._rows, None, note))
 
@@ -238,7 +238,7 @@ class StoreWriter:
 
 
 def open_store(directory: str | os.PathLike[str], name: str = "features") -> Store:
-    """The finished store in ``directory`` as a Store; UserError where it is missing, unfinished or
+    """The finished store in `directory` as a Store; UserError where it is missing, unfinished or
     cut short.
     """
     part, final, index, journal = store_paths(directory, name)
@@ -268,7 +268,7 @@ def open_store(directory: str | os.PathLike[str], name: str = "features") -> Sto
 
 
 def discard(directory: str | os.PathLike[str], name: str = "features") -> None:
-    """Delete the store in ``directory``, finished or not; UserError while it is being written."""
+    """Delete the store in `directory`, finished or not; UserError while it is being written."""
     part, final, index, journal = store_paths(directory, name)
     if not any(path.exists() for path in (part, final, index, journal)):
         return
@@ -281,7 +281,7 @@ def discard(directory: str | os.PathLike[str], name: str = "features") -> None:
 
 
 def interrupted_key(directory: str | os.PathLike[str], name: str = "features") -> str | None:
-    """The ``key`` of the unfinished store in ``directory``, None where nothing is written yet."""
+    """The `key` of the unfinished store in `directory`, None where nothing is written yet."""
     _, _, _, journal = store_paths(directory, name)
     try:
         with open(journal, "rb") as file:
@@ -294,7 +294,7 @@ def interrupted_key(directory: str | os.PathLike[str], name: str = "features") -
 def store_paths(
     directory: str | os.PathLike[str], name: str = "features"
 ) -> tuple[Path, Path, Path, Path]:
-    """(unfinished data, finished data, index, journal) of the store ``name`` in ``directory``."""
+    """(unfinished data, finished data, index, journal) of the store `name` in `directory`."""
     directory = Path(directory)
     part, final, index, journal = (
         directory / f"{name}{end}" for end in (".bin.part", ".bin", ".json", ".journal")
@@ -303,14 +303,14 @@ def store_paths(
 
 
 def write_all(file: RawIOBase, data: bytes) -> None:
-    """Write all of ``data`` to an unbuffered file, which may take it in pieces."""
+    """Write all of `data` to an unbuffered file, which may take it in pieces."""
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]
 
 
 def whole_lines(content: bytes) -> list[bytes]:
-    """The lines of ``content`` (bytes) that end in a line feed and hold one JSON object, up to the
+    """The lines of `content` (bytes) that end in a line feed and hold one JSON object, up to the
     first torn one.
     """
     lines = []

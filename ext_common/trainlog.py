@@ -13,7 +13,7 @@ _INNER = re.compile(r"epoch (\d+):\s.*?(\w+=.*)")
 
 
 class Point(NamedTuple):
-    """One logged line: ``subset`` is "train", "train_inner" or the validation subset's name."""
+    """One logged line: `subset` is "train", "train_inner" or the validation subset's name."""
 
     subset: str
     epoch: int

@@ -151,7 +151,7 @@ def read(path: Path) -> dict[str, Any]:
 def average(states: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """The mean of checkpoints' weights, with all else from the last one.
 
-    ``states`` are pairs of a path, for messages, and what :func:`read` returns for it; they are
+    `states` are pairs of a path, for messages, and what :func:`read` returns for it; they are
     taken one at a time.
     Floating tensors are summed in float64 and returned as float32 (float64 stays); where all
     checkpoints agree the value is theirs exactly. Tensors that share their storage in each of the
@@ -222,7 +222,7 @@ def _order(name: str) -> Optional[tuple[int, float]]:
 
 
 def _weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The floating tensors of a checkpoint as ``part.name`` → tensor."""
+    """The floating tensors of a checkpoint as `part.name` → tensor."""
     return {
         f"{part}.{name}": value
         for part in _PARTS

@@ -50,7 +50,7 @@ class ScheduleOptions:
 
 
 class Curve(NamedTuple):
-    """The rates of some updates of one schedule; update k (1, 2, …) is made with ``rates``' k-th."""
+    """The rates of some updates of one schedule; update k (1, 2, …) is made with `rates`' k-th."""
 
     name: str
     kind: str
@@ -65,7 +65,7 @@ class Curve(NamedTuple):
 
 
 def curves(options: ScheduleOptions) -> list[Curve]:
-    """What the real scheduler classes set for updates 1 … ``options.updates``, as a trainer asks them."""
+    """What the real scheduler classes set for updates 1 … `options.updates`, as a trainer asks them."""
     _load_fairseq()
     d_model, factor = options.d_model, options.noam_factor
     made = []
@@ -184,7 +184,7 @@ def _rate_holder():
 
 
 def _sample(count: int, corners: Sequence[int]) -> list[int]:
-    """Updates 1 … ``count``, thinned; the neighbours of the corners, where schedules bend, stay."""
+    """Updates 1 … `count`, thinned; the neighbours of the corners, where schedules bend, stay."""
     step = max(1, count // _POINTS)
     chosen = {*range(1, count + 1, step), count}
     chosen.update(k for corner in corners for k in (corner, corner + 1, corner + 2))

@@ -44,7 +44,7 @@ class NoamSchedule(FairseqLRScheduler):
     """lrate = factor · :func:`get_rate`, where step = num_updates + 1 (Vaswani et al. 2017, eq. 3).
 
     fairseq sets the rate of the next update after each update, so that update k (1, 2, …) is made
-    with ``step_update(k - 1)``: the k-th rate of the paper. The rate is a function of the update
+    with `step_update(k - 1)`: the k-th rate of the paper. The rate is a function of the update
     count and today's options alone: nothing of it is in a checkpoint, so that a run resumed with
     another --noam-factor or --warmup-updates goes on with the new one from its first update.
     """
@@ -61,7 +61,7 @@ class NoamSchedule(FairseqLRScheduler):
         self.step_update(0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take ``best`` from the state of this or any other scheduler; there is nothing else."""
+        """Take `best` from the state of this or any other scheduler; there is nothing else."""
         self.best = state_dict.get("best")
 
     def step(self, epoch: int, val_loss: Optional[float] = None) -> float:
@@ -71,7 +71,7 @@ class NoamSchedule(FairseqLRScheduler):
         return rate
 
     def step_update(self, num_updates: int) -> float:
-        """Set and return the rate of the update that follows ``num_updates`` of them."""
+        """Set and return the rate of the update that follows `num_updates` of them."""
         rate = self.factor * get_rate(self.d_model, num_updates + 1, self.warmup)
         self.optimizer.set_lr(rate)
         return rate
@@ -122,8 +122,8 @@ def _bad_warmup(warmup: float) -> str:
 def model_dimension(options: Any, model: Any = None) -> Optional[int]:
     """The dimension d_model that a model says it has; None where it says none.
 
-    ``options``: cfg.model of fairseq (DictConfig or Namespace): ``encoder.embed_dim``, else
-    ``encoder_embed_dim``, else ``d_model``. Where they hold none of them, those of ``model.cfg``.
+    `options`: cfg.model of fairseq (DictConfig or Namespace): `encoder.embed_dim`, else
+    `encoder_embed_dim`, else `d_model`. Where they hold none of them, those of `model.cfg`.
     """
     for source in (options, getattr(model, "cfg", None)):
         for path in ("encoder.embed_dim", "encoder_embed_dim", "d_model"):
@@ -145,8 +145,8 @@ def _attribute(value: Any, name: str) -> Any:
 def get_rate(d_model: int, step_num: int, warmup_step: int) -> float:
     """d_model^-0.5 · min(step_num^-0.5, step_num · warmup_step^-1.5).
 
-    The learning rate of update ``step_num`` (1, 2, …): it rises linearly to its peak
-    (d_model · warmup_step)^-0.5 at step ``warmup_step``, then falls with the inverse square root.
+    The learning rate of update `step_num` (1, 2, …): it rises linearly to its peak
+    (d_model · warmup_step)^-0.5 at step `warmup_step`, then falls with the inverse square root.
     Vaswani et al., "Attention Is All You Need" (2017), equation 3. Raises ValueError where d_model,
     step_num or warmup_step is below 1: update 0 does not exist.
     """

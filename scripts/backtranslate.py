@@ -98,7 +98,7 @@ def do_rounds(steps, plan):
 
 
 def train(steps, plan, name, folder, data, recipe, source):
-    """The averaged model of a training that reads ``source``."""
+    """The averaged model of a training that reads `source`."""
     options = plan.options
     languages = options.source_lang, options.target_lang
     direction = languages if source == languages[0] else languages[::-1]
@@ -109,7 +109,7 @@ def train(steps, plan, name, folder, data, recipe, source):
 
 
 def mix(steps, plan, name, mono, model, place, model_flags=()):
-    """The mixture of DATA with what ``model`` writes for ``mono``; place: of synthetic text and mixture."""
+    """The mixture of DATA with what `model` writes for `mono`; place: of synthetic text and mixture."""
     options, (synthetic, mixture) = plan.options, place
     number = re.search(r"round (\d+)", name)[1]
     command = ["python", "-m", "fairseq_ext.backtranslation.generate", mono, synthetic]

@@ -188,7 +188,7 @@ def make_corpus(options: CorpusOptions) -> dict[str, list[Pair]]:
 
 
 def make_pair(kind: str, split: str, values: "Values", rng: random.Random) -> Pair:
-    """A sentence of ``kind`` with values of ``split``."""
+    """A sentence of `kind` with values of `split`."""
     source, target = rng.choice(TEMPLATES[kind])
     fields = [
         name

@@ -51,7 +51,7 @@ def read_archive(path):
 
 
 def download(url):
-    """The bytes behind ``url``."""
+    """The bytes behind `url`."""
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
             total = int(answer.headers.get("Content-Length") or 0) // 1024
@@ -70,7 +70,7 @@ def download(url):
 
 
 def unpack(content, dest, source):
-    """Write the recordings of the archive to ``dest``, whole or not at all; their number."""
+    """Write the recordings of the archive to `dest`, whole or not at all; their number."""
     dest.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=".tmp", dir=dest.parent))
     part.chmod(0o755)

@@ -127,7 +127,7 @@ def main(argv):
 
 
 def make_recordings(dest, options, workers=None):
-    """Write all recordings to ``dest`` (a new folder), whole or not at all. Raises UserError."""
+    """Write all recordings to `dest` (a new folder), whole or not at all. Raises UserError."""
     cast = speakers()[: options.speakers]
     plan = {"options": asdict(options), "speakers": [list(s) for s in cast], "text": SENTENCES}
     if dest.exists():

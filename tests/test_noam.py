@@ -368,7 +368,7 @@ def runs(bitext, speakers, tmp_path_factory):
 
 
 def closed_form(first, last, dim=DIM, warmup=WARMUP, factor=FACTOR):
-    """Rates of the updates ``first`` … ``last``."""
+    """Rates of the updates `first` … `last`."""
     return [
         factor * dim**-0.5 * min(step**-0.5, step * warmup**-1.5) for step in range(first, last + 1)
     ]

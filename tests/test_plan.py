@@ -32,7 +32,7 @@ def name_of(path):
 
 
 def imported(name, text, known):
-    """The modules among ``known`` that the source of module ``name`` imports, anywhere in it."""
+    """The modules among `known` that the source of module `name` imports, anywhere in it."""
     package = name if known[name].name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):

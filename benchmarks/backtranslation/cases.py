@@ -47,7 +47,7 @@ class Size:
 
 
 def write_case(folder: Path, corpus, size: Size, count: int, generated: int) -> dict:
-    """FOLDER with ``count`` lines, the first ``generated`` of them in `data`; returns statistics."""
+    """FOLDER with `count` lines, the first `generated` of them in `data`; returns statistics."""
     from fairseq_ext.translation.text.normalise import normalise
     from fairseq_ext.translation.text.spm import Codec, train_model
 
@@ -95,7 +95,7 @@ def write_case(folder: Path, corpus, size: Size, count: int, generated: int) -> 
 def joined(
     sentences: Sequence[str], pieces_of: Callable[[str], int], mean: float, count: int
 ) -> list[str]:
-    """``count`` different lines, each of one sentence or more, of ``mean`` pieces on the average.
+    """`count` different lines, each of one sentence or more, of `mean` pieces on the average.
 
     A line takes sentences as long as all lines up to it have less than their share.
     """
@@ -112,7 +112,7 @@ def joined(
 
 
 def with_unused_pieces(model: bytes, count: int) -> bytes:
-    """A SentencePiece model with ``count`` more pieces that no text turns into.
+    """A SentencePiece model with `count` more pieces that no text turns into.
 
     A model is a protocol buffer (sentencepiece_model.proto): fields of type 1 are the pieces, and more of
     them may follow behind all others.

@@ -39,7 +39,7 @@ def length_of(folder: Path) -> int:
 
 
 class HuggingFace:
-    """Hugging Face's ``generate`` for lines in their order, ``batch`` of them at a time."""
+    """Hugging Face's `generate` for lines in their order, `batch` of them at a time."""
 
     def __init__(self, folder: Path, threads: int):
         import torch

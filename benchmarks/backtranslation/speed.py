@@ -206,7 +206,7 @@ def lines_of(name: str, sentences: int) -> int:
 
 
 def side_run(call: sides.Side, lines: Sequence[str]) -> Callable[[], int]:
-    """Translate ``lines`` once; how many they are."""
+    """Translate `lines` once; how many they are."""
 
     def once() -> int:
         found = call(lines)

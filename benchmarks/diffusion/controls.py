@@ -41,7 +41,7 @@ def averaged_images(
 
 
 def noisy(images: np.ndarray, std: float, seed: int) -> np.ndarray:
-    """uint8 images with Gaussian noise of ``std``, in units of 1/255, on each value."""
+    """uint8 images with Gaussian noise of `std`, in units of 1/255, on each value."""
     noise = np.random.default_rng(seed).normal(0, std, np.shape(images))
     return _to_uint8(np.asarray(images) + noise)
 

@@ -229,7 +229,7 @@ def watched(command):
 
 
 def descendants(pid):
-    """``pid`` and all processes below it."""
+    """`pid` and all processes below it."""
     found = [pid]
     for parent in found:
         try:

@@ -123,7 +123,7 @@ def cpu_seconds():
 
 
 def generate(path, data, pairs, seed):
-    """Write ``pairs`` recombined pairs, tab-separated."""
+    """Write `pairs` recombined pairs, tab-separated."""
     real = [(source, target) for _, source, target in read_pairs([data])]
     draw = random.Random(seed)
     with open(path, "w", encoding="utf-8", newline="\n") as file:

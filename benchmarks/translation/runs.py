@@ -28,7 +28,7 @@ class Runs:
     work: Path
 
     def do(self, wanted: Mapping[str, tuple[str, dict, Path]], jobs: int) -> None:
-        """Do what is not recorded of name → (recipe, changes, DATA), ``jobs`` at a time."""
+        """Do what is not recorded of name → (recipe, changes, DATA), `jobs` at a time."""
         with ThreadPoolExecutor(jobs) as pool:
             done = [pool.submit(self.one, name, *what) for name, what in wanted.items()]
         for one in done:

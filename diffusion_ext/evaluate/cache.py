@@ -21,7 +21,7 @@ def cache_folder() -> Path:
 
 
 def cache_key(kind: str, **parts: Any) -> str:
-    """Hex SHA-256 of ``kind`` and of everything the value depends on, as JSON."""
+    """Hex SHA-256 of `kind` and of everything the value depends on, as JSON."""
     text = json.dumps([kind, parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -29,9 +29,9 @@ def cache_key(kind: str, **parts: Any) -> str:
 def cached(
     folder: Path | None, kind: str, parts: Mapping[str, Any], compute: Callable[[], Arrays]
 ) -> tuple[Arrays, bool]:
-    """(the arrays that ``compute`` gives, whether they were there already).
+    """(the arrays that `compute` gives, whether they were there already).
 
-    folder: where arrays are kept under ``cache_key(kind, **parts)``; None: nowhere. A damaged file is
+    folder: where arrays are kept under `cache_key(kind, **parts)`; None: nowhere. A damaged file is
     computed anew, and a folder that cannot be written costs the time but not the result.
     """
     if folder is None:

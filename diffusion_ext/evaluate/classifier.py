@@ -36,7 +36,7 @@ class ClassifierOptions:
 
 
 class Classifier(nn.Module):
-    """Convolutions, a hidden layer of ``features`` and a linear layer of ``classes``; float64."""
+    """Convolutions, a hidden layer of `features` and a linear layer of `classes`; float64."""
 
     def __init__(self, channels: int, height: int, width: int, features: int, classes: int):
         super().__init__()

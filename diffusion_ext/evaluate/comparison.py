@@ -24,8 +24,8 @@ Pairs = Iterable[tuple[np.ndarray, np.ndarray]]
 class Rows:
     """Which images are compared.
 
-    fake, real: rows of samples and real images; in each of ``draws`` all samples meet ``reference`` of the
-    real images, and for the floor ``floor`` of the real images meet others of them.
+    fake, real: rows of samples and real images; in each of `draws` all samples meet `reference` of the
+    real images, and for the floor `floor` of the real images meet others of them.
     """
 
     fake: np.ndarray
@@ -36,13 +36,13 @@ class Rows:
     seed: int
 
     def references(self) -> list[np.ndarray]:
-        """Positions in ``real`` of each draw; a single one where all of them are compared."""
+        """Positions in `real` of each draw; a single one where all of them are compared."""
         draws = self.draws if self.reference < len(self.real) else 1
         pairs = disjoint_sets(len(self.real), self.reference, 0, self.seed, draws)
         return [first for first, _ in pairs]
 
     def pairs(self) -> Pairs:
-        """Positions in ``real`` of the two sides of each pair for the floor."""
+        """Positions in `real` of the two sides of each pair for the floor."""
         return disjoint_sets(len(self.real), *self.floor, self.seed, self.draws)
 
 
@@ -156,7 +156,7 @@ def class_counts(
 ) -> dict[str, Any] | None:
     """How many samples a classifier sees in each class; None for other extractors.
 
-    images: samples, uint8 (N, C, H, W); labels: int (M,) of the real images in ``rows``. distance: total
+    images: samples, uint8 (N, C, H, W); labels: int (M,) of the real images in `rows`. distance: total
     variation, half the sum of absolute differences between the shares of the classes in the samples and in
     the real images, beside its floor.
     """

@@ -24,7 +24,7 @@ Detector = Callable[[Image.Image], Sequence[float]]
 
 
 class DetectionRate(NamedTuple):
-    """``detected`` of ``n`` images have a face of at least ``threshold``."""
+    """`detected` of `n` images have a face of at least `threshold`."""
 
     rate: float
     detected: int
@@ -52,7 +52,7 @@ class DetectionOptions:
 
 
 def build_detector(text: str) -> Detector:
-    """The detector that ``name`` or ``name:key=value,key=value`` describes. Raises UserError."""
+    """The detector that `name` or `name:key=value,key=value` describes. Raises UserError."""
     detector: Detector = DETECTORS.bind(text)()
     return detector
 
@@ -69,14 +69,14 @@ def detection_scores(detector: Detector, images: np.ndarray, size: int) -> np.nd
 
 
 def detection_rate(scores: np.ndarray, threshold: float) -> DetectionRate:
-    """The share of ``scores`` (N,) of at least ``threshold`` and above 0."""
+    """The share of `scores` (N,) of at least `threshold` and above 0."""
     scores = np.asarray(scores)
     detected = int(np.sum((scores >= threshold) & (scores > 0)))
     return DetectionRate(detected / len(scores), detected, len(scores), threshold)
 
 
 def enlarged(image: np.ndarray, size: int) -> Image.Image:
-    """uint8 (C, H, W) as an RGB Pillow image whose shorter side has at least ``size`` pixels."""
+    """uint8 (C, H, W) as an RGB Pillow image whose shorter side has at least `size` pixels."""
     picture = pil_image(np.asarray(image)).convert("RGB")
     scale = size / min(picture.size)
     if scale <= 1:

@@ -188,8 +188,8 @@ def memorisation_of(
 ) -> dict[str, Any]:
     """Memorisation on pixels, in units of [0, 1], and on the extractor's features where they are others.
 
-    images, features: of the samples. Training images: those of ``source`` that are not held out. Held-out
-    ones: all others of ``source`` and ``reals``. UserError where one of them is missing.
+    images, features: of the samples. Training images: those of `source` that are not held out. Held-out
+    ones: all others of `source` and `reals`. UserError where one of them is missing.
     """
     train = source.pixels[~source.held_out]
     seen = {h for h, out in zip(source.hashes, source.held_out, strict=True) if not out}

@@ -65,7 +65,7 @@ class Extractor:
 
 @dataclass(frozen=True)
 class ClassifierExtractor(Extractor):
-    """An extractor that also names classes: predict gives int64 (N,) into ``classes``."""
+    """An extractor that also names classes: predict gives int64 (N,) into `classes`."""
 
     classes: tuple[str, ...] = ()
     predict: Optional[Callable[[np.ndarray], np.ndarray]] = None
@@ -74,7 +74,7 @@ class ClassifierExtractor(Extractor):
 
 
 def build_extractor(text: str, reals: ImageSet, cache: Path | None) -> Any:
-    """The extractor that ``name`` or ``name:key=value,key=value`` describes.
+    """The extractor that `name` or `name:key=value,key=value` describes.
 
     reals: what is fitted is fitted on them. cache: folder for what takes time, or None. Raises UserError.
     """

@@ -179,7 +179,7 @@ def _mean(values: np.ndarray) -> Estimate:
 
 
 def _projections(images: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """Each image's own difference to its mirror image along ``direction``, as a share of it."""
+    """Each image's own difference to its mirror image along `direction`, as a share of it."""
     weight = np.tensordot(direction, direction, 3)
     found = [np.tensordot(b - b[..., ::-1], direction, 3) / weight for b in _blocks(images)]
     return np.concatenate(found)

@@ -112,7 +112,7 @@ def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3) -> PrecisionR
 def disjoint_sets(
     total: int, n: int, reference: int, seed: int, splits: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Random rows of ``total``: ``splits`` times two disjoint sets of n and reference, int64."""
+    """Random rows of `total`: `splits` times two disjoint sets of n and reference, int64."""
     random = np.random.default_rng(seed)
     for _ in range(splits):
         order = random.permutation(total)[: n + reference]
@@ -130,7 +130,7 @@ def floor_note(total: int, asked: tuple[int, int], sizes: tuple[int, int]) -> st
 
 
 def floor_sizes(total: int, n: int, reference: int) -> tuple[int, int]:
-    """Sizes of two disjoint sets from ``total`` rows: (n, reference), or shrunk in proportion."""
+    """Sizes of two disjoint sets from `total` rows: (n, reference), or shrunk in proportion."""
     if n + reference <= total:
         return n, reference
     return total * n // (n + reference), total * reference // (n + reference)

@@ -66,7 +66,7 @@ def nearest_neighbours(
 
 
 def memorisation(fake: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> Memorisation:
-    """Whether ``fake`` (N, D) lies nearer to ``train`` (M, D) than the unseen ``held_out`` (K, D) does.
+    """Whether `fake` (N, D) lies nearer to `train` (M, D) than the unseen `held_out` (K, D) does.
 
     Only against held-out images of the same source can a distance be called small. ValueError where a set is
     empty or there is but one training image.

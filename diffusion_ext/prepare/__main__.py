@@ -87,9 +87,9 @@ def main(argv):
 
 
 def prepare(source, dest, options=None, choices=None) -> Images:
-    """Write the folder ``dest`` and print what is in it; raises UserError.
+    """Write the folder `dest` and print what is in it; raises UserError.
 
-    source: folder of images, or None for ``choices.image_dataset``; options: ImageOptions; choices:
+    source: folder of images, or None for `choices.image_dataset`; options: ImageOptions; choices:
     PrepareOptions.
     """
     options, choices = options or ImageOptions(), choices or PrepareOptions()
@@ -114,7 +114,7 @@ def prepare(source, dest, options=None, choices=None) -> Images:
 
 
 def refuse_another(dest: Path, recipe) -> None:
-    """UserError where ``dest`` already holds a store of something else."""
+    """UserError where `dest` already holds a store of something else."""
     check_replaceable(dest)
     meta = read_meta(dest)
     if meta is None:

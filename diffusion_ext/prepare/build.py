@@ -41,7 +41,7 @@ SHOWN = 20
 class Recipe:
     """What to write: N images of (channels, height, width) and where each comes from.
 
-    load(n) gives image n as uint8 (C, H, W) or raises BadImage; labels index ``classes``, -1 is none.
+    load(n) gives image n as uint8 (C, H, W) or raises BadImage; labels index `classes`, -1 is none.
     """
 
     source: str
@@ -66,10 +66,10 @@ class Recipe:
 
 
 def build(dest, recipe: Recipe, max_bad: float, workers: int | None = None) -> None:
-    """Write ``recipe`` to the folder ``dest`` where it is not there yet.
+    """Write `recipe` to the folder `dest` where it is not there yet.
 
     max_bad: share of images that may be unusable. Waits while another process writes the same.
-    UserError where ``dest`` holds anything else than a store, or too few images can be used.
+    UserError where `dest` holds anything else than a store, or too few images can be used.
     """
     fingerprint = recipe.fingerprint
 
@@ -123,7 +123,7 @@ def fingerprint_of(folder) -> str | None:
 
 
 def check_replaceable(dest) -> None:
-    """UserError where a store written to ``dest`` would take the place of somebody's files."""
+    """UserError where a store written to `dest` would take the place of somebody's files."""
     refuse_strangers(Path(dest), OWN_FILES)
 
 
@@ -141,7 +141,7 @@ def content_hash(shape: Sequence[int], hashes: Sequence[str], labels: Sequence[i
 
 
 def check_bad(source: str, skipped: Sequence, total: int, max_bad: float) -> None:
-    """UserError where more than the share ``max_bad`` of ``total`` images was skipped.
+    """UserError where more than the share `max_bad` of `total` images was skipped.
 
     skipped: (name, reason) each.
     """

@@ -42,10 +42,10 @@ class Source(NamedTuple):
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[str]:
-    """POSIX paths, relative to ``folder``, of all image files below it, sorted by code point.
+    """POSIX paths, relative to `folder`, of all image files below it, sorted by code point.
 
     Known by extension, in any case. Hidden files and folders are skipped, links are followed.
-    UserError where ``folder`` is no readable folder.
+    UserError where `folder` is no readable folder.
     """
     return [source.name for source in list_images(folder)]
 
@@ -65,7 +65,7 @@ def list_images(folder: str | os.PathLike[str]) -> list[Source]:
 def decode_image(
     path: str | os.PathLike[str], height: int, width: int, channels: int
 ) -> np.ndarray:
-    """The image in ``path`` as uint8 (channels, height, width); the module says how.
+    """The image in `path` as uint8 (channels, height, width); the module says how.
 
     channels: 1 or 3. Raises BadImage with the reason where that is not possible.
     """
@@ -98,7 +98,7 @@ def to_pixels(image: Image.Image, height: int, width: int, channels: int) -> np.
 
 
 def flatten(image: Image.Image, mode: str) -> Image.Image:
-    """The image in ``mode``, "L" or "RGB", over white where it is transparent."""
+    """The image in `mode`, "L" or "RGB", over white where it is transparent."""
     if image.mode.startswith("I"):
         image = _eight_bit(image)
     elif image.mode == "F":

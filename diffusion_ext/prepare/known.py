@@ -92,7 +92,7 @@ def from_torchvision(name: str, cls: str, root: Path, download: bool) -> Labelle
 
 
 def dataset_recipe(name: str, options: Any, root: str | os.PathLike[str], download: bool) -> Recipe:
-    """What to make of a data set; its own size and channels where ``options`` leave them open."""
+    """What to make of a data set; its own size and channels where `options` leave them open."""
     data = IMAGE_DATASETS.get(name)(Path(root), download)
     colour = data.pixels.ndim == 4
     height, width = asked_size(options) or data.pixels.shape[1:3]

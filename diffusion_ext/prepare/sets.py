@@ -28,7 +28,7 @@ _COLOURS = {1: "gray", 3: "colour"}
 class ImageSet:
     """N images of one size.
 
-    pixels: uint8 (N, C, H, W), C = 1 or 3; labels: int64 (N,), index into ``classes``, -1 without; hashes:
+    pixels: uint8 (N, C, H, W), C = 1 or 3; labels: int64 (N,), index into `classes`, -1 without; hashes:
     16 hex digits of each image's pixels; held_out: bool (N,), not trained on; name: for messages; left_out:
     files of the folder that are pictures of samples and not samples.
     """
@@ -90,7 +90,7 @@ def open_samples(source: Given) -> ImageSet:
 def open_reals(
     source: Given, like: ImageSet, split: SplitOptions, store: StoreOptions | None = None
 ) -> ImageSet:
-    """Real images in the size and colours of ``like``; ``split`` says which are held out.
+    """Real images in the size and colours of `like`; `split` says which are held out.
 
     source: path or uint8 array (N, C, H, W); store: for a folder that is not prepared. Raises UserError,
     also where what is decoded already has another size.

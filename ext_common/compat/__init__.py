@@ -13,8 +13,8 @@ must stand in fairseq's source: where they do not, the gap is left open with a w
     training      EMA, bf16, log file, data folder, the end
     patching      how a function is replaced;  command: where fairseq_cli.train is
 
-``apply()`` closes them all. What we *add* to fairseq's training is in `ext_common.engine`, whose own
-``apply()`` the plugins call when fairseq imports them.
+`apply()` closes them all. What we *add* to fairseq's training is in `ext_common.engine`, whose own
+`apply()` the plugins call when fairseq imports them.
 """
 
 _applied = False

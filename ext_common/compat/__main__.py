@@ -38,7 +38,7 @@ def page() -> str:
 
 
 def gaps_of(tree: ast.Module) -> list[str]:
-    """The names in a module's ``GAPS``."""
+    """The names in a module's `GAPS`."""
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(t, ast.Name) and t.id == "GAPS" for t in targets):

@@ -233,7 +233,7 @@ GAPS = (
 
 
 def whole_checkpoint(path: str, suffix: str = "") -> str:
-    """``path``, or the newest whole checkpoint beside it where ``path`` is a damaged `_last`."""
+    """`path`, or the newest whole checkpoint beside it where `path` is a damaged `_last`."""
     if not _is_local(path) or not os.path.isfile(path) or is_whole(path):
         return path
     folder, name = os.path.split(path)

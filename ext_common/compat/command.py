@@ -13,9 +13,9 @@ _changes: list[Change] = []
 
 
 def in_training_command(change: Change) -> None:
-    """Call ``change(module)`` for fairseq_cli.train, now or as soon as it is there.
+    """Call `change(module)` for fairseq_cli.train, now or as soon as it is there.
 
-    It is asked again at each import of a --user-dir, which main begins with: ``change`` must be one
+    It is asked again at each import of a --user-dir, which main begins with: `change` must be one
     that can be made twice, as `patching.replace` is.
     """
     if change not in _changes:

@@ -45,7 +45,7 @@ def is_whole(path: str | os.PathLike) -> bool:
 
 
 def why_unreadable(path: str, error: Exception) -> str | None:
-    """One sentence on why reading ``path`` ended in ``error``; None where the file is innocent."""
+    """One sentence on why reading `path` ended in `error`; None where the file is innocent."""
     if isinstance(error, UserError):
         return None
     if os.path.isdir(path):
@@ -69,7 +69,7 @@ def why_unreadable(path: str, error: Exception) -> str | None:
 
 
 def why_misfit(path: str, error: BaseException | None) -> str | None:
-    """One sentence where ``error``, or one behind it, is of weights that do not fit a model; else None."""
+    """One sentence where `error`, or one behind it, is of weights that do not fit a model; else None."""
     while error is not None and "loading state_dict" not in str(error):
         error = error.__cause__ or error.__context__
     if error is None:
@@ -108,7 +108,7 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """A file that replaces ``path``, synced, when the block ends well; else ``path`` stays.
+    """A file that replaces `path`, synced, when the block ends well; else `path` stays.
 
     The name written aside is always the same, so that killed runs do not pile up gigabytes.
     """
@@ -133,7 +133,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 
 def plain_numbers(obj: Any) -> Any:
-    """``obj`` with numpy scalars as Python numbers; containers without any are not copied."""
+    """`obj` with numpy scalars as Python numbers; containers without any are not copied."""
     if isinstance(obj, np.generic):
         return obj.item()
     if isinstance(obj, dict):

@@ -15,12 +15,12 @@ _LAYERS = "__ext_common_compat__"
 def replace(
     owner: Any, name: str, make: Callable[[Callable], Callable], expects: tuple[str, ...] = ()
 ) -> bool:
-    """Call ``make(owner.name)`` where ``owner.name`` is called; True when it is so afterwards.
+    """Call `make(owner.name)` where `owner.name` is called; True when it is so afterwards.
 
-    ``owner`` is a module or a class. Every string of ``expects`` must occur in the source of what
+    `owner` is a module or a class. Every string of `expects` must occur in the source of what
     is replaced, else it is left alone with a warning. Attributes of the function are carried over,
     as fairseq keeps state on some. A later remedy goes around the earlier ones, inside the same
-    wrapper; a second call with the same ``make`` does nothing.
+    wrapper; a second call with the same `make` does nothing.
     """
     original = getattr(owner, name, None)
     layers = getattr(original, _LAYERS, None)
@@ -36,7 +36,7 @@ def replace(
 
 
 def before(owner: Any, name: str, action: Callable, expects: tuple[str, ...] = ()) -> bool:
-    """`replace` by a function that first calls ``action`` with the same arguments."""
+    """`replace` by a function that first calls `action` with the same arguments."""
 
     def make(original: Callable) -> Callable:
         def call(*args, **kwargs):
@@ -50,7 +50,7 @@ def before(owner: Any, name: str, action: Callable, expects: tuple[str, ...] = (
 
 
 def after(owner: Any, name: str, action: Callable, expects: tuple[str, ...] = ()) -> bool:
-    """`replace` by a function that then calls ``action(result, *arguments)``; the result stays."""
+    """`replace` by a function that then calls `action(result, *arguments)`; the result stays."""
 
     def make(original: Callable) -> Callable:
         def call(*args, **kwargs):
@@ -65,7 +65,7 @@ def after(owner: Any, name: str, action: Callable, expects: tuple[str, ...] = ()
 
 
 def as_expected(function: Any, expects: tuple[str, ...], where: str) -> bool:
-    """Whether the source of ``function`` has all of ``expects``; a warning where it has not."""
+    """Whether the source of `function` has all of `expects`; a warning where it has not."""
     if _looks_like(function, expects):
         return True
     warnings.warn(

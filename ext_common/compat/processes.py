@@ -222,7 +222,7 @@ def launched() -> Optional[Launch]:
 
 
 def arrange(cfg: Any) -> int:
-    """Complete ``cfg.distributed_training``; returns how many processes to start here on CPU.
+    """Complete `cfg.distributed_training`; returns how many processes to start here on CPU.
 
     0 means that fairseq goes on by itself: alone, in a launcher's group, or on GPUs.
     """
@@ -256,7 +256,7 @@ def arrange(cfg: Any) -> int:
 
 
 def join_launch(options: Any, launch: Launch, on_cpu: bool) -> None:
-    """Write a launcher's group into ``cfg.distributed_training``."""
+    """Write a launcher's group into `cfg.distributed_training`."""
     with open_dict(options):
         if options.distributed_init_method is None:
             options.distributed_init_method = "env://"

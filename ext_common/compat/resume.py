@@ -159,7 +159,7 @@ def _batching(cfg: Any) -> dict[str, Any]:
 
 
 def _same_place(itr: Any, resumed: Resumed) -> dict[str, Any]:
-    """What to change in the place of a checkpoint, whose batches may be others than ``itr``'s."""
+    """What to change in the place of a checkpoint, whose batches may be others than `itr`'s."""
     now = _batching(resumed.trainer.cfg)
     changed = {name: old for name, old in resumed.options.items() if old != now.get(name, old)}
     if not changed:
@@ -241,7 +241,7 @@ def _shards(itr: Any, epoch: int, shuffle: bool) -> Iterator[list]:
 
 
 class Place(NamedTuple):
-    """Where an epoch goes on: after ``batches`` of each process, which are ``samples`` of ``total``."""
+    """Where an epoch goes on: after `batches` of each process, which are `samples` of `total`."""
 
     batches: int
     samples: int
@@ -261,7 +261,7 @@ class Place(NamedTuple):
 
 
 def find_place(before: Sequence[Sequence], done: int, now: Sequence[Sequence], freq: int) -> Place:
-    """The place among the batches of ``now`` that is nearest to ``done`` batches of ``before``.
+    """The place among the batches of `now` that is nearest to `done` batches of `before`.
 
     before, now: batches (of sample indices) of each process; freq: batches a process takes for an
     update, of which the place is a multiple. Of two that are equally near it is the earlier one.

@@ -202,7 +202,7 @@ def stop_loading_before_exit() -> None:
 
 
 def stop_loading(patience: float = _PATIENCE) -> None:
-    """Stop the threads that read ahead; returns when they have ended or after ``patience`` seconds.
+    """Stop the threads that read ahead; returns when they have ended or after `patience` seconds.
 
     A thread ends with the batch it is at. One that needs longer is left to its fate.
     """

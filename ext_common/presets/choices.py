@@ -98,7 +98,7 @@ def plan(cfg: Any) -> Plan | None:
 
 
 def shared_batch(total: int, processes: int, most: int = 0) -> tuple[int, int, str]:
-    """(batch of a process, --update-freq, a word on them): all processes together have ``total`` an update.
+    """(batch of a process, --update-freq, a word on them): all processes together have `total` an update.
 
     most: of a process at a time, as its memory allows; 0 is no limit.
     """
@@ -110,12 +110,12 @@ def shared_batch(total: int, processes: int, most: int = 0) -> tuple[int, int, s
 
 
 def short_warmup(updates: int, warmup: int) -> int:
-    """The warm-up of a training of so many updates: ``warmup``, or its share of a short one."""
+    """The warm-up of a training of so many updates: `warmup`, or its share of a short one."""
     return min(warmup, max(1, updates // WARMUP_SHARE))
 
 
 def cosine(updates: int, warmup: int, asked: Mapping[str, Any]) -> dict[str, str | None]:
-    """Flags of a cosine that falls to 0 at update ``updates``; a short training has a short warm-up."""
+    """Flags of a cosine that falls to 0 at update `updates`; a short training has a short warm-up."""
     warmup = short_warmup(updates, warmup)
     flags: dict[str, str | None] = {"--lr-scheduler": "cosine", "--warmup-updates": str(warmup)}
     if "max_epoch" in asked and "max_update" not in asked:

@@ -66,9 +66,9 @@ class Length:
 def length_for(
     seconds: float, done: int, pace: Pace, before: int, epoch: int, intervals: Intervals
 ) -> Length:
-    """The length of a training that has ``seconds`` left, its last validation among them.
+    """The length of a training that has `seconds` left, its last validation among them.
 
-    done: updates so far; before: the length that ``intervals`` are for; epoch: its updates. There are as many
+    done: updates so far; before: the length that `intervals` are for; epoch: its updates. There are as many
     validations as there would have been, but no more than CHECKS of the time allows.
     """
     left = max(0.0, seconds - pace.check)

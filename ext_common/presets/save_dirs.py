@@ -13,7 +13,7 @@ LAST = "checkpoint_last.pt"
 
 
 def default_save_dir(data: str, task: str, root: Path = ROOT) -> tuple[Path, bool]:
-    """The folder of a training of ``task`` on DATA, and whether a training of it is continued there.
+    """The folder of a training of `task` on DATA, and whether a training of it is continued there.
 
     root/NAME-TASK; root itself where it holds a checkpoint of this training, as before. UserError where the
     folder is that of a training on other data with the same name.

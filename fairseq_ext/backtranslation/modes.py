@@ -5,7 +5,7 @@
     mode.finish(text, line_seed(1, 17, 1))   # what is done to its text
 
 Edunov et al. 2018 (Understanding Back-Translation at Scale) compare them; which is best depends on how much
-bitext there is. Someone's own is a class that their ``--user-dir`` registers:
+bitext there is. Someone's own is a class that their `--user-dir` registers:
 
     @MODES.register("my_mode", options=MyOptions)
     class MyMode(Mode): ...
@@ -45,7 +45,7 @@ class Mode:
         raise NotImplementedError
 
     def finish(self, text: str, seed: int, lang: str) -> str:
-        """The synthetic text of what the decoder wrote in ``lang``; seed: of the line and its rank."""
+        """The synthetic text of what the decoder wrote in `lang`; seed: of the line and its rank."""
         return text
 
 
@@ -168,7 +168,7 @@ class NoisedBeam(Beam):
 
 
 def make_mode(name: str, options: Any = None) -> Mode:
-    """The mode of a name and ``"key=value,…"``; UnknownName, OptionError where there is none."""
+    """The mode of a name and `"key=value,…"`; UnknownName, OptionError where there is none."""
     mode: Mode = MODES.build(name, options=options)
     chosen = MODES.options(name, options)
     mode.name, mode.options = name, {} if chosen is None else asdict(chosen)
@@ -178,7 +178,7 @@ def make_mode(name: str, options: Any = None) -> Mode:
 def add_noise(
     words: list[str], rng: np.random.Generator, drop: float, fill: float, shuffle: int
 ) -> list[str]:
-    """Words, some left out, some turned into FILLER, none moved by more than ``shuffle`` places.
+    """Words, some left out, some turned into FILLER, none moved by more than `shuffle` places.
 
     At least one word is kept. A word moves where its place plus a number from [0, shuffle + 1) puts it
     (Lample et al. 2018, section 2.3), counted among the words that were kept.

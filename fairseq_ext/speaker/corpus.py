@@ -33,7 +33,7 @@ CONSTANT_STD = 0.1
 class Corpus:
     """Utterances with speakers and splits; N utterances, C speakers.
 
-    ids: N strings; labels: int64 (N,), index into ``speakers``, -1 without a label; splits: str
+    ids: N strings; labels: int64 (N,), index into `speakers`, -1 without a label; splits: str
     (N,); groups: N strings; offsets, lengths: int64 (N,) in frames; spec: FeatureSpec; mean, std:
     float32 (n_mels,); features: read-only memory map, float32 (total_frames, n_mels).
     """
@@ -53,7 +53,7 @@ class Corpus:
 
     @classmethod
     def open(cls, path):
-        """The corpus in the folder ``path``; UserError where it is not a whole prepared folder."""
+        """The corpus in the folder `path`; UserError where it is not a whole prepared folder."""
         path = Path(path)
         meta = described(path)
         store = open_store(path)
@@ -94,7 +94,7 @@ class Corpus:
         return len(self.ids)
 
     def rows(self, split):
-        """Row numbers of ``split`` in source order, int64; UserError where there are none."""
+        """Row numbers of `split` in source order, int64; UserError where there are none."""
         rows = np.flatnonzero(self.splits == split)
         if not len(rows):
             there = ", ".join(dict.fromkeys(self.splits.tolist()))
@@ -103,7 +103,7 @@ class Corpus:
         return rows
 
     def read(self, row, start=0, length=None):
-        """Frames ``start`` to ``start + length`` (default: the end) of an utterance.
+        """Frames `start` to `start + length` (default: the end) of an utterance.
 
         Returns a writable copy, float32 (T, n_mels). Raises ValueError for frames it does not have.
         """
@@ -119,7 +119,7 @@ class Corpus:
 
 
 def write_corpus(path, features_file, rows, speakers, spec):
-    """Write utterances.csv and corpus.json for features that lie in ``features_file`` (raw
+    """Write utterances.csv and corpus.json for features that lie in `features_file` (raw
     float32).
 
     rows: list of (id, speaker or None, split, group or None, offset, length). The features
@@ -155,7 +155,7 @@ def write_corpus(path, features_file, rows, speakers, spec):
 
 
 def frame_statistics(features_file, n_mels, spans):
-    """Mean and std of each band over ``spans`` (offset, length in frames), in one pass over the
+    """Mean and std of each band over `spans` (offset, length in frames), in one pass over the
     file.
 
     Returns (mean float32 (n_mels,), population std float32 (n_mels,) as `usable_std` gives it,
@@ -210,7 +210,7 @@ def usable_std(std):
 
 
 def described(path: Path) -> dict:
-    """corpus.json of a prepared folder; UserError where ``path`` is none, or not a whole one."""
+    """corpus.json of a prepared folder; UserError where `path` is none, or not a whole one."""
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: run fairseq_ext.speaker.prepare first")
     part, final, _, journal = store_paths(path)

@@ -28,7 +28,7 @@ SILENCE_DB = -40.0
 
 
 class AudioError(UserError):
-    """A recording that cannot be used; ``reason`` is a word or two to count by."""
+    """A recording that cannot be used; `reason` is a word or two to count by."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -99,7 +99,7 @@ def audio_features(
     start: float | None = None,
     end: float | None = None,
 ) -> np.ndarray:
-    """Log-mel features of a recording, or of the cut from ``start`` to ``end`` (seconds) of it.
+    """Log-mel features of a recording, or of the cut from `start` to `end` (seconds) of it.
 
     Returns float32 (T, n_mels). Raises AudioError (a UserError) where the audio cannot be used.
     """
@@ -120,7 +120,7 @@ def load_audio(
     """Samples of a recording or a cut of it, float32 (n,) mono, nominally in [-1, 1].
 
     Any format libsndfile reads; channels are averaged; other rates are resampled to
-    ``sample_rate``, a cut after it has been cut out. Raises AudioError with reason "corrupt",
+    `sample_rate`, a cut after it has been cut out. Raises AudioError with reason "corrupt",
     "empty", "nan" or "cut".
     """
     with Recording(path) as recording:
@@ -157,7 +157,7 @@ class Recording:
         self._file.close()
 
     def read(self, start: float | None = None, end: float | None = None) -> np.ndarray:
-        """float32 (n,) mono at the file's own rate; ``start`` and ``end`` in seconds."""
+        """float32 (n,) mono at the file's own rate; `start` and `end` in seconds."""
         import soundfile
 
         first, last = self._bounds(start, end)
@@ -177,7 +177,7 @@ class Recording:
         return np.ascontiguousarray(mono)
 
     def _decode(self, first: int, last: int) -> np.ndarray:
-        """(n, channels) samples from ``first`` to ``last``."""
+        """(n, channels) samples from `first` to `last`."""
         if self._file.format != "MP3":
             self._file.seek(first)
             return np.asarray(self._file.read(last - first, dtype="float32", always_2d=True))
@@ -217,7 +217,7 @@ class Recording:
 def resample(
     samples: np.ndarray, rate: int, target: int, path: str | os.PathLike[str] = "audio"
 ) -> np.ndarray:
-    """float32 (n,) at ``rate`` -> float32 (ceil(n * target / rate),), band-limited (torchaudio's
+    """float32 (n,) at `rate` -> float32 (ceil(n * target / rate),), band-limited (torchaudio's
     default).
     """
     if rate == target:
@@ -234,7 +234,7 @@ def resample(
 
 
 def log_mel(waveform: ArrayLike, spec: FeatureSpec) -> np.ndarray:
-    """Natural logarithm of the mel power spectrum of float (n,) samples at ``spec.sample_rate``.
+    """Natural logarithm of the mel power spectrum of float (n,) samples at `spec.sample_rate`.
 
     Returns float32 (T, n_mels), T = 1 + n // hop_length: frames are centred on multiples of the hop
     and the signal is reflected at its ends (one shorter than half a window is first extended with
@@ -301,7 +301,7 @@ def mel_transform(spec: FeatureSpec) -> "MelSpectrogram":
 
 
 def condition(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
-    """float32 (n,) samples with silence trimmed and loudness set where ``spec`` asks for it."""
+    """float32 (n,) samples with silence trimmed and loudness set where `spec` asks for it."""
     if spec.trim_silence:
         samples = trim_silence(samples, spec.sample_rate)
     if spec.loudness_db is not None:
@@ -310,7 +310,7 @@ def condition(samples: np.ndarray, spec: FeatureSpec) -> np.ndarray:
 
 
 def set_loudness(samples: np.ndarray, loudness_db: float) -> np.ndarray:
-    """Samples scaled to an RMS of ``loudness_db`` dBFS: 20 log10(sqrt(mean(x^2))); silence stays
+    """Samples scaled to an RMS of `loudness_db` dBFS: 20 log10(sqrt(mean(x^2))); silence stays
     silence.
     """
     rms = math.sqrt(float(np.mean(np.square(samples, dtype=np.float64)))) if len(samples) else 0.0
@@ -327,7 +327,7 @@ def trim_silence(
     window: float = 0.025,
     hop: float = 0.010,
 ) -> np.ndarray:
-    """Samples without leading and trailing windows whose RMS is ``threshold_db`` below the loudest
+    """Samples without leading and trailing windows whose RMS is `threshold_db` below the loudest
     one's.
 
     window, hop: seconds. Silence inside is kept; of all-zero samples everything is kept.

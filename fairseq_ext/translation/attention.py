@@ -102,10 +102,10 @@ def main(argv: list[str]) -> None:
 def attention(
     model: Any, vocabulary: Vocabulary, source: str, target: str, layer: Optional[int] = None
 ) -> Attention:
-    """Attention of a fairseq model while it is made to write ``target`` for ``source``.
+    """Attention of a fairseq model while it is made to write `target` for `source`.
 
     model: in evaluation mode, as `build_model` gives it. layer: of a Transformer, from 1; None:
-    the last. Of an empty target there is the row of ``</s>``. Raises UserError for an empty source,
+    the last. Of an empty target there is the row of `</s>`. Raises UserError for an empty source,
     a text longer than the model can hold, a layer that is not there, and a model without attention.
     """
     import torch
@@ -218,7 +218,7 @@ def draw(found: Attention, out: str) -> list[str]:
 
 
 def labels(found: Attention, missing: frozenset[str]) -> tuple[list[str], list[str], list[str]]:
-    """Labels of columns and rows, pieces with ``missing`` characters by number; and which is which."""
+    """Labels of columns and rows, pieces with `missing` characters by number; and which is which."""
     legend = []
 
     def side(pieces: list[str], prefix: str) -> list[str]:

@@ -11,9 +11,9 @@ from ext_common.cli import UserError
 def batches(
     dataset, indices: np.ndarray, max_tokens: int | None, max_sentences: int | None
 ) -> list[np.ndarray]:
-    """Consecutive ``indices`` in batches of at most so many sentences and padded pieces (of a side).
+    """Consecutive `indices` in batches of at most so many sentences and padded pieces (of a side).
 
-    None is no limit. A sentence longer than ``max_tokens`` is a batch of its own; where fairseq drops the
+    None is no limit. A sentence longer than `max_tokens` is a batch of its own; where fairseq drops the
     rest of a division by --required-batch-size-multiple, the last batch is smaller here.
     """
     tokens = dataset.num_tokens_vec(indices).astype(np.int64)
@@ -30,7 +30,7 @@ def batches(
 
 
 def fitting(dataset, indices: np.ndarray, limits: Any) -> tuple[np.ndarray, str | None]:
-    """Indices of the pairs that are at most ``limits`` long, and a sentence's beginning about the others.
+    """Indices of the pairs that are at most `limits` long, and a sentence's beginning about the others.
 
     limits: (source, target) or one number for both, in pieces; None is no limit.
     """

@@ -39,9 +39,9 @@ def with_conversion(convention: str, opencc: str | None) -> str:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What corpus.json says of the folder ``path``.
+    """What corpus.json says of the folder `path`.
 
-    languages: (source, target) of the preparation; either direction can be trained, unless ``one_way``: the
+    languages: (source, target) of the preparation; either direction can be trained, unless `one_way`: the
     sources are marked as synthetic. spm: language → {"file", "sha256"}; splits: name → number of pairs;
     opencc: conversion of the Chinese side or None.
     """

@@ -25,7 +25,7 @@ _MEASURED = 500
 
 
 class SubwordSampler:
-    """Other segmentations of sentences that ``codec`` has encoded.
+    """Other segmentations of sentences that `codec` has encoded.
 
     strength: α in (0, ∞] of a unigram model (0.1 to 0.5 are usual, ∞ is the best segmentation always);
     p in [0, 1] of a BPE model (0.1 is usual, 0 is the plain encoding, 1 leaves single characters).
@@ -56,7 +56,7 @@ class SubwordSampler:
         self.__init__(**state)
 
     def sample(self, ids: Sequence[int], rng: np.random.Generator) -> list[int]:
-        """Ids that spell what ``ids`` spell; the same for the same ``rng``."""
+        """Ids that spell what `ids` spell; the same for the same `rng`."""
         found: list[int] = []
         for run in self._runs(ids):
             if isinstance(run, int):
@@ -161,7 +161,7 @@ class SampledPairs(BaseWrapperDataset):
 
     samplers: "source" and/or "target" → sampler; limits: the longest a side may become, in pieces with
     </s>, beyond which it stays plain. What index i is cut into depends on (seed, epoch, i) only. Sizes are
-    those of the plain encoding times :attr:`growth`; a batch that still exceeds ``budget`` (padded pieces,
+    those of the plain encoding times :attr:`growth`; a batch that still exceeds `budget` (padded pieces,
     as --max-tokens) has its longest sentences plain.
     """
 

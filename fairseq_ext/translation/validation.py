@@ -16,7 +16,7 @@ _KEYS = metrics.BLEU_KEYS + metrics.CHRF_KEYS
 
 
 class TextValidation:
-    """Translates the first ``sentences`` of a validation subset (0: all) with a beam of ``beam``."""
+    """Translates the first `sentences` of a validation subset (0: all) with a beam of `beam`."""
 
     def __init__(self, task, beam: int, sentences: int):
         self.task, self.beam = task, beam

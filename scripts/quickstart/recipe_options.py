@@ -167,7 +167,7 @@ def check(data, mono, options):
 
 
 def check_text(path, lang, corpus):
-    """UserError where there is no text, or by its letters none of ``lang``."""
+    """UserError where there is no text, or by its letters none of `lang`."""
     from fairseq_ext.backtranslation.assemble.checks import LEAST, typical_share
     from fairseq_ext.backtranslation.generate import mono as monolingual
     from fairseq_ext.translation.text.normalise import read_lines

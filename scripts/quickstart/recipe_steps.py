@@ -25,7 +25,7 @@ class Recipe(NamedTuple):
 
 
 def read_recipe(path, average):
-    """The recipe in a YAML file; UserError where it is none, or leaves fewer than ``average`` checkpoints."""
+    """The recipe in a YAML file; UserError where it is none, or leaves fewer than `average` checkpoints."""
     if not path.is_file() or path.suffix != ".yaml":
         raise UserError(f"{path} is no YAML file: give a recipe such as those below {ROOT}/configs")
     try:
@@ -60,7 +60,7 @@ def read_recipe(path, average):
 
 
 def train_step(steps, name, folder, data, recipe, direction, seed):
-    """Train in ``folder``/checkpoints; a run that was stopped goes on from its last checkpoint."""
+    """Train in `folder`/checkpoints; a run that was stopped goes on from its last checkpoint."""
     checkpoints = folder / "checkpoints"
     # Absolute: the step is the same when it is continued from another working folder.
     values = {
@@ -91,7 +91,7 @@ def train_step(steps, name, folder, data, recipe, direction, seed):
 
 
 def average_step(steps, name, folder, number):
-    """``folder``/average.pt, of the last checkpoints of the training in ``folder``."""
+    """`folder`/average.pt, of the last checkpoints of the training in `folder`."""
     checkpoints, output = folder / "checkpoints", folder / "average.pt"
     command = ["python", "-m", "fairseq_ext.translation.average", checkpoints, "--last", number]
     command += ["--output", output]
@@ -101,7 +101,7 @@ def average_step(steps, name, folder, number):
 
 
 def translate_and_score(steps, name, folder, model, data, subset, target, source, baseline=None):
-    """``folder``/SUBSET.LANG and scores.json; baseline: translations to compare with, or None."""
+    """`folder`/SUBSET.LANG and scores.json; baseline: translations to compare with, or None."""
     text, reference = (data / "text" / f"{subset}.{lang}" for lang in (source, target))
     output, scores = folder / f"{subset}.{target}", folder / "scores.json"
     command = ["python", "-m", "fairseq_ext.translation.translate", text, output, "--path", model]
@@ -116,7 +116,7 @@ def translate_and_score(steps, name, folder, model, data, subset, target, source
 
 
 def override(key, value):
-    """``key=value`` as Hydra reads it, whatever is in the value."""
+    """`key=value` as Hydra reads it, whatever is in the value."""
     text = str(value)
     if not re.fullmatch(r"[\w./@+-]+", text, re.ASCII):
         text = "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"

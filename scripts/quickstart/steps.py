@@ -89,7 +89,7 @@ class Steps:
         atomic_json(self.record_path, self.record)
 
     def is_done(self, name, key, outputs):
-        """Whether step ``name`` ended with this ``key`` and its ``outputs`` are there."""
+        """Whether step `name` ended with this `key` and its `outputs` are there."""
         return self.record["steps"].get(name) == key and all(p.exists() for p in outputs)
 
     def do(self, name, command, inputs=(), outputs=(), run=None, always=False):
@@ -121,7 +121,7 @@ def step_key(command, inputs):
 
 
 def run_command(command, on_line=None):
-    """Run a command; ``on_line`` gets each line of its output, without it the output is shown.
+    """Run a command; `on_line` gets each line of its output, without it the output is shown.
 
     Raises UserError where it fails: what it printed has said why. It dies with this process.
     """

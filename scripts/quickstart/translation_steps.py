@@ -13,7 +13,7 @@ SIZE = """--encoder-layers 4 --decoder-layers 4 --encoder-embed-dim 128 --decode
 
 
 def train(steps, data, options, updates=None, folder=None, direction=(), name=None):
-    """The best checkpoint of a training in ``folder``, else the one of the steps.
+    """The best checkpoint of a training in `folder`, else the one of the steps.
 
     direction: (source, target), else that of the data; name: of the step.
     """

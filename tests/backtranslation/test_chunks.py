@@ -179,7 +179,7 @@ def test_heartbeats_are_for_what_is_held(folder):
 
 
 def race(folder, workers):
-    """Everything that ``workers`` threads, each another process to the others, take at once."""
+    """Everything that `workers` threads, each another process to the others, take at once."""
     found, barrier = [], threading.Barrier(workers)
 
     def take(number):
@@ -253,7 +253,7 @@ def readable(process):
 
 
 def cut(folder, data, size):
-    """Chunks of a file with ``data``."""
+    """Chunks of a file with `data`."""
     folder.mkdir(parents=True)
     source = folder / "source"
     source.write_bytes(data)

@@ -69,7 +69,7 @@ def rows(path):
 
 
 def check_complete(dest, data, nbest=1):
-    """Every line of ``data`` is accounted for at its place."""
+    """Every line of `data` is accounted for at its place."""
     (dest / "again").write_bytes(data)
     lines = list(read_lines(dest / "again"))
     (dest / "again").unlink()
@@ -592,7 +592,7 @@ def test_who_comes_to_the_merge_waits_for_it(tmp_path, monkeypatch):
 
 
 def in_company(monkeypatch, host, call):
-    """``call()`` by a process on another machine."""
+    """`call()` by a process on another machine."""
     owner = replace(Owner.this(), host=host)
     with monkeypatch.context() as patched:
         patched.setattr(Owner, "this", lambda: owner)
@@ -696,7 +696,7 @@ CALLS = ("rename", "mkdir", "unlink", "rmdir", "utime", "fsync", "link")
 
 
 def die_at(count):
-    """Kill this process before its ``count``-th change of the file system."""
+    """Kill this process before its `count`-th change of the file system."""
     left = [count]
 
     def wrap(call):

@@ -21,7 +21,7 @@ from .conftest import WORDS
 
 
 def toy_pairs(count: int, seed: int = 1, end: str = "") -> list[tuple[str, str]]:
-    """Different (English, Chinese) pairs; ``end`` keeps those of one call from those of another."""
+    """Different (English, Chinese) pairs; `end` keeps those of one call from those of another."""
     rng = random.Random(seed)
     who, does, how, what = (list(WORDS)[i : i + 4] for i in range(0, 16, 4))
     pairs: dict[str, str] = {}

@@ -49,7 +49,7 @@ def make_marian(
 ) -> Path:
     """Write config, weights (random, or after so many updates on toy pairs) and tokenizer.
 
-    languages: target languages whose ``>>xxx<<`` the vocabulary has. The card's decoding defaults are
+    languages: target languages whose `>>xxx<<` the vocabulary has. The card's decoding defaults are
     those of opus-mt: num_beams 4, max_length 512, bad_words_ids, forced_eos_token_id.
     """
     import torch

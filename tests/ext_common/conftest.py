@@ -18,7 +18,7 @@ TRAIN = ["--arch", "toy_model", "--optimizer", "adam", "--lr", "0.01", "--log-in
 
 
 class Toy:
-    """``train(save_dir, *flags)`` and friends, each a process of its own; asserts the exit code."""
+    """`train(save_dir, *flags)` and friends, each a process of its own; asserts the exit code."""
 
     bin, plugin = BIN, TOY
 
@@ -65,7 +65,7 @@ def read_losses():
 
 @pytest.fixture
 def train_here(toy_registered, tmp_path, monkeypatch):
-    """fairseq-train with the toy plugin in this process: ``train_here(save_dir, *flags)``."""
+    """fairseq-train with the toy plugin in this process: `train_here(save_dir, *flags)`."""
     import torch
     from fairseq import options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf

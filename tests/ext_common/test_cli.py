@@ -165,7 +165,7 @@ class Terminal(io.StringIO):
 
 
 class Clock:
-    """Each reading is ``step`` seconds after the last."""
+    """Each reading is `step` seconds after the last."""
 
     def __init__(self, step):
         self.now, self.step = 0.0, step

@@ -41,7 +41,7 @@ STATE = {
 
 
 class Calls:
-    """Pickles as a call of ``function(*args)``."""
+    """Pickles as a call of `function(*args)`."""
 
     def __init__(self, function, *args):
         self.call = (function, args)

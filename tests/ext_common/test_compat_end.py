@@ -18,7 +18,7 @@ def loading():
 
 
 class Source:
-    """Endless work in small pieces; ``gate`` holds back every item after the first ``free``."""
+    """Endless work in small pieces; `gate` holds back every item after the first `free`."""
 
     def __init__(self, free=10**9):
         self.free, self.gate, self.given = free, threading.Event(), 0

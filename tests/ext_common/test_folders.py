@@ -19,7 +19,7 @@ FILES = 5
 
 
 def in_process(function):
-    """A forked process that is started; 0 where ``function`` ended, 3 where it lost against another one."""
+    """A forked process that is started; 0 where `function` ended, 3 where it lost against another one."""
 
     def run():
         try:
@@ -41,7 +41,7 @@ def content(folder):
 
 
 def make(dest, text, pause=0.0):
-    """Files that all hold ``text``, written one after the other; whether it was made now."""
+    """Files that all hold `text`, written one after the other; whether it was made now."""
     with making(dest, lambda: content(dest) == text) as folder:
         for n in range(FILES if folder else 0):
             (folder / str(n)).write_text(text)

@@ -57,7 +57,7 @@ def sentence(draw):
 
 
 def sentences(count, seed, without=()):
-    """Different pairs, none of ``without``."""
+    """Different pairs, none of `without`."""
     draw, found = random.Random(seed), {}
     while len(found) < count:
         source, target = sentence(draw)
@@ -453,7 +453,7 @@ def read(path):
 
 
 def kill_at(place, args):
-    """Run the recipe until ``place()``, then kill -9 of it and of what it has started."""
+    """Run the recipe until `place()`, then kill -9 of it and of what it has started."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *args],

@@ -50,7 +50,7 @@ def toy_pairs(count: int, seed: int = 1) -> list[tuple[str, str]]:
 
 
 def fairseq(command: str, *arguments, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """Run fairseq-train, -generate, …; asserts that it ended well unless ``check`` is False."""
+    """Run fairseq-train, -generate, …; asserts that it ended well unless `check` is False."""
     call = [Path(sys.executable).with_name(f"fairseq-{command}"), *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = processes.run(call, capture_output=True, text=True, env=env, **options)
@@ -60,7 +60,7 @@ def fairseq(command: str, *arguments, check: bool = True, **options) -> subproce
 
 
 def train_flags(data, save_dir, *more) -> list[str]:
-    """A tiny Transformer for `fairseq-train`, 10 updates unless ``more`` says otherwise."""
+    """A tiny Transformer for `fairseq-train`, 10 updates unless `more` says otherwise."""
     flags = f"""{data} --user-dir {ROOT}/fairseq_ext --task translation_spm --arch transformer
         --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 32 --decoder-embed-dim 32
         --encoder-ffn-embed-dim 64 --decoder-ffn-embed-dim 64 --encoder-attention-heads 2

@@ -14,7 +14,7 @@ HAN = "我爱苹果"
 
 
 def made_font(path, characters):
-    """A font file whose glyphs are filled squares with a hole, for ``characters`` only."""
+    """A font file whose glyphs are filled squares with a hole, for `characters` only."""
     from fontTools.fontBuilder import FontBuilder
     from fontTools.pens.ttGlyphPen import TTGlyphPen
 

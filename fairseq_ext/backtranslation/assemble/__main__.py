@@ -131,9 +131,9 @@ def main(argv):
 
 
 def assemble(data, synths, dest, options: AssembleOptions | None = None) -> dict[str, Any]:
-    """Write the folder ``dest`` of a prepared bitext and synthetic folders, and print the table.
+    """Write the folder `dest` of a prepared bitext and synthetic folders, and print the table.
 
-    Returns the report that is printed and lies in manifest.json ("report"). ``dest`` appears whole or not
+    Returns the report that is printed and lies in manifest.json ("report"). `dest` appears whole or not
     at all. Raises UserError, UsageError.
     """
     options = options or AssembleOptions()
@@ -199,7 +199,7 @@ def check_paths(data: Path, synths: list[Path], dest: Path) -> None:
 
 
 def open_bitext(path: Path) -> Corpus:
-    """The prepared folder at ``path``; UserError where it is an assembled one or has no train."""
+    """The prepared folder at `path`; UserError where it is an assembled one or has no train."""
     corpus = Corpus.open(path)
     try:
         kind = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8")).get("kind")

@@ -81,7 +81,7 @@ def check_scripts(
 ) -> None:
     """UserError where text is not in the script of its language.
 
-    direction: (synthetic language, real language), in whose order ``pairs`` and ``bitext`` are samples
+    direction: (synthetic language, real language), in whose order `pairs` and `bitext` are samples
     of (source, target) lines. What a line of the language looks like is taken from the bitext, so that a
     language that is not written as usual (Tatar in Latin letters) passes.
     """
@@ -110,7 +110,7 @@ def check_scripts(
 
 
 def typical_share(lines: Iterable[str], lang: str) -> float:
-    """The median over lines of the share of letters in the scripts of ``lang``; 1.0 without letters.
+    """The median over lines of the share of letters in the scripts of `lang`; 1.0 without letters.
 
     In languages written in characters a Latin word counts as one letter, as for the filter "script".
     """

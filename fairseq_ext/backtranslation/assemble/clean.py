@@ -155,7 +155,7 @@ def clean(
     workers: int,
     place: Callable[[str], int] | None = None,
 ) -> Found:
-    """Write NAME.source, NAME.target and NAME.ids of the pairs to keep into ``folder``.
+    """Write NAME.source, NAME.target and NAME.ids of the pairs to keep into `folder`.
 
     place: of a pair in a draw, by its name; remembered for kept ones.
     """
@@ -215,9 +215,9 @@ def judge(rows: Sequence[Row], chain: FilterChain) -> list[tuple[str, str] | Non
 
 
 def draw(found: Sequence[Found], most: int | None, folder: Path, rejects: IO[str]) -> None:
-    """Leave a random part of all kept pairs, ``most`` of them, in the files of ``folder``.
+    """Leave a random part of all kept pairs, `most` of them, in the files of `folder`.
 
-    The pairs of a smaller ``most`` are among those of a larger one.
+    The pairs of a smaller `most` are among those of a larger one.
     """
     kept = sum(one.kept for one in found)
     if most is None or kept <= most:

@@ -3,9 +3,9 @@
 They are filters as `translation.pair_filters` describes them, with four more things that they may have:
 
     wants_score = True     called with the reverse model's score of the pair (or None) as a third argument;
-                           ``fit_scores(scores)`` is called before, with all scores of one folder
+                           `fit_scores(scores)` is called before, with all scores of one folder
     raw = True             sees the text as it stands in the files, before normalisation
-    batched = True         ``judge_many(pairs)`` gives the reasons of many pairs at once
+    batched = True         `judge_many(pairs)` gives the reasons of many pairs at once
     setup(context)         called once before everything else, with a :class:`Context`
 
 `repetition` already removes loops on one side only, so there is no other filter for these.

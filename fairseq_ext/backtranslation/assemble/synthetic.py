@@ -40,7 +40,7 @@ class Pair(NamedTuple):
     """A real line and one of the synthetic lines for it, both as they stand in the files.
 
     line: from 1; rank: from 1, which of the n best; score: of the reverse model, or None; reason: why
-    ``synthetic`` is empty, None where it is not.
+    `synthetic` is empty, None where it is not.
     """
 
     line: int
@@ -53,7 +53,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Synthetic:
-    """What manifest.json says of the folder ``path``; made by :meth:`open`.
+    """What manifest.json says of the folder `path`; made by :meth:`open`.
 
     model: "source_lang" and "target_lang" of the reverse model beside what else is known of it; fillers:
     whether FILLER in its synthetic text stands for a missing word, else it is text like any other.
@@ -71,7 +71,7 @@ class Synthetic:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Synthetic":
-        """The finished folder at ``path``; UserError where there is none."""
+        """The finished folder at `path`; UserError where there is none."""
         path = Path(path)
         if not path.is_dir():
             what = "is a file" if path.exists() else "does not exist"
@@ -109,7 +109,7 @@ class Synthetic:
         return bool(self.mode["name"] == WITH_FILLERS)
 
     def pairs(self) -> Iterator[Pair]:
-        """Every line with each of its synthetic ones, in order: ``lines`` · ``nbest`` pairs.
+        """Every line with each of its synthetic ones, in order: `lines` · `nbest` pairs.
 
         UserError where the files differ in their number of lines or speak of other lines.
         """
@@ -147,9 +147,9 @@ class Synthetic:
 
 @dataclass(frozen=True)
 class SourceEncoder:
-    """Normalised synthetic text to ids, without ``</s>``.
+    """Normalised synthetic text to ids, without `</s>`.
 
-    tag: id in front, None for none; fillers: whether the word FILLER is ``<unk>``. A tag or a special
+    tag: id in front, None for none; fillers: whether the word FILLER is `<unk>`. A tag or a special
     symbol that stands in the text stays text.
     """
 

@@ -146,7 +146,7 @@ def main(argv: list[str]) -> int:
 def generate(
     source: str, dest: str | os.PathLike, options: GenerateOptions
 ) -> tuple[bool, dict[str, Any]]:
-    """Do, or help to do, what is left of ``dest``; (whether there was anything left, its manifest)."""
+    """Do, or help to do, what is left of `dest`; (whether there was anything left, its manifest)."""
     dest = Path(dest)
     monolingual.check(source)
     load_plugin(options.user_dir)
@@ -227,7 +227,7 @@ class Meter:
         self._visible = visible
 
     def show(self, done: int) -> None:
-        """``done`` lines of all; never counts back."""
+        """`done` lines of all; never counts back."""
         if self._visible and done > self._shown:
             self._bar.update(done - self._shown)
             self._shown = done

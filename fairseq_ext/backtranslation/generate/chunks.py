@@ -63,7 +63,7 @@ class Chunks:
         return [row.removesuffix(b"\r").decode("utf-8") for row in rows]
 
     def write(self, chunk: int, found: Sequence[Sequence[Line]], claim: Claim) -> None:
-        """Keep what became of the lines of a chunk; ``claim`` names a file that no other process has."""
+        """Keep what became of the lines of a chunk; `claim` names a file that no other process has."""
         path = self.folder / "scratch" / f"{claim.path.name}.part"
         # not by atomic_write: it would make the folder anew that another process has just removed
         with open(path, "w", encoding="utf-8", newline="") as file:

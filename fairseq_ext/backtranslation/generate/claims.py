@@ -53,7 +53,7 @@ class Owner:
 
     @classmethod
     def parse(cls, text: str) -> "Owner":
-        """From the form of ``str``; ValueError for another."""
+        """From the form of `str`; ValueError for another."""
         host, boot, namespace, pid, started = map(unquote, text.split("@"))
         return cls(host, boot, namespace, int(pid), started)
 
@@ -62,7 +62,7 @@ class Owner:
         return "@".join(quote(part, safe="") for part in parts)
 
     def knows_dead(self, other: "Owner") -> bool:
-        """Whether ``other`` is dead beyond doubt, as seen by this process on its own machine."""
+        """Whether `other` is dead beyond doubt, as seen by this process on its own machine."""
         if other.host != self.host:
             return False
         if other.boot != self.boot:
@@ -153,14 +153,14 @@ class Heart:
 
 
 class Watch:
-    """Tells whether others live, by the clock of the file system that ``folder`` is on."""
+    """Tells whether others live, by the clock of the file system that `folder` is on."""
 
     def __init__(self, folder: Path, owner: Owner, patience: float = PATIENCE) -> None:
         self.folder, self.owner, self.patience = folder, owner, patience
         self._clock = folder / f"{owner}@{secrets.token_hex(4)}"
 
     def dead(self, other: Owner, path: Path) -> bool:
-        """Whether ``other`` is dead, or left ``path`` without a sign of life for too long."""
+        """Whether `other` is dead, or left `path` without a sign of life for too long."""
         if other == self.owner:
             return False
         if self.owner.knows_dead(other):
@@ -189,7 +189,7 @@ class Claim(NamedTuple):
 
 
 class Claims:
-    """The pieces of work in a folder; ``taken`` are those that this object holds."""
+    """The pieces of work in a folder; `taken` are those that this object holds."""
 
     def __init__(self, folder: Path, owner: Owner, heart: Heart, patience: float = PATIENCE):
         self.todo, self.claimed = folder / "todo", folder / "claimed"
@@ -259,7 +259,7 @@ def is_first_rank(environ: Mapping[str, str]) -> bool:
 
 
 def device_of_rank(device: str, environ: Mapping[str, str]) -> str:
-    """``device``, where it is auto the GPU of this process under torchrun or SLURM."""
+    """`device`, where it is auto the GPU of this process under torchrun or SLURM."""
     rank = environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID"))
     if device != "auto" or rank is None or not rank.isdigit():
         return device

@@ -73,7 +73,7 @@ def merge(dest: Path, chunks: Chunks, claim: Claim, source: str, options: Any) -
 
 
 def write_lines(chunks: Chunks, folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The files but ``real`` in ``folder``; counts of lines in, usable, and unusable by reason.
+    """The files but `real` in `folder`; counts of lines in, usable, and unusable by reason.
 
     A line of which any of nbest texts is usable is usable.
     """

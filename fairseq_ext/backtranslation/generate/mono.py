@@ -37,7 +37,7 @@ def content_hash(source: str) -> str:
 
 
 def copy(source: str, path: Path, add: Callable[[bytes], Any]) -> str:
-    """Write the unpacked bytes to ``path``, call ``add`` for each line; SHA-256 of them.
+    """Write the unpacked bytes to `path`, call `add` for each line; SHA-256 of them.
 
     Raises UserError for bytes that are not UTF-8 and where there are none.
     """

@@ -43,9 +43,9 @@ def enter(
     heart: Heart,
     patience: float = PATIENCE,
 ) -> Chunks | None:
-    """The work in ``dest``, set up where there is none; None where all is done.
+    """The work in `dest`, set up where there is none; None where all is done.
 
-    plan: what decides the bytes of ``dest`` beside those of ``source``. Raises UserError where ``dest`` was
+    plan: what decides the bytes of `dest` beside those of `source`. Raises UserError where `dest` was
     made, or is being made, by another plan, and where it holds other files.
     """
     digest, work, waits = None, dest / WORK, pauses()
@@ -83,7 +83,7 @@ def manifest_of(dest: Path) -> dict[str, Any] | None:
 
 
 def finished_without(dest: Path, patience: float = PATIENCE) -> bool:
-    """Whether others finished ``dest``, now that its work is gone; UserError where all of it is gone."""
+    """Whether others finished `dest`, now that its work is gone; UserError where all of it is gone."""
     waits, until = pauses(), time.monotonic() + patience
     while not (dest / WORK).exists():
         if manifest_of(dest):
@@ -123,7 +123,7 @@ def output_names(real: str, synthetic: str, nbest: int) -> list[str]:
 
 
 def check_free(dest: Path) -> None:
-    """UserError where ``dest`` holds what no earlier run of this command can have left."""
+    """UserError where `dest` holds what no earlier run of this command can have left."""
     refuse_file(dest)
     names = sorted(os.listdir(dest)) if dest.exists() else []
     for name in names:
@@ -152,7 +152,7 @@ def set_up(
     heart: Heart,
     patience: float = PATIENCE,
 ) -> str | None:
-    """Copy ``source`` and cut it into chunks, unless another process does: None then.
+    """Copy `source` and cut it into chunks, unless another process does: None then.
 
     SHA-256 of what was copied, whether or not another process was faster. UserError for a source that
     cannot be used.

@@ -15,7 +15,7 @@ from fairseq_ext.backtranslation.modes import Mode
 class Job(NamedTuple):
     """A chunk that is claimed and encoded.
 
-    kept: places in the chunk of the lines to translate, whose ``encoded`` follow; reasons: of all lines,
+    kept: places in the chunk of the lines to translate, whose `encoded` follow; reasons: of all lines,
     None for these.
     """
 

@@ -5,8 +5,8 @@ Hugging Face folder, a CTranslate2 folder.
     encoded = model.encode(lines)
     found = model.translate(encoded, numbers=range(1, len(lines) + 1), mode=make_mode("topk"))
 
-Someone's own is a class with the static methods ``describe(path, options)`` and ``open(path, options)``
-that their ``--user-dir`` registers in BACKENDS.
+Someone's own is a class with the static methods `describe(path, options)` and `open(path, options)`
+that their `--user-dir` registers in BACKENDS.
 """
 
 import hashlib
@@ -138,7 +138,7 @@ class ReverseModel:
         nbest: int = 1,
         done: Callable[[int], object] = lambda n: None,
     ) -> list[list[Line]]:
-        """``nbest`` synthetic sides of each line.
+        """`nbest` synthetic sides of each line.
 
         encoded: of :meth:`encode`; numbers: what identifies each line, whose draws come from (seed,
         number, round) only. done: called with the number of lines that were decoded since.
@@ -194,7 +194,7 @@ def open_model(path: str, options: ModelOptions) -> ReverseModel:
 
 
 def backend_of(path: str, options: ModelOptions) -> Any:
-    """The backend that was asked for, or the one for what ``path`` is."""
+    """The backend that was asked for, or the one for what `path` is."""
     return BACKENDS.get(kind_of(path) if options.backend == "auto" else options.backend)
 
 

@@ -57,7 +57,7 @@ def open_model(
 ) -> tuple[Any, HuggingFaceVocabulary]:
     """A model as backend and vocabulary.
 
-    path: a folder, or a name on the hub. prefix: ``>>eng<<``, where a model writes several languages.
+    path: a folder, or a name on the hub. prefix: `>>eng<<`, where a model writes several languages.
     UserError for a folder without tokenizer or weights, with weights missing, of another kind of model,
     and for languages or a prefix that are not known.
     """

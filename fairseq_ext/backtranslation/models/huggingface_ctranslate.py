@@ -61,7 +61,7 @@ LEAST_AGREEMENT = 0.99
 class HuggingFaceCTranslate2Backend(CTranslate2Backend):
     """Decodes the ids of a Hugging Face tokenizer.
 
-    source_eos: whether the model adds ``</s>`` to a source itself; what Hugging Face's are converted to
+    source_eos: whether the model adds `</s>` to a source itself; what Hugging Face's are converted to
     mostly does not.
     """
 
@@ -343,7 +343,7 @@ def converter_of(ctranslate2: Any, folder: Path, model: Any, tokenizer: Any) -> 
 def sample_sources(
     backend: Any, vocabulary: HuggingFaceVocabulary, number: int, seed: int = 1
 ) -> list[tuple[int, ...]]:
-    """Sources of 2 to 12 ordinary pieces, as likely as their rank says; ids with ``</s>``."""
+    """Sources of 2 to 12 ordinary pieces, as likely as their rank says; ids with `</s>`."""
     draw = random.Random(seed)
     tokenizer = vocabulary.tokenizer
     special = {*tokenizer.all_special_ids, *vocabulary.code_ids, *backend.banned}

@@ -1,9 +1,9 @@
-"""Decoding with Hugging Face's ``generate`` so that every option means what it means to fairseq.
+"""Decoding with Hugging Face's `generate` so that every option means what it means to fairseq.
 
 Searches agree with fairseq's in what decides their output: scores are sums of log-probabilities divided by
-(pieces + 1) ** lenpen, ``</s>`` counted; a sentence ends with ``beam`` finished hypotheses (early_stopping);
-an output that reaches its limit ends there with the score that ``</s>`` then has. What differs: of hypotheses
-that finish in one step beyond the ``beam``-th, Hugging Face keeps the best ones and fairseq the first.
+(pieces + 1) ** lenpen, `</s>` counted; a sentence ends with `beam` finished hypotheses (early_stopping);
+an output that reaches its limit ends there with the score that `</s>` then has. What differs: of hypotheses
+that finish in one step beyond the `beam`-th, Hugging Face keeps the best ones and fairseq the first.
 A card's own decoding defaults (num_beams, max_length 512, forced end) do not count, its bans do.
 """
 
@@ -77,9 +77,9 @@ class HuggingFaceBackend:
     def decode(
         self, batch: Sequence[Sequence[int]], options: DecodeOptions, limit: int
     ) -> list[list[Candidate]]:
-        """For each source (ids, ``</s>`` at its end) the ``nbest`` best targets, best first.
+        """For each source (ids, `</s>` at its end) the `nbest` best targets, best first.
 
-        limit: the largest number of ids in a target, ``</s>`` not counted.
+        limit: the largest number of ids in a target, `</s>` not counted.
         """
         if options.beam == 1:
             return [[one] for one in self._choose(batch, options, limit, Choice(), options.lenpen)]
@@ -120,7 +120,7 @@ class HuggingFaceBackend:
         ]
 
     def _generate(self, batch, limit: int, processors, **search: Any) -> list[list[int]]:
-        """Ids of what is generated, without start, ``</s>`` and padding."""
+        """Ids of what is generated, without start, `</s>` and padding."""
         longest = max(map(len, batch))
         ids = torch.full((len(batch), longest), self.pad)
         mask = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -205,7 +205,7 @@ class Choice(LogitsProcessor):
 class BeamTotals(LogitsProcessor):
     """Follows a beam search to know the scores of its outputs.
 
-    ``generate`` tells them only with the scores of the whole vocabulary at every step, gigabytes for a
+    `generate` tells them only with the scores of the whole vocabulary at every step, gigabytes for a
     batch. Here one step's are kept: what went on is found again by its ids.
     """
 

@@ -33,7 +33,7 @@ _IGNORED = ("training_args.bin", "trainer_state.json", "all_results.json", "requ
 
 
 def find_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder of a model: ``path`` itself, or a copy of what the hub has under this name.
+    """The folder of a model: `path` itself, or a copy of what the hub has under this name.
 
     What was fetched once is used again without asking. UserError where there is neither.
     """
@@ -113,7 +113,7 @@ def languages(
 ) -> tuple[str, str]:
     """(source, target) in two letters where there are: as given, as the files or the name say.
 
-    prefix: ``>>eng<<`` says the target. UserError where nothing does, or where two contradict.
+    prefix: `>>eng<<` says the target. UserError where nothing does, or where two contradict.
     """
     name = name or str(folder)
     saved = [read_json(folder / file) for file in ("tokenizer_config.json", "config.json")]

@@ -16,7 +16,7 @@ _CODE = regex.compile(r">>[^<> ]+<<")
 class HuggingFaceVocabulary:
     """From a line of text to a model's ids, and back; see `translation.checkpoint.Vocabulary`.
 
-    prefix: a piece such as ``>>eng<<`` (or, for a tokenizer without such pieces, text) before every source.
+    prefix: a piece such as `>>eng<<` (or, for a tokenizer without such pieces, text) before every source.
     Nothing in a line turns into a special piece: a space is put into what looks like one.
     """
 
@@ -42,7 +42,7 @@ class HuggingFaceVocabulary:
         return normalise(line, self.source_lang, self.convention).strip()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of cleaned text, ``</s>`` at the end; never cut."""
+        """Ids of cleaned text, `</s>` at the end; never cut."""
         text = self._words + self.escape(text)
         with self._lock:
             ids = self.tokenizer(text, truncation=False, verbose=False)["input_ids"]
@@ -74,14 +74,14 @@ class HuggingFaceVocabulary:
 
 
 def language_codes(tokenizer: Any) -> dict[str, int]:
-    """The pieces ``>>xxx<<`` of a tokenizer that stand for a target language, and their ids."""
+    """The pieces `>>xxx<<` of a tokenizer that stand for a target language, and their ids."""
     return {
         piece: number for piece, number in tokenizer.get_vocab().items() if _CODE.fullmatch(piece)
     }
 
 
 def positions(config: Mapping[str, Any], tokenizer: Any) -> tuple[int, int]:
-    """How many ids a source and a target may have, ``</s>`` among them."""
+    """How many ids a source and a target may have, `</s>` among them."""
     known = [config.get(name) for name in ("max_position_embeddings", "n_positions")]
     own = [one for one in known if isinstance(one, int) and one > 0]
     # a tokenizer without a limit has 1e30

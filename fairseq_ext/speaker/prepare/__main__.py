@@ -207,7 +207,7 @@ def fill(dest, found, plan, options, spec):
 
 
 def read_source(source, dest, options):
-    """What the layout finds in ``source``."""
+    """What the layout finds in `source`."""
     try:
         layout = LAYOUTS.get(options.layout)
     except UnknownName as error:
@@ -236,7 +236,7 @@ def plan_of(dest):
 
 
 def is_finished(dest, plan):
-    """Whether DATA is what ``plan`` makes, and all of it is there."""
+    """Whether DATA is what `plan` makes, and all of it is there."""
     return interrupted_key(dest) is None and plan_of(dest) == plan
 
 

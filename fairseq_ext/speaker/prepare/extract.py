@@ -19,8 +19,8 @@ CALL_BYTES = 1 << 20
 
 
 class Outcome(NamedTuple):
-    """What became of a record: ``features`` float32 (T, n_mels) and ``digest`` of its content, or
-    ``bad``.
+    """What became of a record: `features` float32 (T, n_mels) and `digest` of its content, or
+    `bad`.
 
     number: the record's place in the source; bad: None or (reason, detail).
     """
@@ -35,7 +35,7 @@ def extract_all(tasks, spec, min_seconds, from_audio, workers):
     """Yield the outcomes of each task in order; a task is [(number, Record), ...] of one file.
 
     min_seconds: shorter records are bad; from_audio: whether files hold audio or ready features.
-    The results do not depend on ``workers``; what waits to be fetched is bounded.
+    The results do not depend on `workers`; what waits to be fetched is bounded.
     """
     work = (spec, min_seconds, from_audio)
     if workers <= 1:
@@ -101,7 +101,7 @@ def extract(task, spec, min_seconds, from_audio):
 
 
 def guarded(number, function, record, *args):
-    """Outcome of ``function``; what it raises about the data becomes ``bad``."""
+    """Outcome of `function`; what it raises about the data becomes `bad`."""
     try:
         features, digest = function(record, *args)
     except AudioError as error:
@@ -179,7 +179,7 @@ def load_tensor(path):
 
 
 def check_length(features, record, spec, min_seconds):
-    """AudioError "too short" for features of less than ``min_seconds``."""
+    """AudioError "too short" for features of less than `min_seconds`."""
     found = (len(features) - 1) * spec.seconds_per_frame
     # A frame may begin up to one hop before the end.
     if found + spec.seconds_per_frame < min_seconds:

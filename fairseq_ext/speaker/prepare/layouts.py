@@ -50,7 +50,7 @@ class Record(NamedTuple):
 
 
 class Bad(NamedTuple):
-    """A record that cannot be used: ``reason`` is what they are counted by."""
+    """A record that cannot be used: `reason` is what they are counted by."""
 
     path: str
     reason: str
@@ -59,7 +59,7 @@ class Bad(NamedTuple):
 
 @dataclass
 class Source:
-    """What a layout found. ``n_mels`` is set where the files hold features, not audio."""
+    """What a layout found. `n_mels` is set where the files hold features, not audio."""
 
     records: list[Record]
     bad: list[Bad] = field(default_factory=list)
@@ -282,7 +282,7 @@ def check_mapping(mapping: dict[str, Any], path: Path) -> list[str]:
 
 
 def compile_pattern(text: str) -> re.Pattern[str]:
-    """--pattern compiled; UsageError where it is no expression or has no ``speaker`` group."""
+    """--pattern compiled; UsageError where it is no expression or has no `speaker` group."""
     try:
         pattern = re.compile(text)
     except re.error as error:

@@ -27,7 +27,7 @@ def assign_splits(
     be drawn. Returns N split names.
 
     A drawn row follows a given one of its group. Every speaker keeps at least one row in train; one
-    with two groups or more gets into the first split of ``fractions``, with three or more into
+    with two groups or more gets into the first split of `fractions`, with three or more into
     both, and so on.
     """
     check_fractions(fractions)
@@ -55,7 +55,7 @@ def draw(
     fractions: Mapping[str, float],
     seed: int,
 ) -> None:
-    """Move units (lists of rows) out of train, writing into ``splits``."""
+    """Move units (lists of rows) out of train, writing into `splits`."""
     sizes = [count(speakers[row] for row in unit) for unit in units]
     of_speaker: dict[str, list[int]] = defaultdict(list)
     for index, size in enumerate(sizes):
@@ -152,7 +152,7 @@ def split_overlaps(
 
 
 def shared_between_splits(recordings: Iterable[H], splits: Iterable[str]) -> list[H]:
-    """Keys of ``recordings`` that have rows in more than one split, in order of appearance."""
+    """Keys of `recordings` that have rows in more than one split, in order of appearance."""
     seen: dict[H, set[str]] = defaultdict(set)
     for recording, split in zip(recordings, splits, strict=True):
         seen[recording].add(split)

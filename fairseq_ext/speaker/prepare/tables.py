@@ -15,7 +15,7 @@ Table = dict[str, tuple[int, tuple[str, ...]]]
 
 
 def audio_files(source: Path) -> list[str]:
-    """Relative paths (with /) of the audio files below ``source``, sorted, without hidden ones."""
+    """Relative paths (with /) of the audio files below `source`, sorted, without hidden ones."""
     files: list[str] = []
     seen: set[str] = set()
     for folder, folders, names in os.walk(source, followlinks=True):
@@ -80,7 +80,7 @@ def kaldi_table(path: Path, columns: int, last_has_spaces: bool = False) -> Tabl
 
 
 def json_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """A JSON object that has ``keys``; UserError otherwise."""
+    """A JSON object that has `keys`; UserError otherwise."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

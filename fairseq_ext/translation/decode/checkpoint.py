@@ -34,7 +34,7 @@ class Vocabulary:
         return normalise(line, self.source_lang, self.convention).strip()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of cleaned text, ``</s>`` at the end."""
+        """Ids of cleaned text, `</s>` at the end."""
         return [*self.source.encode(text), EOS]
 
     def text(self, ids: Sequence[int]) -> str:

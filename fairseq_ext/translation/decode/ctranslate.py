@@ -153,7 +153,7 @@ def _places(checkpoint: Path) -> list[Path]:
 def converted_once(
     places: Sequence[Path], name: str, digest: str, what: str, write: Callable[[Path], str]
 ) -> Path:
-    """The folder ``name`` in the first of ``places`` that has it whole, else made by ``write``.
+    """The folder `name` in the first of `places` that has it whole, else made by `write`.
 
     write(folder) returns a sentence about how it went; who makes it at the same time is waited for.
     """

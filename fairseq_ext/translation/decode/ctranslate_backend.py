@@ -41,7 +41,7 @@ class CTranslate2Backend:
     def decode(
         self, batch: Sequence[Sequence[int]], options: DecodeOptions, limit: int
     ) -> list[list[Candidate]]:
-        """For each source (ids, ``</s>`` at its end) the ``nbest`` best targets, best first."""
+        """For each source (ids, `</s>` at its end) the `nbest` best targets, best first."""
         search = {
             "beam_size": min(options.beam, self.size - 1),
             "num_hypotheses": min(options.nbest, self.size - 1),

@@ -205,7 +205,7 @@ def compare(expected: Sequence[Candidate], found: Sequence[Candidate]) -> Check:
 
 
 def sample_sources(vocabulary: Vocabulary, number: int, seed: int = 1) -> list[tuple[int, ...]]:
-    """Sources of 2 to 12 ordinary pieces, as likely as their rank says; ids with ``</s>``."""
+    """Sources of 2 to 12 ordinary pieces, as likely as their rank says; ids with `</s>`."""
     draw = random.Random(seed)
     codec = vocabulary.source
     first = SPECIALS + BYTE_PIECES + len(codec.extra_symbols)

@@ -56,9 +56,9 @@ class FairseqBackend:
     def decode(
         self, batch: Sequence[Sequence[int]], options: DecodeOptions, limit: int
     ) -> list[list[Candidate]]:
-        """For each source (ids, ``</s>`` at its end) the ``nbest`` best targets, best first.
+        """For each source (ids, `</s>` at its end) the `nbest` best targets, best first.
 
-        limit: the largest number of ids in a target, ``</s>`` not counted.
+        limit: the largest number of ids in a target, `</s>` not counted.
         """
         generator = self._generator(options, limit)
         found = self._generate(generator, batch)
@@ -71,7 +71,7 @@ class FairseqBackend:
         options: SampleOptions,
         limit: int,
     ) -> list[Candidate]:
-        """For each source (ids, ``</s>`` at its end) a target, drawn with its own seed."""
+        """For each source (ids, `</s>` at its end) a target, drawn with its own seed."""
         generator = self._generator(options, limit)
         # one more for </s>
         generator.search.u = torch.from_numpy(uniforms(seeds, limit + 1)).to(self.device)
@@ -119,7 +119,7 @@ class FairseqBackend:
 class Drawn(Search):
     """In place of fairseq's Sampling, which draws for all rows of a batch from one generator.
 
-    ``u`` (B, steps): numbers in [0, 1) for each source of the batch, set before it is decoded.
+    `u` (B, steps): numbers in [0, 1) for each source of the batch, set before it is decoded.
     """
 
     def __init__(self, dictionary, topk: int, topp: float, temperature: float):
@@ -129,7 +129,7 @@ class Drawn(Search):
 
     @torch.jit.unused
     def step(self, step: int, lprobs, scores, prev_output_tokens=None, original_batch_idxs=None):
-        """lprobs (B, 1, V) of the sources ``original_batch_idxs``, those that have not ended."""
+        """lprobs (B, 1, V) of the sources `original_batch_idxs`, those that have not ended."""
         ids, found = draw(lprobs[:, 0], self.u[original_batch_idxs, step], *self.how)
         total = found if step == 0 else found + scores[:, 0, step - 1]
         return total.unsqueeze(1), ids.unsqueeze(1), torch.zeros_like(ids).unsqueeze(1)

@@ -16,7 +16,7 @@ def draw(
     topp: float = 1.0,
     temperature: float = 1.0,
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """One id for each row of ``logits`` (B, V), by inverting the distribution function at ``u`` (B,).
+    """One id for each row of `logits` (B, V), by inverting the distribution function at `u` (B,).
 
     topk: only the k most probable ids, 0 for all (Fan et al. 2018, section 4.3). topp: only the fewest ids
     whose probabilities sum to p or more (Holtzman et al. 2020, equation 2). temperature divides the logits

@@ -104,14 +104,14 @@ class SampleOptions(DecodeOptions):
 
 
 class Source(NamedTuple):
-    """What is decoded once: ids with ``</s>``, and the seed of its sample where one is drawn."""
+    """What is decoded once: ids with `</s>`, and the seed of its sample where one is drawn."""
 
     ids: tuple[int, ...]
     seed: int | None = None
 
 
 class Candidate(NamedTuple):
-    """What a backend finds: ids without ``</s>``, score (natural logarithm, divided by
+    """What a backend finds: ids without `</s>`, score (natural logarithm, divided by
     length ** lenpen), and whether the output was cut at its limit."""
 
     ids: list[int]
@@ -122,7 +122,7 @@ class Candidate(NamedTuple):
 class Backend(Protocol):
     """Decodes ids.
 
-    max_source, max_target: positions, ``</s>`` among them. max_tokens: a good size of batches.
+    max_source, max_target: positions, `</s>` among them. max_tokens: a good size of batches.
     workers: batches that may be decoded at the same time, each in a thread.
     """
 
@@ -146,7 +146,7 @@ class Backend(Protocol):
     ) -> list[Candidate]:
         """For each source a target of at most `limit` ids, drawn with its seed.
 
-        score: mean log-probability of its pieces, ``</s>`` among them.
+        score: mean log-probability of its pieces, `</s>` among them.
         """
 
 
@@ -155,7 +155,7 @@ def make_batches(
 ) -> Iterator[tuple[int, list[Source]]]:
     """(limit of the output's length, batch) for each batch; longest sources first.
 
-    A batch has at most ``max_tokens`` ids with padding (but always one source), and sources with the
+    A batch has at most `max_tokens` ids with padding (but always one source), and sources with the
     same limit only, so that what a source gets does not depend on its batch.
     """
     batch: list[Source] = []

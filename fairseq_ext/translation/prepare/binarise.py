@@ -24,9 +24,9 @@ PART_BYTES = 4 << 20
 
 
 class SpmBinarizer(Binarizer):
-    """A line to the int32 ids that its SentencePiece model gives it, ``</s>`` behind them.
+    """A line to the int32 ids that its SentencePiece model gives it, `</s>` behind them.
 
-    encode: what turns a line into ids of the model instead of ``codec.encode``; picklable.
+    encode: what turns a line into ids of the model instead of `codec.encode`; picklable.
     """
 
     def __init__(self, codec: Codec, encode: Callable[[str], list[int]] | None = None):
@@ -54,10 +54,10 @@ def binarise(
     *,
     encode: Callable[[str], list[int]] | None = None,
 ) -> BinarizeSummary:
-    """Write ``stem``.bin and .idx (uint16 or uint32 ids of each line); the same for any ``workers``.
+    """Write `stem`.bin and .idx (uint16 or uint32 ids of each line); the same for any `workers`.
 
     encode: as for :class:`SpmBinarizer`.
-    Returns fairseq's summary: sentences, tokens with ``</s>``, how often ``<unk>`` was written.
+    Returns fairseq's summary: sentences, tokens with `</s>`, how often `<unk>` was written.
     Raises UserError where fewer or more sentences were written than there are lines.
     """
     binarizer = SpmBinarizer(codec, encode)
@@ -84,7 +84,7 @@ def binarise(
 
 
 def concatenate(stems: Sequence[Path], size: int, stem: Path) -> None:
-    """Write ``stem``.bin and .idx with the sentences of ``stems`` in a row; one may come repeatedly.
+    """Write `stem`.bin and .idx with the sentences of `stems` in a row; one may come repeatedly.
 
     size: of the vocabulary that all of them are ids of.
     """
@@ -96,7 +96,7 @@ def concatenate(stems: Sequence[Path], size: int, stem: Path) -> None:
 
 
 def check_counts(text: Path, stem: Path) -> None:
-    """UserError where the ids under ``stem`` are not as many sentences as ``text`` has lines."""
+    """UserError where the ids under `stem` are not as many sentences as `text` has lines."""
     lines = count_lines(text)
     sentences = len(sentence_lengths(stem))
     if lines != sentences:
@@ -136,7 +136,7 @@ def check_dictionary(codec: Codec, path: Path) -> None:
 
 
 def line_parts(path: Path, size: int) -> list[tuple[int, int]]:
-    """(start, end) byte offsets of consecutive parts of whole lines, of about ``size`` bytes."""
+    """(start, end) byte offsets of consecutive parts of whole lines, of about `size` bytes."""
     end_of_file = os.path.getsize(path)
     parts, start = [], 0
     with open(path, "rb") as file:
@@ -173,7 +173,7 @@ def index_file(stem: Path | str) -> str:
 
 
 def sentence_lengths(stem: Path | str) -> np.ndarray:
-    """Number of ids of each sentence, ``</s>`` included, int32 (N,)."""
+    """Number of ids of each sentence, `</s>` included, int32 (N,)."""
     index = indexed_dataset.MMapIndexedDataset.Index(index_file(stem))
     # a copy, made while the index that owns the memory map lives
     return index.sizes.copy()

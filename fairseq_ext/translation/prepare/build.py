@@ -103,7 +103,7 @@ def fill(
 def write_given(
     files: list[Path], columns: list[int], cleaner: Cleaner, folder: Path, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Normalise the pairs of a given valid or test into ``folder``; all of them, in their order.
+    """Normalise the pairs of a given valid or test into `folder`; all of them, in their order.
 
     Returns the hashes of their sides, uint64 (N,) each. UserError for a pair with an empty side.
     """
@@ -160,7 +160,7 @@ def make_guard(folder: Path, given, languages, base: Corpus | None) -> LeakGuard
 
 
 def check_enough(counts: dict[str, Any], inputs: list[Path], least: int) -> None:
-    """UserError where filters leave fewer than ``least`` pairs."""
+    """UserError where filters leave fewer than `least` pairs."""
     if counts["out"] >= least:
         return
     name = " and ".join(map(str, inputs))

@@ -5,7 +5,7 @@
     reason = chain("Good morning.", "早上好。")      # None: keep
 
 A filter works on normalised text and does not know which side is real, so synthetic pairs pass through the
-same ones. Someone's own is a class that their ``--user-dir`` registers:
+same ones. Someone's own is a class that their `--user-dir` registers:
 
     @FILTERS.register("no_urls")
     class NoUrls:
@@ -32,8 +32,8 @@ DEFAULT_FILTERS = (
 class FilterChain:
     """Filters in a row, itself a filter; a pair is counted under the first that removes it.
 
-    spec: ``"name; name:option=value,option=value"``; "none" keeps every pair.
-    ``kept`` and ``counts`` (name → removed) are how many pairs went where.
+    spec: `"name; name:option=value,option=value"`; "none" keeps every pair.
+    `kept` and `counts` (name → removed) are how many pairs went where.
     Raises UnknownName and OptionError for a spec that does not fit.
     """
 
@@ -72,7 +72,7 @@ class FilterChain:
     def judge(self, source: str, target: str, score: float | None = None) -> tuple[str, str] | None:
         """(name of the filter, reason) for a pair to remove, None for one to keep; counted.
 
-        score: of the model that wrote one side, for filters with ``wants_score = True``.
+        score: of the model that wrote one side, for filters with `wants_score = True`.
         """
         for name, one in self.filters.items():
             more = (score,) if getattr(one, "wants_score", False) else ()
@@ -85,7 +85,7 @@ class FilterChain:
 
 
 def parse_filters(spec: str) -> list[tuple[str, str]]:
-    """(name, options) of each filter in ``"name; name:option=value"``; none for "none"."""
+    """(name, options) of each filter in `"name; name:option=value"`; none for "none"."""
     if spec.strip() == "none":
         return []
     parts = [part.strip() for part in spec.split(";")]
@@ -98,7 +98,7 @@ def parse_filters(spec: str) -> list[tuple[str, str]]:
 def sample(
     pairs: Iterable[tuple[str, str]], size: int = CALIBRATION_PAIRS, seed: int = 1
 ) -> list[tuple[str, str]]:
-    """``size`` of the pairs, each with the same probability, in one pass (reservoir sampling)."""
+    """`size` of the pairs, each with the same probability, in one pass (reservoir sampling)."""
     rng = random.Random(seed)
     drawn: list[tuple[str, str]] = []
     for seen, pair in enumerate(pairs):

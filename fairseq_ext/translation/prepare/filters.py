@@ -1,8 +1,8 @@
 """The filters of a bitext's pairs; :mod:`fairseq_ext.translation.prepare.filter_chain` puts them in a chain.
 
 Each is a class of (languages, **options) whose instances are called with a normalised source and target. The
-call returns None to keep the pair or the reason for removing it, with figures. Optional: ``fit(pairs)``,
-called before with a sample of the corpus, and ``stateful = True`` for what remembers the pairs it saw.
+call returns None to keep the pair or the reason for removing it, with figures. Optional: `fit(pairs)`,
+called before with a sample of the corpus, and `stateful = True` for what remembers the pairs it saw.
 """
 
 from collections.abc import Sequence
@@ -226,7 +226,7 @@ class LengthRatio:
     def fit(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Set the expected ratio to the median of pairs with 5 units or more on both sides.
 
-        Does nothing with fewer than 100 of these, and where the option ``ratio`` is given.
+        Does nothing with fewer than 100 of these, and where the option `ratio` is given.
         """
         counts = [self._lengths(*pair) for pair in pairs[:CALIBRATION_PAIRS]]
         ratios = [t / s for s, t in counts if min(s, t) >= _CALIBRATION_UNITS]
@@ -279,9 +279,9 @@ class NearDuplicate:
 
 
 def longest_loop(units: Sequence[str], share: float = 0.0, longest: int = 8) -> tuple[int, int]:
-    """(times, period) of the phrase of up to ``longest`` units that repeats most often in a row.
+    """(times, period) of the phrase of up to `longest` units that repeats most often in a row.
 
-    Only loops over at least ``share`` of the units count; (1, 0) without one.
+    Only loops over at least `share` of the units count; (1, 0) without one.
     """
     best = (1, 0)
     for period in range(1, min(longest, len(units) // 2) + 1):

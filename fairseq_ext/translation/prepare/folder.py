@@ -13,9 +13,9 @@ WORDS = {"inputs": _FILES, "given": _FILES, "vocabulary": "other models"}
 
 
 def already_made(dest: Path, plan: dict[str, Any], overwrite: bool) -> bool:
-    """Whether ``dest`` is what ``plan`` would make; UserError where it is anything else, or damaged.
+    """Whether `dest` is what `plan` would make; UserError where it is anything else, or damaged.
 
-    With ``overwrite`` an earlier preparation may be there.
+    With `overwrite` an earlier preparation may be there.
     """
     made = is_made(dest, plan, plan_of, overwrite=overwrite, words=WORDS)
     if made:

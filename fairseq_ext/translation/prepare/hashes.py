@@ -43,7 +43,7 @@ class HashSet:
         return self._slots[self._find(value)] == value
 
     def add(self, value: int) -> bool:
-        """Whether ``value`` is new."""
+        """Whether `value` is new."""
         place = self._find(value)
         if self._slots[place] == value:
             return False

@@ -66,7 +66,7 @@ class LeakGuard:
         return sum(len(side.keys) for side in self._sides.values())
 
     def find(self, line: str, lang: str, partial: bool = True) -> str | None:
-        """Why ``line`` must not be trained on, None where it may.
+        """Why `line` must not be trained on, None where it may.
 
         partial: also look for held-out lines inside it; otherwise equal ones only.
         Raises UserError for a language without held-out lines.
@@ -142,7 +142,7 @@ class _Side:
 
 
 def ngram_hashes(values: np.ndarray, n: int) -> np.ndarray:
-    """uint64 (len − n + 1,): a hash of every n consecutive ``values`` (uint64), modulo 2⁶⁴."""
+    """uint64 (len − n + 1,): a hash of every n consecutive `values` (uint64), modulo 2⁶⁴."""
     total = np.zeros(len(values) - n + 1, dtype=np.uint64)
     for offset in range(n):
         total = (total ^ values[offset : offset + len(total)]) * _BASE
@@ -151,7 +151,7 @@ def ngram_hashes(values: np.ndarray, n: int) -> np.ndarray:
 
 
 class Guard:
-    """The valid and test lines of a prepared bitext on the side of ``lang``; call it with a line.
+    """The valid and test lines of a prepared bitext on the side of `lang`; call it with a line.
 
     sha256: of what decides its answers. Raises UserError where the bitext has no such lines.
     """

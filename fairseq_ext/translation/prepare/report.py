@@ -37,7 +37,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def next_command(dest: Path, joint: bool) -> str:
-    """The command that trains on ``dest``."""
+    """The command that trains on `dest`."""
     plugin = Path(fairseq_ext.__file__).parent
     return (
         f"fairseq-train {shlex.quote(str(dest))} --user-dir {shlex.quote(str(plugin))} \\\n"

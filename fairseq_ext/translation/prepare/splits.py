@@ -24,7 +24,7 @@ def split(
 ) -> np.ndarray:
     """int8 (N,): the code in SPLITS of each pair; the order of the pairs does not matter.
 
-    source_keys, target_keys: uint64 (N,), hashes of the two sides (``hashes.key_hash``); equal means the
+    source_keys, target_keys: uint64 (N,), hashes of the two sides (`hashes.key_hash`); equal means the
     same sentence. valid, test: fractions of the pairs. minimum: so many pairs each, at least, where
     there are ten times as many.
 
@@ -53,7 +53,7 @@ def split(
 
 
 def wanted_pairs(pairs: int, fraction: float, minimum: int) -> int:
-    """How many of ``pairs`` a split is to have; at least 1 and at most a third of them."""
+    """How many of `pairs` a split is to have; at least 1 and at most a third of them."""
     if fraction == 0:
         return 0
     wanted = max(round(fraction * pairs), 1, minimum if pairs >= 10 * minimum else 0)

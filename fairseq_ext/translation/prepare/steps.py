@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 @dataclass
 class Kept:
-    """What is remembered of the pairs that are kept, in input order; texts lie in ``files``."""
+    """What is remembered of the pairs that are kept, in input order; texts lie in `files`."""
 
     files: tuple[Path, Path]
     numbers: "array[int]" = field(default_factory=lambda: array("Q"))
@@ -132,7 +132,7 @@ def clean(
     rejects: IO[str],
     workers: int,
 ) -> tuple[Kept, Counter[str], list[Row]]:
-    """Filter ``pairs`` into two files of ``folder``; what is left out goes to ``rejects``.
+    """Filter `pairs` into two files of `folder`; what is left out goes to `rejects`.
 
     cleaner: what raw pairs go through first, with the same chain.
     Returns (what is kept, removed pairs by name of the filter or "leak", the first leaks).
@@ -193,7 +193,7 @@ def write_splits(
     names: Sequence[str],
     folder: Path,
 ) -> None:
-    """text/SPLIT.LANG and text/SPLIT.ids of the pairs whose label is the split's place in ``SPLITS``."""
+    """text/SPLIT.LANG and text/SPLIT.ids of the pairs whose label is the split's place in `SPLITS`."""
     with ExitStack() as stack:
         files = {
             SPLITS.index(name): [

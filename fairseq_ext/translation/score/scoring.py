@@ -200,7 +200,7 @@ class Metric:
     def of(
         cls, key: str, lang: str, tokenizer: str, references: Sequence[Sequence[str]]
     ) -> "Metric":
-        """ "bleu", "chrf" or "ter" for translations into ``lang``."""
+        """ "bleu", "chrf" or "ter" for translations into `lang`."""
         from sacrebleu.metrics import BLEU, CHRF, TER
 
         asian = language(lang) in ("zh", "yue")
@@ -239,7 +239,7 @@ class Metric:
 
 
 def choose_tokenizer(lang: str, wanted: Optional[str] = None) -> tuple[str, str]:
-    """sacreBLEU's tokenizer for translations into ``lang``, and why this one.
+    """sacreBLEU's tokenizer for translations into `lang`, and why this one.
 
     Raises UsageError for one that sacreBLEU has not, UserError for one that cannot be used here.
     """
@@ -266,5 +266,5 @@ def choose_tokenizer(lang: str, wanted: Optional[str] = None) -> tuple[str, str]
 
 
 def characters(line: str) -> str:
-    """``line`` with a space between any two of its characters."""
+    """`line` with a space between any two of its characters."""
     return " ".join("".join(line.split()))

@@ -92,7 +92,7 @@ def bootstrap(formula: Formula, *systems: np.ndarray, trials: int, seed: int) ->
 
 
 def interval(scores: np.ndarray, share: float = 0.95) -> tuple[float, float]:
-    """The percentiles between which ``share`` of the scores lie."""
+    """The percentiles between which `share` of the scores lie."""
     low, high = np.quantile(scores, [(1 - share) / 2, (1 + share) / 2])
     return float(low), float(high)
 
@@ -153,7 +153,7 @@ def _p_value(statistics: np.ndarray, observed: float) -> float:
 
 
 def _resamples(rows: int, trials: int, random: np.random.Generator) -> Iterator[np.ndarray]:
-    """How often each row is drawn, (chunk, rows) at a time, ``trials`` in all."""
+    """How often each row is drawn, (chunk, rows) at a time, `trials` in all."""
     for size in _chunks(rows, trials):
         drawn = random.choice(rows, size=(size, rows), replace=True)
         drawn += np.arange(size)[:, None] * rows

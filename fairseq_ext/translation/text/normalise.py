@@ -111,13 +111,13 @@ _CARRIER = regex.compile(r"[\p{L}\p{N}]")
 
 @functools.cache
 def language(code: str) -> str:
-    """The code this module knows a language by: ``zh`` for zh-Hant-TW, zh_CN and cmn."""
+    """The code this module knows a language by: `zh` for zh-Hant-TW, zh_CN and cmn."""
     base = regex.split("[-_]", code.lower(), maxsplit=1)[0]
     return str(_ALIASES.get(base, base))
 
 
 def normalise(text: str, lang: str, convention: str = "standard") -> str:
-    """``text`` in the stated convention; doing it twice changes nothing.
+    """`text` in the stated convention; doing it twice changes nothing.
 
     convention: a name in CONVENTIONS, or one with a conversion of OpenCC for Chinese: "standard+t2s".
     Raises UnknownName for a convention that is not registered.
@@ -181,7 +181,7 @@ def match_key(text: str) -> str:
     """What two texts share that are the same but for case, width, spacing and punctuation.
 
     Letters, numbers and marks after NFKC and case folding. A text without letter and number (so that
-    "?!" and "…" differ) keeps all that is visible. ``match_key(normalise(text)) == match_key(text)``.
+    "?!" and "…" differ) keeps all that is visible. `match_key(normalise(text)) == match_key(text)`.
     """
     if text.isascii():
         key = text.lower().encode().translate(None, _ASCII_REST).decode()
@@ -208,7 +208,7 @@ def unit(lang: str) -> str:
 
 
 def script_share(text: str, lang: str) -> float:
-    """The share of the letters that belong to the scripts of ``lang``.
+    """The share of the letters that belong to the scripts of `lang`.
 
     1.0 for a text without letters and for a language whose scripts are not known here.
     """
@@ -251,7 +251,7 @@ def read_pairs(
 ) -> Iterator[tuple[int, str, str]]:
     """(1-based line number, source, target), raw; a column that a row does not have is "".
 
-    inputs: one tab-separated file, of which ``columns`` (1-based) are taken, or two parallel files.
+    inputs: one tab-separated file, of which `columns` (1-based) are taken, or two parallel files.
     Raises UserError where parallel files differ in their number of lines.
     """
     if len(inputs) == 1:

@@ -15,7 +15,7 @@ _CUTS = [
 
 
 def split_line(text: str, size: Callable[[str], int], limit: int) -> list[str]:
-    """Parts of a text, in order, none of them larger than ``limit`` and none blank.
+    """Parts of a text, in order, none of them larger than `limit` and none blank.
 
     size: what is limited, such as the number of pieces. Parts end at sentences where these fit, else at
     clauses, words, or between any two characters; joined they are the text, but for white space at

@@ -33,7 +33,7 @@ class Codec:
     """Text of one language to ids and back, by a SentencePiece model; picklable.
 
     model: the bytes of a SentencePiece model made by :func:`train_model`.
-    extra_symbols: its user-defined symbols, such as ``<BT>``, which text never turns into.
+    extra_symbols: its user-defined symbols, such as `<BT>`, which text never turns into.
     Raises UserError where the model is none, or has its special symbols elsewhere.
     """
 
@@ -51,7 +51,7 @@ class Codec:
         return cls(model, extra_symbols, os.fspath(path))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the best segmentation of normalised text, without ``</s>``."""
+        """Ids of the best segmentation of normalised text, without `</s>`."""
         ids: list[int] = self.processor.encode(self.escape(text))
         return ids
 
@@ -160,7 +160,7 @@ def train_model(
     seed: int = 1,
     threads: int = 2,
 ) -> bytes:
-    """A SentencePiece model of the lines of ``files`` (UTF-8, normalised), as bytes.
+    """A SentencePiece model of the lines of `files` (UTF-8, normalised), as bytes.
 
     size: wanted vocabulary size; None: :func:`default_size`. Where the text has not
     enough different pieces for it, the model is as large as the text allows.

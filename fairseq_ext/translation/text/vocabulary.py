@@ -60,7 +60,7 @@ class SpmDictionary(Dictionary):
         include_eos=False,
         separator=" ",
     ) -> str:
-        """Text of ids where ``bpe_symbol`` is set, else their pieces (which carry it).
+        """Text of ids where `bpe_symbol` is set, else their pieces (which carry it).
 
         escape_unk marks a reference, as fairseq uses it: its text is given as it is, not detokenised.
         """
@@ -90,7 +90,7 @@ class SpmDictionary(Dictionary):
         append_eos=True,
         reverse_order=False,
     ) -> torch.IntTensor:
-        """int32 ids of a line of pieces, or of a :class:`Text`; what is no piece is ``<unk>``."""
+        """int32 ids of a line of pieces, or of a :class:`Text`; what is no piece is `<unk>`."""
         if isinstance(line, Text):
             ids = self.codec.encode(line)
         else:
@@ -104,7 +104,7 @@ class SpmDictionary(Dictionary):
         return torch.IntTensor([*ids, self.eos()] if append_eos else ids)
 
     def become(self, other: "SpmDictionary") -> None:
-        """Turn into ``other``, in the hands of whoever holds this one already."""
+        """Turn into `other`, in the hands of whoever holds this one already."""
         self.__dict__ = dict(other.__dict__)
 
 
