@@ -49,14 +49,18 @@ class Size:
 
 
 SINGLE_WORDS = Size("single words", 51, 50, "0.002", 50, 300, 50)
-MINUTES = Size("some hours at most", 101, 200, "0.004", 200, 1600, 50)
-HOURS = Size("many hours", 128, 200, "0.002", 1000, 70000, 200, margin_end=4000, workers=2)
+MINUTES = Size("small, up to some hours", 101, 200, "0.004", 200, 1600, 50)
+HOURS = Size("large, many hours", 128, 200, "0.002", 1000, 70000, 200, margin_end=4000, workers=2)
 
 
 def read(data: str, asked: Mapping[str, Any]) -> Facts:
     """UserError where DATA is no folder made by speaker.prepare."""
     meta = described(Path(data))
     return Facts(meta["frames"] / FRAMES_PER_HOUR, len(meta["speakers"]), meta["utterances"])
+
+
+def duration(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 0.1 else f"{60 * hours:.1f} minutes"
 
 
 def size_of(facts: Facts) -> Size:
@@ -74,7 +78,7 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
         margin |= {"--margin-start": "0", "--margin-end": str(size.margin_end)}
     data = (
         f"{facts.speakers:,} speakers, {facts.utterances:,} utterances of {facts.seconds:.1f} s,"
-        f" {facts.hours:.1f} hours: {size.about}"
+        f" {duration(facts.hours)} in all: {size.about}"
     )
     schedule = cosine(updates, size.warmup, asked)
     return [
