@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ext_common.cli import UsageError, UserError
+from ext_common.store import Entry
 from fairseq_ext.speaker.features import FeatureSpec
 from fairseq_ext.speaker.prepare.layouts import Bad, Record, Source
 from fairseq_ext.speaker.prepare.splits import (
@@ -92,7 +93,7 @@ def make_plan(found: Source, options: Any, spec: FeatureSpec) -> dict[str, Any]:
 
 
 def gather(
-    found: Source, entries: Iterable[Any]
+    found: Source, entries: Sequence[Entry]
 ) -> tuple[list[Kept], list[dict[str, Any]], list[Bad]]:
     """(kept, duplicates, bad) of all records, in the order of the source.
 
