@@ -20,6 +20,7 @@ _S, _T, _B, _D = (
     "diffusion_ext",
 )
 MOVED = {
+    "ext_common.compat.schedules": "ext_common.engine",
     "fairseq_ext.schedules": "fairseq_ext.draw_rates",
     f"{_S}.extract": f"{_S}.prepare.extract",
     f"{_S}.layouts": f"{_S}.prepare.layouts",

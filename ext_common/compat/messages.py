@@ -99,7 +99,8 @@ def tell_mistakes_in_one_sentence() -> None:
     before = sys.excepthook
 
     def hook(kind, error, trace):
-        sentence = sentence_of(error)
+        # Ctrl-C is no bug; the process still ends by the signal
+        sentence = "interrupted" if kind is KeyboardInterrupt else sentence_of(error)
         if sentence is None:
             return before(kind, error, trace)
         for action in before_an_error:
