@@ -61,7 +61,7 @@ def complete(parser: Any, words: Sequence[str]) -> tuple[list[str], Plan | None]
     asked = vars(given_by(whole, words))
     check(asked)
     words = [*words, *place(asked, task)]
-    args = whole.parse_known_args(list(words))[0]
+    args, unknown = whole.parse_known_args(list(words))
     state = None if "restore_file" in asked else peek(Path(args.save_dir) / LAST)
     machine = machine_of(args, asked)
     if not wanted(asked):
@@ -69,7 +69,8 @@ def complete(parser: Any, words: Sequence[str]) -> tuple[list[str], Plan | None]
     if state is None:
         choices = presets.choose(presets.read(asked["data"], asked), machine, asked)
     else:
-        if not REPLACED_BY["length"] & asked.keys() and is_finished(state):
+        # a mistyped flag may be the longer length: fairseq's parser is to say so
+        if not unknown and not REPLACED_BY["length"] & asked.keys() and is_finished(state):
             end(args.save_dir, updates_of(state))
         choices = [
             Choice(part, flags, f"as in {Path(args.save_dir) / LAST}")

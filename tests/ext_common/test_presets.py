@@ -435,3 +435,6 @@ def test_a_finished_training_ends_at_once(parse, speech, trained, tmp_path, capl
     with caplog.at_level("INFO"), pytest.raises(SystemExit) as end:
         parse(TINY)
     assert end.value.code == 0 and "has all its 1,600 updates" in caplog.text
+    with pytest.raises(SystemExit) as end:
+        parse(f"{TINY} --max-updat 3")
+    assert end.value.code == 2
