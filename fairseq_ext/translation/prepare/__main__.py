@@ -206,7 +206,7 @@ def prepare(inputs, dest, options: PrepareOptions) -> dict[str, Any]:
                 plan=plan,
             )
     print(table(report))
-    print(f"\nwritten to {dest}; next, for example:\n\n{next_command(dest, report['joint'])}")
+    print(f"\nwritten to {dest}; next:\n\n{next_command(dest)}")
     return report
 
 

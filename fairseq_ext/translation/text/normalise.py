@@ -296,12 +296,11 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[str]:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             yield raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
     except UnicodeDecodeError as error:
-        what = (
-            "is UTF-16" if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "is not UTF-8"
-        )
+        wide = number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+        what, origin = ("is UTF-16", "-f UTF-16 ") if wide else ("is not UTF-8", "")
         raise UserError(
             f"{path}, line {number} {what} (byte {error.start + 1}: 0x{raw[error.start]:02x}): "
-            "convert the file with iconv -t UTF-8"
+            f"convert the file with iconv {origin}-t UTF-8"
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
