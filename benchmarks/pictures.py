@@ -19,7 +19,7 @@ from benchmarks.translation.runs import python
 
 PICTURES = ROOT / "docs" / "pictures"
 UPDATES = {"optimization.max_update": 2000, "task.no_valid_text": True}
-SENTENCE = "I don't know where he bought that book."
+SENTENCE = "I don't want to go to school today."
 ROWS, TILE = 3, 54  # pixels of a row of the grid
 
 
