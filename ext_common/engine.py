@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Optional
 from fairseq import checkpoint_utils, scoring, trainer
 from omegaconf import open_dict
 
-from ext_common import compat, screen, threads
+from ext_common import compat, screen, stopping, threads
 from ext_common.compat import resume
 from ext_common.compat.patching import after, replace
 from ext_common.given import given
@@ -41,6 +41,7 @@ def apply() -> None:
         _take_the_scorer_from_the_dictionary,
     ):
         add()
+    stopping.apply()
     screen.apply()
 
 
