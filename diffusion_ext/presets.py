@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffusion_ext.prepare.arrays import is_array, read_array, rows_last
 from diffusion_ext.prepare.build import read_meta
-from diffusion_ext.prepare.images import FORMATS, list_images
+from diffusion_ext.prepare.images import ImageFiles, formats
 from ext_common.presets import Choice, Machine, TaskPresets, cosine, shared_batch
 
 SIDES = (16, 32, 64)
@@ -103,8 +104,15 @@ def read(data: str, asked: Mapping[str, Any]) -> Facts:
     if meta is not None:
         channels, height, width = meta["shape"]
         return Facts(height, width, channels, meta["images"], len(meta["classes"]), "prepared")
-    names = [source.name for source in list_images(folder)]
-    sides, gray = headers(folder, names)
+    if is_array(folder) and folder.is_file():
+        pixels, name, labels = read_array(folder)
+        rows = rows_last(pixels, name)
+        height, width = (given[0], given[-1]) if given else rows.shape[1:3]
+        classes = 0 if labels is None else len(set(labels.tolist()))
+        return Facts(height, width, 3 if rows.ndim == 4 else 1, len(rows), classes)
+    files = ImageFiles(folder)
+    names = files.names
+    sides, gray = headers(files)
     if given:
         height, width = given[0], given[-1]
     else:
@@ -115,14 +123,15 @@ def read(data: str, asked: Mapping[str, Any]) -> Facts:
     return Facts(height, width, 1 if gray else 3, len(names), classes)
 
 
-def headers(folder: Path, names: Sequence[str]) -> tuple[list[int], bool]:
+def headers(files: ImageFiles) -> tuple[list[int], bool]:
     """The shorter sides of at most SAMPLED of the images, pixels, and whether all of them are gray."""
+    names = files.names
     chosen = np.random.default_rng(0).permutation(len(names))[:SAMPLED]
     sides, modes = [], set()
     for number in chosen:
         with (
             contextlib.suppress(Exception),
-            Image.open(folder / names[number], formats=FORMATS) as image,
+            Image.open(files.file(names[number]), formats=formats()) as image,
         ):
             sides.append(min(image.size))
             modes.add(image.mode)
@@ -193,7 +202,8 @@ def data_flags(facts: Facts) -> dict[str, str | None]:
     """What a folder of images is to be read as; a prepared one knows its size and colours."""
     flags: dict[str, str | None] = {}
     if facts.size != "prepared":
-        flags |= {"--image-size": str(facts.height), "--channels": str(facts.channels)}
+        size = [facts.height] + [facts.width] * (facts.height != facts.width)
+        flags |= {"--image-size": ",".join(map(str, size)), "--channels": str(facts.channels)}
     return flags | ({"--class-labels": None} if facts.classes else {})
 
 

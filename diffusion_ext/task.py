@@ -104,6 +104,8 @@ class DiffusionTask(OwnBatches, FairseqTask):
 
     presets = PRESETS
     progress_unit = "images"
+    data_may_be_file = True
+    being_measured = False
 
     def __init__(self, cfg: DiffusionConfig, from_checkpoint: bool = False):
         super().__init__(cfg)
@@ -125,6 +127,8 @@ class DiffusionTask(OwnBatches, FairseqTask):
             if not is_prepared(self.cfg.data):
                 check_outside(self.cfg.save_dir, self.cfg.data, "--save-dir")
             self._images = open_images(self.cfg.data, options_of(ImageOptions, self.cfg))
+            if self._images.remark:
+                logger.info(self._images.remark)
         return self._images
 
     @property
@@ -240,7 +244,8 @@ class DiffusionTask(OwnBatches, FairseqTask):
         model = unwrapped(model)
         # as if all updates had been like this one: only the ramp-up of the half-life asks
         model.ema.update(model.net, done * images, images)
-        if self.cfg.sample_interval and done % self.cfg.sample_interval == 0:
+        interval = self.cfg.sample_interval
+        if interval and (done % interval == 0 or not self.being_measured and self.preview.is_due()):
             self.preview.draw(model, done)
 
     def length_chosen(self, trainer, updates: int, before: int) -> None:

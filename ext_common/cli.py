@@ -1,6 +1,6 @@
 """The grammar every command shares: exit codes, flags from option dataclasses, progress.
 
-Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted. A user's mistake is one sentence on
+Exit codes: 0 done, 1 failed, 2 bad usage, 130 and 143 ended by a signal. A user's mistake is one sentence on
 stderr, never a traceback.
 
     def main(argv):

@@ -19,7 +19,7 @@ from fairseq import checkpoint_utils, scoring, trainer
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import open_dict
 
-from ext_common import compat, screen, threads
+from ext_common import compat, screen, stopping, threads
 from ext_common.compat import resume
 from ext_common.compat.patching import after, replace
 from ext_common.given import given
@@ -42,6 +42,7 @@ def apply() -> None:
         _take_the_scorer_from_the_dictionary,
     ):
         add()
+    stopping.apply()
     screen.apply()
 
 
