@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,9 @@ import pytest
 import soundfile
 import torch
 
+from ext_common import packed
 from ext_common.cli import UsageError, UserError
+from ext_common.pack import PackOptions, pack
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.export import frontend, graph, parity
 from fairseq_ext.speaker.export.__main__ import ExportOptions, checked, export
@@ -186,6 +189,41 @@ def test_what_cannot_be_asked_of_a_file(written, tmp_path):
         export(path, tmp_path / "m.bin", ExportOptions())
     with pytest.raises(UserError, match="does not exist"):
         SpeakerModel.from_checkpoint(tmp_path / "none.onnx")
+
+
+def test_a_pack_answers_as_its_checkpoint_with_and_without_torch(
+    once, tiny_checkpoint, tiny_data, tiny_recordings, tmp_path, repo_root
+):
+    path = tmp_path / "voices.zip"
+    pack(str(tiny_checkpoint), str(path), PackOptions(data=str(tiny_data)))
+    assert {"model.onnx", "speakers.json", "features.json"} <= set(packed.Pack(path).files)
+    model, theirs = map(SpeakerModel.from_checkpoint, (tiny_checkpoint, path))
+    corpus = Corpus.open(tiny_data)
+    utterances = [corpus.read(row) for row in range(8)]
+    np.testing.assert_array_equal(theirs.scores(utterances), model.scores(utterances))
+    assert theirs.sha256 == model.sha256
+    assert model.sha256 in packed.Pack(path).read(packed.CARD).decode()
+    recordings = [str(tiny_recordings / name / "9.wav") for name in ("dora", "anna")]
+    program = (
+        "import sys; sys.modules.update(torch=None, torchaudio=None, safetensors=None)\n"
+        "from fairseq_ext.speaker.identify import main\n"
+        "main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *recordings, "--path", str(path)],
+        env={**os.environ, "PYTHONPATH": str(repo_root)},
+        capture_output=True,
+        text=True,
+    )
+    names = [found.speaker for found in model.identify(recordings)]
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert rows == [list(row) for row in zip(recordings, names, strict=True)], done.stderr
+
+
+def test_a_file_can_be_pickled(written, recordings):
+    theirs = SpeakerModel.from_checkpoint(written / "inside.onnx")
+    again = pickle.loads(pickle.dumps(theirs))
+    np.testing.assert_array_equal(again.scores(recordings), theirs.scores(recordings))
 
 
 # --- features without torch ------------------------------------------------------------------------
