@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, List, Optional
 
 from ext_common import packed
-from ext_common.checkpoints import name_of, read_state
+from ext_common.checkpoints import name_of, plugin_of, read_state
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
 from ext_common.folders import making, refuse_file
 from ext_common.manifest import MANIFEST_NAME, check_writable, known_sha256, versions
@@ -181,6 +181,7 @@ def model_card(
 ) -> str:
     """The card, Markdown."""
     weights = sum(value.numel() for value in state["model"].values())
+    plugin = plugin_of(state, options.user_dir)
     arch, unknown = name_of(state, "model"), "not stated by who packed it"
     history: Sequence[Mapping[str, Any]] = state.get("optimizer_history") or [{}]
     updates = history[-1].get("num_updates")
@@ -189,6 +190,7 @@ def model_card(
             f"task {about['task']}, architecture {arch}, {weights:,} weights"
             + (f", {updates:,} updates" if updates else ""),
             *said.about,
+            *([f"needs the plugin {Path(plugin).name}, given as --user-dir"] if plugin else []),
         ],
         "Data": [*described(options.data), f"licence: {options.licence or unknown}"],
         "Figures": [
