@@ -111,7 +111,7 @@ def pack(checkpoint: str, output: str, options: PackOptions) -> None:
         raise UserError(f"{checkpoint} is a pack: give the checkpoint it was made of")
     state = read_state(checkpoint)
     task = name_of(state, "task") if isinstance(state, Mapping) else None
-    if task is None or not isinstance(state.get("model"), Mapping):
+    if task is None or not all(isinstance(state.get(key), Mapping) for key in ("model", "cfg")):
         raise UserError(f"{checkpoint} is not a checkpoint of fairseq-train: give one")
     files: dict[str, bytes | Path] = {}
     for path in map(Path, options.include):
@@ -232,7 +232,7 @@ def described(folder: str | None) -> list[str]:
 
 def best_of(state: Mapping[str, Any]) -> list[str]:
     """The figure that chose the checkpoint, on valid."""
-    options = state["cfg"].get("checkpoint") if isinstance(state.get("cfg"), Mapping) else None
+    options = state["cfg"].get("checkpoint")
     best = (state.get("extra_state") or {}).get("best")
     if not isinstance(options, Mapping) or not isinstance(best, int | float):
         return []
