@@ -146,6 +146,15 @@ def test_a_graph_that_computes_something_else_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_network_that_looks_at_its_values_is_refused_in_a_sentence():
+    class Looks(torch.nn.Module):
+        def forward(self, x, lengths):
+            return x * 2 if bool((lengths > 3).all()) else x
+
+    with pytest.raises(UserError, match="exporter cannot make a graph of this network"):
+        graph.exported(Looks(), (torch.randn(2, 5), torch.tensor([5, 2])), ["x", "n"], ["y"])
+
+
 def test_int8_is_of_matrices_only_and_held_to_its_accuracy(
     once, model, tiny_data, tiny_checkpoint, monkeypatch
 ):
