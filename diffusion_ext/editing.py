@@ -122,7 +122,7 @@ def variation(model: DiffusionModel, options: Any, numbers: Sequence[int]) -> Ca
 
     @torch.no_grad()
     def images_of(part: list[int]) -> np.ndarray:
-        noise = ImageNoise(options.seed, part, model.shape, model.device)
+        noise = ImageNoise(options.seed, part, model.shape, model.device, model.stream)
         known = torch.stack([images[source_of(k, numbers, len(images))] for k in part])
         x = first.alpha * known + first.sigma * noise.start
         return to_uint8(run(denoiser(model, options, len(part)), x, path, noise))
@@ -144,7 +144,7 @@ def inpainting(
 
     @torch.no_grad()
     def images_of(part: list[int]) -> np.ndarray:
-        noise = ImageNoise(options.seed, part, model.shape, model.device)
+        noise = ImageNoise(options.seed, part, model.shape, model.device, model.stream)
         denoise = denoiser(model, options, len(part))
         chosen = [source_of(k, numbers, len(images)) for k in part]
         known, where = (torch.stack([of[i] for i in chosen]) for of in (images, masks))
