@@ -4,6 +4,7 @@ A task of any plugin may have, and is asked for, where it does:
 
     best_metric                      (name, larger is better) of what selects checkpoints, or None
     check_resume(state, same_run)    UserError where a checkpoint is another run's
+    compare_anew                     why metrics of before a resume are no longer comparable, or empty
     target dictionary's scorer()     what `fairseq-generate` ends with, in place of BLEU of words
 
 and a learning-rate schedule may ask which model it is for: `trained_model`.
@@ -19,7 +20,7 @@ from fairseq import checkpoint_utils, scoring, trainer
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import open_dict
 
-from ext_common import compat, screen, threads
+from ext_common import compat, screen, stopping, threads
 from ext_common.compat import resume
 from ext_common.compat.patching import after, replace
 from ext_common.given import given
@@ -42,6 +43,7 @@ def apply() -> None:
         _take_the_scorer_from_the_dictionary,
     ):
         add()
+    stopping.apply()
     screen.apply()
 
 
@@ -124,9 +126,16 @@ def _tell_of_a_new_curve() -> None:
 
     Without: the cosine of a finished training starts again near its middle, and says nothing.
     """
-    after(
-        checkpoint_utils, "load_checkpoint", _compare_rates, ("trainer.lr_step(epoch_itr.epoch)",)
-    )
+    for action in (_compare_rates, _compare_anew):
+        after(checkpoint_utils, "load_checkpoint", action, ("trainer.lr_step(epoch_itr.epoch)",))
+
+
+def _compare_anew(_result: Any, _cfg: Any, trainer: Any, **_kwargs: Any) -> None:
+    """Forget the best metric so far where the task says that it means nothing any more."""
+    why = getattr(trainer.task, "compare_anew", "")
+    if why:
+        vars(checkpoint_utils.save_checkpoint).pop("best", None)
+        logger.warning(f"{why}: the best checkpoint is chosen anew from here on")
 
 
 def _compare_rates(result: Any, cfg: Any, trainer: Any, **_kwargs: Any) -> None:

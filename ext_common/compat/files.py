@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import errno
 import os
 import pickle
 import re
@@ -14,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from ext_common.cli import UserError
+from ext_common.cli import UserError, why_full
 from ext_common.manifest import sync_folder
 
 # How files written by torch.save before PyTorch 1.6 begin (they are no zip archives).
@@ -123,9 +122,10 @@ def written_whole(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     except Exception as error:
         with contextlib.suppress(OSError):
             os.remove(aside)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        full = why_full(error)
+        if full:
             raise UserError(
-                f"cannot write {path}: {error.strerror}; make room and start the same command "
+                f"cannot write {path}: {full}; make room and start the same command "
                 "again, it continues from the last whole checkpoint"
             ) from error
         raise

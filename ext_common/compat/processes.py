@@ -7,6 +7,7 @@ fairseq-train DATA --cpu --distributed-world-size 2 …                   (witho
 """
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -314,14 +315,32 @@ def _free_port() -> int:
 def _spawn(count: int, main: Callable, cfg: Any, kwargs: dict) -> None:
     cfg.distributed_training.distributed_rank = None
     threads = max(1, torch.get_num_threads() // count)
+    context = torch.multiprocessing.spawn(
+        fn=_worker,
+        args=(main, cfg, {**kwargs, "start_rank": 0}, threads, tuple(at_start)),
+        nprocs=count,
+        join=False,
+    )
+    told: list[int] = []
+
+    def pass_on(number: int, _frame: Any) -> None:
+        told.append(number)
+        for process in context.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        torch.multiprocessing.spawn(
-            fn=_worker,
-            args=(main, cfg, {**kwargs, "start_rank": 0}, threads, tuple(at_start)),
-            nprocs=count,
-        )
+        while not context.join():
+            pass
     except ProcessExitedException as error:
-        sys.exit(error.exit_code or 1)
+        sys.exit(128 + told[0] if told else error.exit_code or 1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    # torch lets a process that Ctrl-C ends before its training pass for one that is done
+    if told:
+        sys.exit(128 + told[0])
 
 
 def _worker(
@@ -333,6 +352,9 @@ def _worker(
     try:
         distributed_utils.distributed_main(index, main, cfg, kwargs)
         leave_group()
+    except SystemExit:
+        leave_group()
+        raise
     except UserError as error:
         for action in before_an_error:
             action()

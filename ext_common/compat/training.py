@@ -15,6 +15,7 @@ from fairseq.data import data_utils, iterators
 from fairseq.logging import progress_bar
 from fairseq.models.ema import ema
 from fairseq.optim import amp_optimizer
+from fairseq.tasks import TASK_REGISTRY
 from torch.utils.data import dataloader
 
 from ext_common.cli import UserError
@@ -144,8 +145,10 @@ def name_the_missing_data_folder() -> None:
     def make(original: Callable) -> Callable:
         def raise_if_valid_subsets_unintentionally_ignored(train_cfg):
             data = getattr(train_cfg.task, "data", None)
+            task = TASK_REGISTRY.get(getattr(train_cfg.task, "_name", None))
+            found = os.path.exists if getattr(task, "data_may_be_file", False) else os.path.isdir
             for folder in utils.split_paths(data) if isinstance(data, str) else ():
-                if not os.path.isdir(folder):
+                if not found(folder):
                     raise UserError(f"the data folder {folder} does not exist")
             return original(train_cfg)
 

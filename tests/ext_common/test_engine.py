@@ -109,6 +109,7 @@ from pathlib import Path
 spec = importlib.util.spec_from_file_location("toy_parts", {path!r})
 sys.modules["toy_parts"] = toy = importlib.util.module_from_spec(spec)
 from ext_common import engine
+from tests.trainings import read
 engine.apply()
 spec.loader.exec_module(toy)
 from fairseq.tasks import register_task
@@ -200,3 +201,23 @@ def test_a_schedule_without_an_end_says_nothing(train_here, caplog, schedule):
     train_here("ck", *flags, "--max-update", 3)
     train_here("ck", *flags, "--max-update", 4)
     assert "--max-update was" not in caplog.text
+
+
+def test_a_best_metric_that_means_nothing_any_more_is_forgotten(train_here, monkeypatch, caplog):
+    """Without: the best of another unit may never be reached, and checkpoint_best.pt stays an old one."""
+    import toy_plugin.toy as toy
+
+    flags = ("--batch-size", 3, "--no-epoch-checkpoints")
+    folder = train_here("here", *flags, "--max-epoch", 1)
+    first = read(folder / "checkpoint_best.pt")["extra_state"]["best"]
+    # a loss that no later one reaches
+    state = read(folder / "checkpoint_last.pt")
+    state["extra_state"]["best"] = first / 1000
+    torch.save(state, folder / "checkpoint_last.pt")
+    train_here("here", *flags, "--max-epoch", 2)
+    assert read(folder / "checkpoint_best.pt")["extra_state"]["best"] == first
+    monkeypatch.setattr(toy.ToyTask, "compare_anew", "losses are of another unit", raising=False)
+    train_here("here", *flags, "--max-epoch", 3)
+    best = read(folder / "checkpoint_best.pt")
+    assert best["optimizer_history"][-1]["num_updates"] == 24
+    assert "losses are of another unit: the best checkpoint is chosen anew" in caplog.text

@@ -21,6 +21,7 @@ from ext_common.cli import (
     from_args,
     progress,
     run,
+    writing,
 )
 from fairseq_ext.backtranslation.assemble.checks import LEAST, typical_share
 from fairseq_ext.backtranslation.generate import claims as claiming
@@ -157,7 +158,7 @@ def generate(
     guard = Guard(options.guard, real) if options.guard else None
     owner = Owner.this()
     plan = make_plan(options, mode, model, real, guard)
-    with Heart(claiming.HEARTBEAT) as heart:
+    with writing(dest), Heart(claiming.HEARTBEAT) as heart:
         chunks = enter(dest, source, plan, owner, heart, claiming.PATIENCE)
         if chunks is None:
             return False, manifest_of(dest)
