@@ -29,6 +29,7 @@ from fairseq_ext.translation.prepare.folder import already_made
 from fairseq_ext.translation.prepare.report import next_command, table
 from fairseq_ext.translation.prepare.settings import HELD_OUT, Settings, settle
 from fairseq_ext.translation.prepare.steps import Cleaner
+from fairseq_ext.translation.text.languages import check_code
 from fairseq_ext.translation.text.normalise import CONVENTIONS
 from fairseq_ext.translation.text.spm import KINDS, check_symbols
 
@@ -135,6 +136,8 @@ class PrepareOptions:
                     f"{lang!r} is no name for a language: letters, digits and _ are allowed (zh_Hant), "
                     "because fairseq separates languages by '-'"
                 )
+        check_code(self.source_lang, "--source-lang")
+        check_code(self.target_lang, "--target-lang")
         if self.source_lang == self.target_lang:
             raise OptionError(f"source and target are both {self.source_lang}: give two languages")
         if len(self.columns) != 2 or min(self.columns) < 1:

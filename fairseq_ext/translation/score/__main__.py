@@ -13,6 +13,7 @@ from typing import Any, Optional
 from ext_common.cli import Parser, UsageError, add_dataclass, from_args, run
 from ext_common.manifest import atomic_json, check_writable
 from fairseq_ext.translation.score.scoring import Scores, ScoringOptions, score
+from fairseq_ext.translation.text.languages import check_code
 from fairseq_ext.translation.text.normalise import read_lines
 
 __all__ = ["Scores", "ScoringOptions", "score"]
@@ -48,6 +49,10 @@ class ScoreOptions(ScoringOptions):
     json: Optional[str] = field(
         default=None, metadata={"help": "file to write all numbers to; -: the screen"}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_code(self.lang, "--lang")
 
 
 def main(argv: list[str]) -> None:
