@@ -23,7 +23,8 @@ Lines are compared as they are; --normalise puts hypotheses and references into 
 fairseq_ext.translation.prepare first. Intervals are the 95 % percentiles of bootstrap resampling.
 Against --baseline, on BLEU and chrF: paired bootstrap resampling (Koehn 2004), of which "wins" is
 the share of resampled tests on which HYP is better, and paired approximate randomisation (Riezler
-& Maxwell 2005), each with a two-sided p. sacreBLEU's --paired-bs and --paired-ar compute the same.
+& Maxwell 2005), each with a two-sided p. sacreBLEU's --paired-ar computes the same p; the p of its
+--paired-bs is not two-sided but smaller, and stands in --json as sacrebleu_bootstrap_p.
 
 TER is on words; for zh and yue on Han characters (asian:yes in its signature), for the other
 languages written without spaces on characters (unit:char). Lower is better.

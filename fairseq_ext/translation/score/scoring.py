@@ -59,13 +59,14 @@ class MetricScore:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A system less a baseline by one metric; :mod:`significance` says what wins and both p are."""
+    """A system less a baseline by one metric; :mod:`significance` says what wins and each p are."""
 
     baseline: float
     difference: float
     interval: tuple[float, float]
     wins: float
     bootstrap_p: float
+    sacrebleu_bootstrap_p: float
     randomisation_p: float
 
 
@@ -181,6 +182,7 @@ def compare(
         interval=paired.interval,
         wins=paired.wins,
         bootstrap_p=paired.p,
+        sacrebleu_bootstrap_p=paired.sacrebleu_p,
         randomisation_p=significance.randomisation(
             formula, ours, theirs, options.randomisations, options.seed
         ),
