@@ -1,9 +1,9 @@
 import pytest
 
 from ext_common.cli import UsageError
-from fairseq_ext.translation.text.languages import check_code, language
 from fairseq_ext.translation.prepare.__main__ import PrepareOptions
 from fairseq_ext.translation.score.__main__ import ScoreOptions
+from fairseq_ext.translation.text.languages import check_code, language
 
 
 @pytest.mark.parametrize(

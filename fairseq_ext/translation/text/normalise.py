@@ -24,6 +24,8 @@ CONVENTIONS = Registry("normalisation")
 _UNSPACED = frozenset("zh ja th lo km my yue".split())
 _HAN_PUNCTUATED = frozenset("zh ja yue".split())
 CHINESE = ("zh", "yue")
+BROKEN = "\ufffd"
+_BROKEN = regex.compile(f" ?{BROKEN}+")
 # Bytes that a model writes can spell whatever some program ends a line or a column at.
 _BREAKS = dict.fromkeys(map(ord, "\n\r\t\v\f\x1c\x1d\x1e\x1f\x85\u2028\u2029"), " ") | {0: None}
 _SCRIPTS = {
@@ -213,6 +215,11 @@ def script_share(text: str, lang: str) -> float:
 def written(text: str, lang: str) -> str:
     """What a model wrote, for a file of lines: on one line, without a tab, detokenised."""
     return detokenise(text.translate(_BREAKS).strip(), lang)
+
+
+def repaired(text: str) -> str:
+    """What a model wrote without U+FFFD, in whose place are bytes that spell no character."""
+    return _BROKEN.sub("", text).strip() if BROKEN in text else text
 
 
 def detokenise(text: str, lang: str) -> str:
