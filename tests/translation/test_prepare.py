@@ -618,7 +618,7 @@ def test_given_valid_and_test_are_used_as_they_are(tmp_path):
     test = parallel(tmp_path, [(f"Perhaps {a}", f"也许{b}") for a, b in pairs[20:50]], "test")
     source = tsv(tmp_path / "x.tsv", pairs)
     given = {"valid": [str(valid)], "test": list(map(str, test))}
-    with pytest.raises(UserError, match=r"pairs of INPUT \d+ have a side that is .* --valid or --test \(line 1: "):
+    with pytest.raises(UserError, match=r"INPUT \d+ have a side .* --valid or --test \(line 1: "):
         run(source, tmp_path / "data", **given)
     report = run(source, tmp_path / "data", on_leak="remove", **given)
     found = splits(tmp_path / "data")
