@@ -30,6 +30,7 @@ from fairseq_ext.translation.prepare.report import next_command, table
 from fairseq_ext.translation.prepare.settings import HELD_OUT, Settings, settle
 from fairseq_ext.translation.prepare.steps import Cleaner
 from fairseq_ext.translation.text.languages import check_code
+from fairseq_ext.translation.text.moses import detokeniser
 from fairseq_ext.translation.text.normalise import CONVENTIONS
 from fairseq_ext.translation.text.spm import COVERAGE, KINDS, check_symbols
 
@@ -37,7 +38,7 @@ from fairseq_ext.translation.text.spm import COVERAGE, KINDS, check_symbols
 RUN_ONLY = ("workers", "overwrite")
 GIVEN = ("valid", "test")
 # Options that were not there from the first.
-LATER = ("character_coverage",)
+LATER = ("character_coverage", "detokenise")
 EPILOG = """
 INPUT is one tab-separated file, or two parallel files, the source first; .gz and .zst are unpacked.
 Nothing in valid and test occurs in train on either side. The folder trains both directions
@@ -71,6 +72,12 @@ class PrepareOptions:
         default=None,
         metadata={
             "help": "convert the Chinese side with OpenCC: t2s (to simplified), s2t, tw2s, …"
+        },
+    )
+    detokenise: bool = field(
+        default=False,
+        metadata={
+            "help": "put text together again that Moses' tokenizer has cut (don &apos;t, @-@)"
         },
     )
     filters: str = field(
@@ -200,7 +207,9 @@ def prepare(inputs, dest, options: PrepareOptions) -> dict[str, Any]:
     load_plugin(options.user_dir)
     settings = settle(options)
     chain = FilterChain(options.filters, *options.languages)
-    cleaner = Cleaner(options.languages, settings.convention)
+    cleaner = Cleaner(options.languages, settings.convention, options.detokenise)
+    if options.detokenise:
+        detokeniser(options.source_lang)  # a missing package is told before anything is read
     given = {name: [Path(path) for path in getattr(options, name) or ()] for name in GIVEN}
     hashes = {str(path): sha256_file(path) for path in [*inputs, *given["valid"], *given["test"]]}
     plan = make_plan(inputs, given, hashes, options, settings)

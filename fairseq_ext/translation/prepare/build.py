@@ -26,6 +26,7 @@ from fairseq_ext.translation.prepare.steps import (
     survey,
     write_splits,
 )
+from fairseq_ext.translation.text.moses import looks_tokenised
 from fairseq_ext.translation.text.normalise import read_lines, read_pairs
 from fairseq_ext.translation.text.spm import Codec, train_model
 
@@ -55,6 +56,13 @@ def fill(
     }
     check_columns(inputs, options.columns)
     total, drawn = survey(inputs, options.columns, cleaner, options.seed)
+    for lang, side in zip(options.languages, zip(*drawn, strict=True), strict=False):
+        why = looks_tokenised(side, lang)
+        if why:
+            warn(
+                f"the {lang} text looks as if it had been tokenised ({why}), and a model writes as it has "
+                "learnt: --detokenise undoes it"
+            )
     chain.fit(drawn)
     cleaner.use(chain, make_guard(text, given, options.languages, settings.base))
     with open_rejects(folder / "rejects.tsv.gz") as rejects:

@@ -21,6 +21,7 @@ from fairseq_ext.translation.prepare.filter_chain import FilterChain, sample
 from fairseq_ext.translation.prepare.hashes import key_hash
 from fairseq_ext.translation.prepare.leaks import EQUAL, LeakGuard
 from fairseq_ext.translation.prepare.splits import SPLITS
+from fairseq_ext.translation.text.moses import detokeniser
 from fairseq_ext.translation.text.normalise import length, normalise, read_pairs
 
 BATCH = 2000
@@ -81,8 +82,9 @@ class Leaks:
 class Cleaner:
     """Raw pairs to :class:`Row`, without memory, so that processes can share the work."""
 
-    def __init__(self, languages: tuple[str, str], convention: str):
+    def __init__(self, languages: tuple[str, str], convention: str, detokenise: bool = False):
         self.languages, self.convention = languages, convention
+        self.detokenise = detokenise
         self.filters: list[tuple[int, str, Callable[..., Any]]] = []
         self.guard: LeakGuard | None = None
 
@@ -120,6 +122,7 @@ class Cleaner:
         return self.side(source, self.languages[0]), self.side(target, self.languages[1])
 
     def side(self, text: str, lang: str) -> str:
+        text = detokeniser(lang)(text) if self.detokenise else text
         return normalise(text, lang, self.convention)
 
 
