@@ -47,6 +47,7 @@ from fairseq_ext.backtranslation.models.backends import (
 )
 from fairseq_ext.backtranslation.modes import MODES, Mode, make_mode
 from fairseq_ext.translation.prepare.leaks import Guard
+from fairseq_ext.translation.text.languages import check_code
 from fairseq_ext.translation.text.normalise import language
 
 # These change how fast DEST comes about, or are part of what describe_model says.
@@ -117,6 +118,8 @@ class GenerateOptions(ModelOptions):
         super().__post_init__()
         if not self.model:
             raise ValueError("--model is missing: give the model that reads the language of MONO")
+        if self.lang is not None:
+            check_code(self.lang, "--lang")
         for name in ("nbest", "round", "chunk_lines"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
