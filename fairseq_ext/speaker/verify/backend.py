@@ -121,7 +121,7 @@ class Backend:
     def recentred(self, mean: np.ndarray) -> "Backend":
         """With another mean of embeddings (D,): that of recordings like those to be compared.
 
-        The cohort moves along, so that it stays where it was to what it was fitted with. UserError for a score
+        The cohort moves along: it stays where it was to what it was fitted with. UserError for a score
         that takes no mean off.
         """
         if "mean" not in self.fitted.parameters:

@@ -154,11 +154,13 @@ def rates_at(scores: np.ndarray, targets: np.ndarray, threshold: float) -> tuple
 
 def threshold_at(scores: np.ndarray, targets: np.ndarray, rate: float) -> float:
     """The smallest threshold that at most the share `rate` of the non-targets (N,) reaches."""
-    others = np.sort(np.asarray(scores, dtype=np.float64)[~np.asarray(targets)])[::-1]
+    scores = np.asarray(scores)
+    others = np.sort(scores[~np.asarray(targets)])[::-1]
     allowed = int(rate * len(others) + 1e-9)
     if allowed >= len(others):
         return float(min(others[-1], np.min(scores)))
-    return float(np.nextafter(others[allowed], np.inf))
+    # in their own precision: the next number of float64 would be rounded down beside scores of float32
+    return float(np.nextafter(others[allowed], others.dtype.type(np.inf)))
 
 
 def cllr(scores: np.ndarray, targets: np.ndarray) -> float:

@@ -1,5 +1,6 @@
 """Recordings that scores are made of: prepared data, a folder of audio, or embeddings that `embed` wrote."""
 
+import glob
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,10 +12,16 @@ import numpy as np
 
 from ext_common.cli import UsageError, UserError, progress
 from ext_common.manifest import sha256_file
-from fairseq_ext.speaker.features import AudioError, load_audio
+from fairseq_ext.speaker.features import AudioError, FeatureSpec, load_audio
 from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
 from fairseq_ext.speaker.inputs import PreparedSplit
 from fairseq_ext.speaker.verify.backend import read_arrays
+from fairseq_ext.speaker.verify.speech import (
+    levels_of_features,
+    levels_of_samples,
+    spoken,
+    spoken_stretches,
+)
 
 ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 
@@ -67,7 +74,7 @@ class Voices(Protocol):
     recordings: list[str]
 
     def embed(self, runner: Runner, rows: Sequence[int], piece: float | None = None) -> Embedded:
-        """Embeddings of `rows`; with `piece`, of all their whole pieces of so many seconds."""
+        """Embeddings of `rows`; with `piece`, of all their whole pieces of so many seconds with speech."""
 
     def inputs(self) -> dict[str, str]:
         """Files and their SHA-256, for a manifest."""
@@ -90,11 +97,15 @@ class PreparedVoices:
         model, corpus = runner.needed(self.name), self._split.corpus
         self._split.check(model, runner.path)
         frame = corpus.spec.seconds_per_frame
-        cuts = [
-            (row, start, size)
-            for row in rows
-            for start, size in spans(int(corpus.lengths[self._split.rows[row]]), frame, piece)
-        ]
+        cuts = []
+        for row in rows:
+            length = int(corpus.lengths[self._split.rows[row]])
+            if piece is None:
+                cuts.append((row, 0, length))
+                continue
+            size = max(1, round(piece / frame))
+            mask = spoken(levels_of_features(corpus.read(self._split.rows[row])))
+            cuts += [(row, start, size) for start in spoken_stretches(mask, size, size)]
         some(cuts, self.name, piece)
         features = (corpus.read(self._split.rows[row], start, size) for row, start, size in cuts)
         seconds = np.array([size * frame for _, _, size in cuts])
@@ -111,14 +122,16 @@ class AudioVoices:
     def __init__(self, paths: Sequence[str]) -> None:
         if len(paths) == 1 and os.path.isdir(paths[0]):
             root = Path(paths[0])
-            files = sorted(p for p in root.rglob("*") if p.suffix.lower() in ENDINGS)
+            # unlike Path.rglob it follows links to folders
+            below = glob.glob(os.path.join(glob.escape(str(root)), "**", "*"), recursive=True)
+            files = sorted(p for p in map(Path, below) if p.suffix.lower() in ENDINGS)
             if not files:
                 raise UserError(
                     f"{root} holds no audio ({', '.join(ENDINGS)}): give another folder"
                 )
             self.ids = [p.relative_to(root).as_posix() for p in files]
-            below = [name.split("/") for name in self.ids]
-            self.speakers: list[str | None] = [b[0] if len(b) > 1 else None for b in below]
+            parts = [name.split("/") for name in self.ids]
+            self.speakers: list[str | None] = [p[0] if len(p) > 1 else None for p in parts]
             self.name = str(root)
         else:
             files = [Path(path) for path in paths]
@@ -135,15 +148,12 @@ class AudioVoices:
         def utterances() -> Iterator[np.ndarray]:
             for row in rows:
                 samples = load_audio(self.paths[row], rate)
-                for start, size in spans(len(samples), 1 / rate, piece):
-                    cut = samples[start : start + size]
-                    if (cut == cut[0]).all():
-                        if piece is None:
-                            raise AudioError(
-                                "silent", f"{self.paths[row]}: silence: give a recording of speech"
-                            )
-                        continue
-                    seconds.append(size / rate)
+                if (samples == samples[0]).all():
+                    raise AudioError(
+                        "silent", f"{self.paths[row]}: silence: give a recording of speech"
+                    )
+                for _, cut in cuts_of(samples, model.spec, piece, piece):
+                    seconds.append(len(cut) / rate)
                     owners.append(row)
                     yield model.spec.features(cut)
             some(owners, self.name, piece)
@@ -223,18 +233,22 @@ def named_rows(voices: Voices) -> tuple[list[int], list[str]]:
     return rows, [name for name in voices.speakers if name is not None]
 
 
-def spans(length: int, unit: float, piece: float | None) -> Iterator[tuple[int, int]]:
-    """(start, size) of whole pieces of `piece` seconds, or of all, in `length` units of `unit` seconds."""
-    if piece is None:
-        yield 0, length
+def cuts_of(
+    samples: np.ndarray, spec: FeatureSpec, piece: float | None, every: float | None
+) -> Iterator[tuple[float, np.ndarray]]:
+    """(second it starts at, samples) of stretches of `piece` seconds with speech, or of all samples (n,)."""
+    if piece is None or every is None:
+        yield 0.0, samples
         return
-    size = max(1, round(piece / unit))
-    for start in range(0, length - size + 1, size):
-        yield start, size
+    hop = spec.hop_length
+    size, step = (max(1, round(seconds / spec.seconds_per_frame)) for seconds in (piece, every))
+    mask = spoken(levels_of_samples(samples, hop))
+    for start in spoken_stretches(mask, size, step):
+        yield start * spec.seconds_per_frame, samples[start * hop : (start + size) * hop]
 
 
 def some(found: Sequence[object], name: str, piece: float | None) -> None:
     """UserError where nothing is left to embed."""
     if not found:
-        what = "recordings" if piece is None else f"stretches of {piece:g} s"
+        what = "recordings" if piece is None else f"speech of {piece:g} s on end"
         raise UserError(f"{name} has no {what}: give longer or other recordings")
