@@ -3,8 +3,8 @@
 Verification on asc20 (its README has the roles of its people): trials among 01-08 and 15-20, round 1 against
 rounds 5 and 9, other words; mean, calibration and choices from 09-14; PLDA and cohort from pieces of 1 s of
 libri251's training cuts. A word against a word, and five against one. Models are the main runs of
-`benchmarks.speaker.tables`, three seeds; Resemblyzer (extra `bench`) goes through the same. One line a model in
-benchmarks/results/speaker_strangers.jsonl; a model that has its line is not measured again.
+`benchmarks.speaker.tables`, three seeds; Resemblyzer (extra `bench`) goes through the same. One line a model
+in benchmarks/results/speaker_strangers.jsonl; a model that has its line is not measured again.
 """
 
 import argparse
@@ -150,7 +150,7 @@ class Trials:
 def backend_of(found: dict[str, np.ndarray], score: str, norm: str) -> Backend:
     """Fitted on libri251's people, its mean from asc20's 09-14."""
     backend = Backend.fit(score, norm, found["pieces"], found["people"].tolist())
-    if "mean" not in backend.fitted.parameters:
+    if "mean" not in backend.parameters:
         return backend
     fitted = [i for i, row in enumerate(clips()) if row["speaker"] in FITTED]
     return backend.recentred(found["clips"][fitted].mean(0, dtype=np.float64))

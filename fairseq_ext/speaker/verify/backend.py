@@ -22,7 +22,7 @@ from fairseq_ext.speaker.verify.calibration import (
     quality_features,
 )
 from fairseq_ext.speaker.verify.norms import NORMS, normalised
-from fairseq_ext.speaker.verify.scores import SCORES, Score, pair_scores
+from fairseq_ext.speaker.verify.scores import SCORES, Arrays, Score, Sides, pair_scores
 
 FORMAT = 1
 # Sides whose scores against the cohort are held at a time
@@ -79,14 +79,14 @@ def cohort_mean(side: Side, cohort: Moments) -> np.ndarray:
 class Backend:
     """A score with its normalisation and, once calibrated, its scale.
 
-    score, norm: as in the registries, "name:option=value"; fitted: the score with its arrays; cohort: float
+    score, norm: as in the registries, "name:option=value"; parameters: what the score gave; cohort: float
     (C, D), one mean embedding a person, whose names are `cohort_speakers`; model: SHA-256 of the model, ""
     where not known; threshold: on log-likelihood ratios.
     """
 
     score: str
     norm: str
-    fitted: Score
+    parameters: Arrays
     cohort: np.ndarray
     cohort_speakers: tuple[str, ...]
     model: str
@@ -107,16 +107,16 @@ class Backend:
         notes: dict[str, Any] | None = None,
     ) -> Self:
         """From embeddings (N, D) of `speakers` (N names); the cohort are their means."""
-        entry, options = _named(SCORES, score)
-        _named(NORMS, norm)
+        NORMS.bind(norm)
+        entry: Score = SCORES.bind(score)()
         names, labels = np.unique(np.asarray(speakers, dtype=str), return_inverse=True)
         x = np.asarray(embeddings, dtype=np.float64)
         try:
-            fitted = entry.fit(x, labels, **options)
+            parameters = entry.fit(x, labels)
         except ValueError as error:
             raise UserError(f"--score {score}: {error}") from None
         cohort = np.stack([x[labels == label].mean(0) for label in range(len(names))])
-        return cls(score, norm, fitted, cohort, tuple(names.tolist()), model, notes=notes or {})
+        return cls(score, norm, parameters, cohort, tuple(names.tolist()), model, notes=notes or {})
 
     def recentred(self, mean: np.ndarray) -> "Backend":
         """With another mean of embeddings (D,): that of recordings like those to be compared.
@@ -124,29 +124,28 @@ class Backend:
         The cohort moves along: it stays where it was to what it was fitted with. UserError for a score
         that takes no mean off.
         """
-        if "mean" not in self.fitted.parameters:
+        if "mean" not in self.parameters:
             raise UserError(f"--score {self.score} takes no mean off: leave --mean out")
-        parameters = {**self.fitted.parameters, "mean": np.asarray(mean, dtype=np.float64)}
-        cohort = self.cohort - self.fitted.parameters["mean"] + mean
-        return replace(self, fitted=type(self.fitted)(parameters), cohort=cohort)
+        parameters = {**self.parameters, "mean": np.asarray(mean, dtype=np.float64)}
+        cohort = self.cohort - self.parameters["mean"] + mean
+        return replace(self, parameters=parameters, cohort=cohort)
 
     @classmethod
     def unfitted(cls, score: str, dimensions: int, model: str = "") -> Self:
         """A score that needs nothing fitted, without normalisation; UserError for one that does."""
-        entry, options = _named(SCORES, score)
-        if entry.needs_fit:
+        if SCORES.bind(score)().needs_fit:
             raise UserError(
                 f"--score {score} is fitted first: verify --fit DATA --score {score} --output B.npz, then"
                 " --backend B.npz"
             )
-        return cls(score, "none", entry(**options), np.zeros((0, dimensions)), (), model)
+        return cls(score, "none", {}, np.zeros((0, dimensions)), (), model)
 
     def scores(
         self, people: Side, tests: Side, first: np.ndarray, second: np.ndarray
     ) -> np.ndarray:
         """Scores float32 (N,) of people[first] against tests[second], normalised, before calibration."""
         embeddings = np.concatenate(list(tests.recordings))
-        left, right = self.fitted.sides(people.recordings, embeddings)
+        left, right = self._sides(people.recordings, embeddings)
         found = pair_scores(left, right, first, second)
         if self.norm == "none":
             return found
@@ -160,16 +159,20 @@ class Backend:
             found[part] = normalised(found[part], *picked)
         return found
 
+    def _sides(self, people: Sequence[np.ndarray], tests: np.ndarray) -> Sides:
+        entry: Score = SCORES.bind(self.score)()
+        return entry.sides(self.parameters, people, tests)
+
     def moments(self, side: Side) -> Moments:
         """Mean and deviation of each of a side against the cohort, float64 (N,), by the normalisation."""
-        entry, options = _named(NORMS, self.norm)
+        entry = NORMS.bind(self.norm)
         if not len(self.cohort):
             raise UserError(f"--norm {self.norm} needs a cohort: --backend B.npz made with --fit")
         pieces = []
         for start in range(0, len(side.recordings), ROWS):
-            left, right = self.fitted.sides(side.recordings[start : start + ROWS], self.cohort)
+            left, right = self._sides(side.recordings[start : start + ROWS], self.cohort)
             try:
-                pieces.append(entry((left @ right.T).astype(np.float32), **options))
+                pieces.append(entry((left @ right.T).astype(np.float32)))
             except ValueError as error:
                 raise UserError(f"--norm {self.norm}: {error}") from None
         means, deviations = zip(*pieces, strict=True)
@@ -271,19 +274,18 @@ class Backend:
             "notes": self.notes,
         }
         found = {"meta": np.array(json.dumps(meta, ensure_ascii=False)), "cohort": self.cohort}
-        found |= {f"score_{name}": value for name, value in self.fitted.parameters.items()}
+        found |= {f"score_{name}": value for name, value in self.parameters.items()}
         if self.calibration is not None:
             calibration = [self.calibration.offset, *self.calibration.weights]
             found["calibration"] = np.array(calibration, dtype=np.float64)
         return found
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Self:
+    def from_arrays(cls, arrays: Arrays) -> Self:
         """What `arrays` gave; KeyError or ValueError for anything else."""
         meta = json.loads(str(arrays["meta"]))
         if meta["format"] != FORMAT:
             raise ValueError(f"it has format {meta['format']}, this version reads {FORMAT}")
-        entry, _ = _named(SCORES, meta["score"])
         parameters = {
             name.removeprefix("score_"): value
             for name, value in arrays.items()
@@ -296,7 +298,7 @@ class Backend:
         return cls(
             meta["score"],
             meta["norm"],
-            entry(parameters),
+            parameters,
             arrays["cohort"],
             tuple(meta["cohort_speakers"]),
             meta["model"],
@@ -336,9 +338,3 @@ def read_arrays(path: str | os.PathLike[str], what: str) -> dict[str, np.ndarray
         raise UserError(f"{path} does not exist: give {what}") from None
     except (OSError, ValueError, AttributeError, EOFError) as error:
         raise UserError(f"{path} cannot be read ({error}): give {what}") from None
-
-
-def _named(registry: Registry, text: str) -> tuple[Any, dict[str, Any]]:
-    """An entry of a registry and its options from "name:option=value"."""
-    bound = registry.bind(text)
-    return bound.func, bound.keywords

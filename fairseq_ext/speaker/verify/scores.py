@@ -1,13 +1,13 @@
 """Scores of two embeddings, or of a person's several and one, by name.
 
-An entry is a class: `fit(embeddings (N, D), labels (N,), **options)` keeps arrays in `parameters`, and
-`sides(people, tests)` gives vectors whose inner products are the scores, so that any number of pairs is a
+An entry is a class made with its options: `fit(embeddings (N, D), labels (N,))` gives arrays, and
+`sides(arrays, people, tests)` vectors whose inner products are the scores, so that any number of pairs is a
 product of matrices. `people` is a list of embeddings of each person (n, D), as `tests` (T, D) are raw.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Optional, Protocol, Self
+from typing import ClassVar, Optional, Protocol
 
 import numpy as np
 
@@ -20,23 +20,18 @@ MATRIX = 1 << 24
 PAIRS = 1 << 16
 
 Arrays = dict[str, np.ndarray]
+Sides = tuple[np.ndarray, np.ndarray]
 
 
 class Score(Protocol):
-    """What an entry of SCORES is: made with its fitted arrays, or by `fit`."""
+    """What an entry of SCORES is."""
 
-    parameters: Arrays
     needs_fit: ClassVar[bool]
 
-    def __init__(self, parameters: Arrays) -> None: ...
+    def fit(self, embeddings: np.ndarray, labels: np.ndarray) -> Arrays:
+        """From embeddings (N, D) and speakers' numbers (N,); "mean" (D,) is what is taken off first."""
 
-    @classmethod
-    def fit(cls, embeddings: np.ndarray, labels: np.ndarray, **options: Any) -> Self:
-        """From embeddings (N, D) and speakers' numbers (N,)."""
-
-    def sides(
-        self, people: Sequence[np.ndarray], tests: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def sides(self, arrays: Arrays, people: Sequence[np.ndarray], tests: np.ndarray) -> Sides:
         """float64 (M, K) and (T, K), of which the inner products are the scores."""
 
 
@@ -46,22 +41,13 @@ class Cosine:
 
     needs_fit: ClassVar[bool] = False
 
-    def __init__(self, parameters: Arrays | None = None) -> None:
-        self.parameters = parameters or {}
+    def fit(self, embeddings: np.ndarray, labels: np.ndarray) -> Arrays:
+        return {}
 
-    @classmethod
-    def fit(cls, embeddings: np.ndarray, labels: np.ndarray) -> Self:
-        return cls()
-
-    def centred(self, x: np.ndarray) -> np.ndarray:
-        """Embeddings as they are compared."""
-        return np.asarray(x, dtype=np.float64)
-
-    def sides(
-        self, people: Sequence[np.ndarray], tests: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        means = _means([unit(self.centred(one)) for one in people])
-        return unit(means), unit(self.centred(tests))
+    def sides(self, arrays: Arrays, people: Sequence[np.ndarray], tests: np.ndarray) -> Sides:
+        mean = arrays.get("mean", np.zeros(1))
+        people = [unit(np.asarray(one, dtype=np.float64) - mean) for one in people]
+        return unit(_means(people)), unit(np.asarray(tests, dtype=np.float64) - mean)
 
 
 @SCORES.register("mean_cosine")
@@ -70,13 +56,8 @@ class MeanCosine(Cosine):
 
     needs_fit: ClassVar[bool] = True
 
-    @classmethod
-    def fit(cls, embeddings: np.ndarray, labels: np.ndarray) -> Self:
-        return cls({"mean": np.asarray(embeddings, dtype=np.float64).mean(0)})
-
-    def centred(self, x: np.ndarray) -> np.ndarray:
-        centred: np.ndarray = np.asarray(x, dtype=np.float64) - self.parameters["mean"]
-        return centred
+    def fit(self, embeddings: np.ndarray, labels: np.ndarray) -> Arrays:
+        return {"mean": np.asarray(embeddings, dtype=np.float64).mean(0)}
 
 
 @dataclass
@@ -99,43 +80,29 @@ class PldaScore:
 
     needs_fit: ClassVar[bool] = True
 
-    def __init__(self, parameters: Arrays) -> None:
-        self.parameters = parameters
-        self.plda = Plda(*(parameters[name] for name in ("plda_mean", "plda_transform", "psi")))
+    def __init__(self, lda: int | None = None, length: bool = True, iterations: int = 10) -> None:
+        self.lda, self.length, self.iterations = lda, length, iterations
 
-    @classmethod
-    def fit(
-        cls,
-        embeddings: np.ndarray,
-        labels: np.ndarray,
-        lda: int | None = None,
-        length: bool = True,
-        iterations: int = 10,
-    ) -> Self:
+    def fit(self, embeddings: np.ndarray, labels: np.ndarray) -> Arrays:
         x = np.asarray(embeddings, dtype=np.float64)
-        arrays = {"mean": x.mean(0), "length": np.array(length)}
-        if lda is not None:
-            arrays["lda"] = fit_lda(x, labels, lda)
-        model = fit_plda(_before_plda(x, arrays), labels, iterations)
+        arrays = {"mean": x.mean(0)}
+        if self.lda is not None:
+            arrays["lda"] = fit_lda(x, labels, self.lda)
+        model = fit_plda(self._prepared(arrays, x), labels, self.iterations)
         named = {"plda_mean": model.mean, "plda_transform": model.transform, "psi": model.psi}
-        return cls({**arrays, **named})
+        return {**arrays, **named}
 
-    def sides(
-        self, people: Sequence[np.ndarray], tests: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        def projected(x: np.ndarray) -> np.ndarray:
-            return self.plda.project(_before_plda(x, self.parameters))
-
+    def sides(self, arrays: Arrays, people: Sequence[np.ndarray], tests: np.ndarray) -> Sides:
+        plda = Plda(*(arrays[name] for name in ("plda_mean", "plda_transform", "psi")))
+        means = _means([plda.project(self._prepared(arrays, one)) for one in people])
         counts = np.array([len(one) for one in people])
-        means = _means([projected(one) for one in people])
-        return self.plda.sides(means, counts, projected(tests))
+        return plda.sides(means, counts, plda.project(self._prepared(arrays, tests)))
 
-
-def _before_plda(x: np.ndarray, arrays: Arrays) -> np.ndarray:
-    x = np.asarray(x, dtype=np.float64) - arrays["mean"]
-    if "lda" in arrays:
-        x = x @ arrays["lda"].T
-    return scale_to_sphere(x) if arrays["length"] else x
+    def _prepared(self, arrays: Arrays, x: np.ndarray) -> np.ndarray:
+        x = np.asarray(x, dtype=np.float64) - arrays["mean"]
+        if "lda" in arrays:
+            x = x @ arrays["lda"].T
+        return scale_to_sphere(x) if self.length else x
 
 
 def unit(x: np.ndarray) -> np.ndarray:
