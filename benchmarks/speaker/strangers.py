@@ -24,7 +24,6 @@ from fairseq_ext.speaker.features import load_audio
 from fairseq_ext.speaker.inference import SpeakerModel
 from fairseq_ext.speaker.verify import report
 from fairseq_ext.speaker.verify.backend import Backend, Side
-from fairseq_ext.speaker.verify.metrics import bootstrap, equal_error_rate
 
 RECORDED = Results(RESULTS / "speaker_strangers.jsonl")
 RATE, PIECE = 16000, 1.0
@@ -36,8 +35,8 @@ SCORES = {
     "cosine": ("cosine", "none"),
     "mean_cosine": ("mean_cosine", "none"),
     "as_norm": ("mean_cosine", "as_norm:top=100"),
-    "plda": ("plda:lda=64", "none"),
-    "plda, as_norm": ("plda:lda=64", "as_norm:top=100"),
+    "plda": ("plda:lda=128", "none"),
+    "plda, as_norm": ("plda:lda=128", "as_norm:top=100"),
 }
 DRAWS, SEED = 200, 20261127
 
@@ -168,25 +167,17 @@ def measured(found: dict[str, np.ndarray]) -> dict:
             backend = backend.calibrated(features, fitted.targets)
             sides = tested.sides(found["clips"])
             scores = backend.llr(backend.scores(*sides), *sides)
+            metrics = report.measure(scores, tested.targets, True)
+            drawn = report.resampled(scores, tested.targets, tested.speakers, True, DRAWS, SEED)
             result[f"{condition}, {name}"] = {
                 "trials": len(scores),
                 "targets": int(tested.targets.sum()),
-                "metrics": report.measure(scores, tested.targets, True),
-                "interval95": report.intervals(
-                    scores, tested.targets, tested.speakers, True, DRAWS, SEED
-                ),
-                "eer_draws": eer_draws(scores, tested),
+                "metrics": metrics,
+                "interval95": report.intervals(metrics, drawn),
+                # the same people in the same draw for every model
+                "eer_draws": [round(float(value), 5) for value in drawn[:, 0]],
             }
     return result
-
-
-def eer_draws(scores: np.ndarray, trials: Trials) -> list[float]:
-    """The EER of resampled speakers; the draws are the same ones for every model."""
-    drawn = bootstrap(
-        lambda ladder, _: np.array([equal_error_rate(ladder)]),
-        *(scores, trials.targets, trials.speakers, DRAWS, SEED),
-    )
-    return [round(float(value), 5) for value in drawn[:, 0]]
 
 
 def choose(found: dict[str, np.ndarray]) -> None:

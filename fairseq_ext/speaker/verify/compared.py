@@ -130,8 +130,8 @@ def measured(
     sides = compared.trial_speakers
     if sides is not None and draws:
         try:
-            found = report.intervals(scores, targets, sides, calibrated, draws, seed)
-            record["interval95"] = found
+            drawn = report.resampled(scores, targets, sides, calibrated, draws, seed)
+            record["interval95"] = report.intervals(record["metrics"], drawn)
         except ValueError as error:
             print(f"no intervals: {error}", file=sys.stderr)
         record["seconds"]["measuring_and_intervals"] = time.perf_counter() - began

@@ -39,15 +39,18 @@ def of_ladder(ladder: Ladder) -> dict[str, float]:
     return found
 
 
-def intervals(
+def resampled(
     scores: np.ndarray,
     targets: np.ndarray,
     sides: tuple[np.ndarray, np.ndarray],
     calibrated: bool,
     draws: int,
     seed: int,
-) -> dict[str, tuple[float, float]]:
-    """95 % intervals of what `measure` gives, by resampling speakers, whose numbers are `sides` (each N,)."""
+) -> np.ndarray:
+    """What `measure` gives of resampled speakers, numbered in `sides` (each N,): float64 (draws, metrics).
+
+    The draws depend on the seed and the number of speakers alone: those of two models are paired.
+    """
     accepted = [scores >= bayes_threshold(prior) for prior in PRIORS] if calibrated else []
     signs = np.where(targets, -1.0, 1.0)
     costs = np.logaddexp(0.0, signs * scores) if calibrated else signs
@@ -69,8 +72,11 @@ def intervals(
                 found.append(sum(means(costs, weights)) / (2 * np.log(2)))
             return np.array(found)
 
-        drawn = bootstrap(statistics, scores, targets, sides, draws, seed)
-    found = measure(scores, targets, calibrated)
+        return bootstrap(statistics, scores, targets, sides, draws, seed)
+
+
+def intervals(found: dict[str, float], drawn: np.ndarray) -> dict[str, tuple[float, float]]:
+    """95 % intervals of what `measure` found, from what `resampled` gave."""
     return {
         name: corrected_interval(drawn[:, i], value)
         for i, (name, value) in enumerate(found.items())
