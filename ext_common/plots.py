@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +253,55 @@ def scatter_2d(
         axis.set_title(f"{title}: {counted}" if title else counted)
         axis.set_xticks([])
         axis.set_yticks([])
+        _save(figure, out_png)
+
+
+def curves(
+    named: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    out_png: str | os.PathLike[str],
+    title: str,
+    axes: tuple[str, str],
+    ticks: Sequence[tuple[float, str]] = (),
+) -> None:
+    """Draw named (x, y) as lines; axes: names of x and y; ticks: (place, text) of both, else matplotlib's."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.5, 5), layout="constrained")
+        axis = figure.subplots()
+        for name, (x, y) in named.items():
+            axis.plot(x, y, lw=1.5, label=_short(name, 40))
+        if ticks:
+            places, texts = zip(*ticks, strict=True)
+            axis.set_xticks(places, texts)
+            axis.set_yticks(places, texts)
+        axis.set_xlabel(axes[0])
+        axis.set_ylabel(axes[1])
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+        _save(figure, out_png)
+
+
+def histograms(
+    named: Mapping[str, np.ndarray], out_png: str | os.PathLike[str], title: str = ""
+) -> None:
+    """Draw the densities of named values (N,) over each other, in the same 80 bins."""
+    ends = [float(end) for values in named.values() for end in (values.min(), values.max())]
+    bins = np.linspace(min(ends), max(ends) if max(ends) > min(ends) else min(ends) + 1, 81)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.5, 4), layout="constrained")
+        axis = figure.subplots()
+        for name, values in named.items():
+            axis.hist(
+                values,
+                bins.tolist(),
+                density=True,
+                alpha=0.6,
+                label=f"{_short(name)}, {len(values):,}",
+            )
+        axis.set_xlabel("score")
+        axis.set_yticks([])
+        axis.set_title(title)
+        axis.legend(frameon=False)
         _save(figure, out_png)
 
 

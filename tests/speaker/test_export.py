@@ -127,6 +127,32 @@ def test_identify_runs_where_torch_is_not_installed(
     assert [line.split() for line in done.stdout.splitlines()] == 2 * expected, done.stderr
 
 
+def test_verification_and_galleries_run_where_torch_is_not_installed(
+    written, recordings, tiny_checkpoint, repo_root, tmp_path
+):
+    program = (
+        "import sys; sys.modules.update(torch=None, torchaudio=None)\n"
+        "from fairseq_ext.speaker.gallery.__main__ import main as gallery\n"
+        "from fairseq_ext.speaker.verify.__main__ import main as verify\n"
+        "one, two, path, people = sys.argv[1:]\n"
+        "verify([one, two, '--path', path])\n"
+        "gallery(['enrol', people, one, '--name', 'x', '--path', path])\n"
+        "gallery(['identify', people, two, '--path', path])"
+    )
+    arguments = [*recordings[:2], str(written / "inside.onnx"), str(tmp_path / "people.npz")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env={**os.environ, "PYTHONPATH": str(repo_root)},
+        capture_output=True,
+        text=True,
+    )
+    one, two = SpeakerModel.from_checkpoint(tiny_checkpoint).embed(recordings[:2])
+    cosine = float(one @ two) / np.sqrt(float(one @ one) * float(two @ two))
+    shown = done.stdout.split()
+    assert shown[:1] == ["cosine"] and shown[-1].endswith(f",x,{shown[1].strip(',')}"), done.stderr
+    assert float(shown[1].strip(",")) == pytest.approx(cosine, abs=2e-4)
+
+
 def test_a_graph_that_computes_something_else_is_not_written(
     once, tiny_checkpoint, tmp_path, monkeypatch
 ):
