@@ -284,7 +284,8 @@ def read_collection(folder: Optional[str], spec: FeatureSpec) -> List[np.ndarray
     if not files:
         raise UserError(f"{folder} has no audio files ({', '.join(AUDIO_ENDINGS)})")
     logger.info(f"reading {len(files)} files of {folder}")
-    return [audio_features(Path(folder) / name, spec) for name in files]
+    # a room is shorter than anything said in it
+    return [audio_features(Path(folder) / name, spec, min_seconds=0) for name in files]
 
 
 def read_rooms(folder: Optional[str], spec: FeatureSpec) -> List[np.ndarray]:

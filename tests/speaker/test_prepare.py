@@ -181,7 +181,7 @@ def test_bad_files_are_reported_and_left_out(tmp_path, source, capsys):
         "s1/text.flac": "corrupt",
         "s2/zero.ogg": "empty",
     }
-    assert "0.050 s, --min-seconds is 0.1" in bad["s0/short.wav"]["detail"]
+    assert "0.050 s, at least 0.1 s" in bad["s0/short.wav"]["detail"]
     printed = capsys.readouterr().err
     assert "4 of 19 utterances cannot be used" in printed and "s1/text.flac" in printed
 
@@ -267,9 +267,9 @@ def test_cuts_in_any_order_keep_the_order_of_the_table(tmp_path, capsys, monkeyp
 def counting_opener(opened):
     from fairseq_ext.speaker.features import Recording
 
-    def opener(path):
+    def opener(path, *args):
         opened.append(path.name)
-        return Recording(path)
+        return Recording(path, *args)
 
     return opener
 

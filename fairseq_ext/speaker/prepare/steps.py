@@ -89,7 +89,7 @@ def make_plan(found: Source, options: Any, spec: FeatureSpec) -> dict[str, Any]:
     inventory.update(json.dumps(sorted(item[:2] for item in found.bad)).encode())
     chosen = {k: v for k, v in asdict(options).items() if k not in RUN_ONLY}
     chosen["csv"] = None  # where the table lies is no matter, what it says is in the inventory
-    return {"options": chosen, "features": asdict(spec), "recordings": inventory.hexdigest()}
+    return {"options": chosen, "features": spec.to_dict(), "recordings": inventory.hexdigest()}
 
 
 def gather(
