@@ -710,3 +710,34 @@ def test_the_shape_of_the_course_data(tmp_path):
     rows = corpus.rows("test")
     assert [corpus.ids[row] for row in rows] == [entry["feature_path"] for entry in listed]
     assert corpus.lengths[rows].tolist() == [entry["mel_len"] for entry in listed]
+
+
+# --- how much there is of each -----------------------------------------------------------------
+
+
+def test_uneven_speakers_are_said_and_trained_on_evenly(tmp_path, capsys):
+    from ext_common.presets import Machine
+    from fairseq_ext.speaker import presets
+
+    source = recordings(tmp_path / "source", speakers=3, each=3)
+    long = source / "s2" / "long.wav"
+    soundfile.write(long, noise(12.0, 1), RATE)
+    (source / "S2").mkdir()
+    for n in range(3):
+        soundfile.write(source / "S2" / f"{n}.wav", noise(0.4, 70 + n), RATE)
+    prepare(source, tmp_path / "data", one(valid_fraction=0.0, test_fraction=0.0))
+    shown = capsys.readouterr()
+    assert "'S2' and 's2' are taken for 2 speakers" in shown.err
+    assert "(s2) in train" in shown.out and "as many crops of each" in shown.out
+    facts = presets.read(str(tmp_path / "data"), {})
+    flags = {}
+    for choice in presets.choose(facts, Machine(), {}):
+        flags |= choice.flags
+    assert flags["--balance"] == "speaker"
+    assert flags["--best-checkpoint-metric"] == "speaker_accuracy"
+
+
+def test_one_speaker_is_nobody_to_tell_apart(tmp_path, capsys):
+    source = recordings(tmp_path / "source", speakers=1, each=3)
+    prepare(source, tmp_path / "data", one())
+    assert "one speaker in train" in capsys.readouterr().err
