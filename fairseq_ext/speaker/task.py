@@ -101,6 +101,7 @@ class SpeakerIdTask(OwnBatches, FairseqTask):
 
     presets = PRESETS
     progress_unit = "utterances"
+    exact_inputs = True
 
     def __init__(self, cfg: SpeakerIdConfig, from_checkpoint: bool = False):
         super().__init__(cfg)
