@@ -24,6 +24,7 @@ SIDES = (16, 32, 64)
 SAMPLED = 200
 CPU_MINUTES = 30
 GRAY = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L"}
+MUCH_PADDING = 1.3  # times the pixels of the images
 DEEPEST = 16  # pixels; a network that ends above would attend over too many of them in its middle
 
 
@@ -198,6 +199,18 @@ def sizes_for(facts: Facts, machine: Machine) -> Mapping[int, Size]:
     return LARGE if facts.count >= MANY else SIZES
 
 
+def levels_for(height: int, width: int, most: int) -> int:
+    """Resolutions of a network: the most that need no padding, else the most that need little, else all."""
+    for limit in (1.0, MUCH_PADDING):
+        for levels in range(most, 1, -1):
+            n = 2 ** (levels - 1)
+            area = math.prod(-(-side // n) * n for side in (height, width))
+            deep = levels == most or max(height, width) >> (levels - 1) <= DEEPEST
+            if deep and area <= limit * height * width:
+                return levels
+    return most
+
+
 def data_flags(facts: Facts) -> dict[str, str | None]:
     """What a folder of images is to be read as; a prepared one knows its size and colours."""
     flags: dict[str, str | None] = {}
@@ -210,20 +223,16 @@ def data_flags(facts: Facts) -> dict[str, str | None]:
 def fitted(
     facts: Facts, sizes: Mapping[int, Size], asked: Mapping[str, Any]
 ) -> tuple[Size, dict[str, str | None]]:
-    """The row of `sizes` for these images, and its network: multiples where a side halves so often.
+    """The row of `sizes` for these images, and its network, with as many multiples as a side halves.
 
+    Sides that do not halve so often are padded by the network, with fewer multiples where that would be much.
     It attends at the largest height there is up to the row's, with the --channel-mults asked for.
     """
     height, width = facts.height, facts.width
     size = next(row for limit, row in sizes.items() if max(height, width) <= limit)
-    mults = size.mults
-    levels = mults.split(",")
-    while any(side % 2 ** (len(levels) - 1) for side in (height, width)):
-        levels.pop()
-    if max(height, width) >> (len(levels) - 1) <= DEEPEST:
-        mults = ",".join(levels)
+    mults = ",".join(size.mults.split(",")[: levels_for(height, width, size.mults.count(",") + 1)])
     depth = len(asked.get("channel_mults") or mults.split(","))
-    heights = [height >> level for level in range(depth)]
+    heights = [-(-height >> (depth - 1)) << (depth - 1 - level) for level in range(depth)]
     wanted = {
         max((h for h in heights if h <= int(limit)), default=0) for limit in size.attends.split(",")
     }

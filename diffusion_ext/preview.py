@@ -10,6 +10,7 @@ from PIL import Image
 from diffusion_ext.criterion import uses_bf16
 from diffusion_ext.inference import DiffusionModel
 from diffusion_ext.pictures import display_scale, save_picture, sheet
+from ext_common.cli import why_full
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,14 @@ class Preview:
             model.train(was_training)
         path = self.folder / f"update_{update:07}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_picture(path, picture)
+        try:
+            save_picture(path, picture)
+        except OSError as error:
+            # what was learnt is not lost for want of a picture
+            if why_full(error) is None:
+                raise
+            logger.warning(f"{path} cannot be written ({why_full(error)}): the training goes on")
+            return
         logger.info(f"samples at update {update}: {path}")
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ext_common.cli import UserError
+from ext_common.cli import UserError, writing
 from ext_common.manifest import sync_folder
 
 StrPath = str | os.PathLike[str]
@@ -56,9 +56,11 @@ def making(
         if continues is None or not continues(partial):
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(exist_ok=True)
+        kept = "what is done is kept" if continues else "nothing of it is kept"
         try:
-            yield partial
-            make_durable(partial)
+            with writing(dest, f"{kept}; make room, and run the same command again"):
+                yield partial
+                make_durable(partial)
         except BaseException:
             if continues is None:
                 shutil.rmtree(partial, ignore_errors=True)

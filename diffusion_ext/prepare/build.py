@@ -24,7 +24,7 @@ import numpy as np
 import PIL
 
 from diffusion_ext.prepare.images import POLICY, BadImage
-from ext_common.cli import UserError, progress
+from ext_common.cli import UserError, progress, why_full
 from ext_common.folders import making, refuse_strangers
 from ext_common.manifest import MANIFEST_NAME, atomic_json, write_manifest
 from ext_common.store import StoreWriter, interrupted_key, store_paths
@@ -88,6 +88,8 @@ def build(dest, recipe: Recipe, max_bad: float, workers: int | None = None) -> N
             if part and (fingerprint_of(part) != fingerprint or not _is_finished(part)):
                 _write(part, recipe, max_bad, workers)
     except OSError as error:
+        if why_full(error):
+            raise
         raise UserError(
             f"{error.filename or dest} cannot be written ({error.strerror}): name another place"
         ) from error

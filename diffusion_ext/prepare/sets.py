@@ -161,8 +161,11 @@ def _sample_folder(folder: Path) -> ImageSet:
             raise UserError(f"{path} cannot be used ({error}): take it out or repair it") from None
     left_out = tuple(name for name in found if name not in names)
     hashes = tuple(map(image_hash, pixels))
-    labels = np.full(len(names), -1, dtype=np.int64)
-    return ImageSet(str(folder), pixels, labels, (), hashes, _held_out(hashes, None), left_out)
+    tops = [name.split("/")[0] for name in names] if all("/" in name for name in names) else []
+    classes = tuple(sorted(set(tops)))
+    labels = np.array([classes.index(top) for top in tops] or [-1] * len(names), dtype=np.int64)
+    held = _held_out(hashes, None)
+    return ImageSet(str(folder), pixels, labels, classes, hashes, held, left_out)
 
 
 def _shape_of(path: Path) -> tuple[int, int, int]:

@@ -76,6 +76,9 @@ class SpeakerCriterion(FairseqCriterion):
             "nsentences": n,
             "sample_size": n,
         }
+        if "weight" in sample:
+            log["speaker_correct"] = (top1 * sample["weight"]).sum()
+            log["speaker_weight"] = sample["weight"].sum()
         if self.warmup and self.training:
             log["margin_sum"] = self.current_options()["m"] * n
         return loss, n, log
@@ -90,6 +93,11 @@ class SpeakerCriterion(FairseqCriterion):
         metrics.log_scalar("loss", total["loss"] / n, n, round=4)
         metrics.log_scalar("accuracy", 100 * total["correct"] / n, n, round=3)
         metrics.log_scalar("accuracy5", 100 * total["correct5"] / n, n, round=3)
+        speakers = total["speaker_weight"] if "speaker_weight" in total else 0
+        if speakers:
+            # accuracy of each speaker, averaged over the speakers (see UtteranceDataset)
+            mean = 100 * total["speaker_correct"] / speakers
+            metrics.log_scalar("speaker_accuracy", mean, speakers, round=3)
         if "margin_sum" in total:
             metrics.log_scalar("margin", total["margin_sum"] / n, n, round=4)
 

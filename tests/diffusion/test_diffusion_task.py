@@ -82,7 +82,7 @@ class TestSpec:
         ({"sample_grid": 0}, "--sample-grid 0 is too small: give 1"),
         ({"sample_steps": 0}, "--sample-steps 0 is too small: give 1"),
         ({"sample_interval": -1}, "--sample-interval -1 is too small: give 0"),
-        ({"image_size": [9]}, "images of 9 × 9 do not fit"),
+        ({"image_size": [1]}, "images of 1 × 1 are too small"),
     ],
 )
 def test_mistakes_are_told_before_training(build, task, words):
@@ -579,10 +579,52 @@ def test_other_images_are_told_and_trained_on(build, small_images, tmp_path, cap
     state = saved(build())
     task = build.task({"data": str(other)})
     task.check_resume(state, same_run=True)
-    assert not caplog.records, "the same images in another place"
+    assert not caplog.records and not task.compare_anew, "the same images in another place"
     next(other.rglob("*.png")).unlink()
-    build.task({"data": str(other)}).check_resume(state, same_run=True)
-    assert "holds other images than the checkpoint was trained on" in caplog.text
+    task = build.task({"data": str(other)})
+    task.check_resume(state, same_run=True)
+    assert "holds other images than the checkpoint was trained on" in task.compare_anew
+
+
+def test_losses_of_another_unit_are_not_compared(build):
+    state = saved(build())
+    state["cfg"]["criterion"] = {"loss_weighting": "min_snr"}
+    task = build.task({})
+    task.check_resume(state, same_run=True)
+    assert task.compare_anew.startswith("--loss-weighting is none and was min_snr")
+
+
+def test_what_was_trained_on_is_never_held_out(build):
+    """24 images: 1 of them is held out at 5 %, 7 at 30 %, 3 at 12 %."""
+    state = saved(build({"valid_fraction": 0.12}))
+    with pytest.raises(UserError, match="0.3 .* hold out 4 images that .* trained on: give 0.12"):
+        build.task({"valid_fraction": 0.3}).check_resume(state, same_run=True)
+    fewer = build.task({"valid_fraction": 0.05})
+    fewer.check_resume(state, same_run=True)
+    assert fewer.compare_anew == "1 images are held out and not 3"
+    same = build.task({"valid_fraction": 0.5, "max_valid": 3})
+    same.check_resume(state, same_run=True)
+    assert not same.compare_anew
+
+
+@pytest.mark.parametrize(
+    "then, now, refused",
+    [
+        ({}, {"hflip": 0.5, "leaky_augment": True}, True),
+        ({"hflip": 0.5, "leaky_augment": True}, {}, True),
+        ({"hflip": 0.5, "leaky_augment": True}, {"hflip": 0.9, "leaky_augment": True}, True),
+        ({"hflip": 0.5, "leaky_augment": True}, {"hflip": 0.5, "leaky_augment": True}, False),
+        ({"hflip": 0.5}, {"hflip": 0.2}, False),
+        ({}, {"leaky_augment": True}, False),
+    ],
+)
+def test_leaky_augmentation_stays_as_it_is(build, then, now, refused):
+    state, task = saved(build(then)), build.task(now)
+    if refused:
+        with pytest.raises(UserError, match="with --leaky-augment samples show it"):
+            task.check_resume(state, same_run=True)
+    else:
+        task.check_resume(state, same_run=True)
 
 
 def test_an_old_checkpoint_goes_on_with_its_stream(build):
