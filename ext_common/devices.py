@@ -1,6 +1,6 @@
 """Training on any device and in several processes.
 
-Bits that come again, kernels that are fused, 16 bits that leave the data exact, and one word for all processes
+Bits that come again, kernels that are fused, 16 bits that leave the data exact, and one word for all of them
 where a loss is no number.
 """
 

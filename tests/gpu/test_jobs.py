@@ -17,7 +17,11 @@ from tests.gpu.conftest import DEVICES
 from tests.trainings import assert_same_run, read, run_command, traced
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = {"speaker": golden.SPEAKER, "translation": golden.TRANSLATION, "diffusion": golden.DIFFUSION}
+FLAGS = {
+    "speaker": golden.SPEAKER,
+    "translation": golden.TRANSLATION,
+    "diffusion": golden.DIFFUSION,
+}
 JOBS = list(FLAGS)
 CARDS = torch.cuda.device_count()
 cuda = pytest.mark.gpu
@@ -33,7 +37,11 @@ def train(tmp_path):
 
     def train(job, device, *flags, name="checkpoints", before=(), code=0):
         folder = f"{job}/{name}"
-        words = FLAGS[job].replace(f"{job}/checkpoints", folder).replace("--max-update 3", "--max-update 30")
+        words = (
+            FLAGS[job]
+            .replace(f"{job}/checkpoints", folder)
+            .replace("--max-update 3", "--max-update 30")
+        )
         words = words if device == "cpu" else words.replace(" --cpu", "")
         # dropout is drawn by each device's own generator
         words += " --log-format json" + ("" if job == "diffusion" else " --dropout 0")
@@ -112,7 +120,7 @@ def test_two_gpus_by_nccl(train, job):
 
 @cuda
 def test_random_words_are_those_of_the_cpu():
-    """Integers and uniform numbers to the bit, normals to 2 ulp: fewer than one in a million differ at all."""
+    """Integers and uniform numbers to the bit, normals to 2 ulp: of a million hardly one differs at all."""
     stream, ids = Stream("noise", 7, 3), torch.arange(-50, 50)
     there = ids.cuda()
     assert torch.equal(stream.bits(there, 1000).cpu(), stream.bits(ids, 1000))

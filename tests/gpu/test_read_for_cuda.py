@@ -17,8 +17,10 @@ from fairseq import trainer
 from fairseq.logging import metrics
 
 from diffusion_ext.augment import build_augmentations
+from diffusion_ext.evaluate import extractors
 from ext_common import devices, engine
 from ext_common.cli import UserError
+from ext_common.registry import Registry
 from fairseq_ext.speaker.criterion import SpeakerCriterion
 from fairseq_ext.speaker.kernels import DepthwiseConv
 from fairseq_ext.speaker.network import NetworkOptions, SpeakerNetwork
@@ -208,3 +210,23 @@ class TestSettled:
         finally:
             torch.use_deterministic_algorithms(False)
             os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_extractors_compute_where_they_are_told():
+    """Those that say that they can; a network of one's own entry need not."""
+    seen = []
+
+    def without(reals, cache):
+        seen.append(None)
+
+    def with_one(reals, cache, device="cpu"):
+        seen.append(device)
+
+    fresh = Registry("feature extractor")
+    fresh.register("without")(without)
+    fresh.register("with")(with_one)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extractors, "EXTRACTORS", fresh)
+        for name in ("without", "with"):
+            extractors.build_extractor(name, None, None, "meta")
+    assert seen == [None, "meta"]
