@@ -1,7 +1,7 @@
 """Several processes, and random numbers without generators: figures of docs/training.md.
 
     python -m benchmarks.scale two         two processes of one training beside two trainings of one process
-    python -m benchmarks.scale random      Philox beside a torch generator an image, and its share of an update
+    python -m benchmarks.scale random      Philox beside a torch generator an image, its share of an update
 
 Both sides of `two` use the whole machine, a core a process: what one training of two processes does beside
 two of one is its efficiency. Run it when the machine does nothing else.
@@ -90,7 +90,7 @@ def speeds(commands: list[list[Any]]) -> list[float]:
         subprocess.Popen(
             list(map(str, command)),
             cwd=ROOT,
-            env=environment,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
