@@ -7,6 +7,7 @@ Both sides of `two` use the whole machine, a core a process: what one training o
 two of one is its efficiency. Run it when the machine does nothing else.
 """
 
+import os
 import statistics
 import subprocess
 import sys
