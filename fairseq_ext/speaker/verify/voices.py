@@ -12,7 +12,9 @@ import numpy as np
 
 from ext_common.cli import UsageError, UserError, progress
 from ext_common.manifest import sha256_file
-from fairseq_ext.speaker.features import AudioError, FeatureSpec, load_audio
+from fairseq_ext.speaker.audio import load_audio
+from fairseq_ext.speaker.containers import AudioError
+from fairseq_ext.speaker.features import FeatureSpec
 from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
 from fairseq_ext.speaker.inputs import PreparedSplit
 from fairseq_ext.speaker.verify.backend import read_arrays

@@ -96,7 +96,7 @@ _COUNTRIES = dict(
 @functools.cache
 def language(code: str) -> str:
     """The code that a language is known by here: `zh` for zh-Hant-TW, zh_CN and cmn."""
-    base = regex.split("[-_]", code.lower(), maxsplit=1)[0]
+    base: str = regex.split("[-_]", code.lower(), maxsplit=1)[0]
     return _THREE.get(base, base)
 
 
