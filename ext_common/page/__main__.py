@@ -5,7 +5,9 @@ python -m ext_common.page CKPT [CKPT...]  these, or what is in these folders
 """
 
 import secrets
+import socket
 import sys
+import time
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -44,7 +46,13 @@ def main(argv: list[str]) -> None:
     models, left_out = find(args.models or ["."])
     for sentence in left_out:
         print(f"left out: {sentence}", file=sys.stderr)
-    show(build(models, settings), settings)
+    page = build(models, settings)
+    print(f"\nopen {listen(page, settings)} in a browser; Ctrl-C ends", flush=True)
+    try:
+        while page.is_running:
+            time.sleep(0.2)
+    finally:
+        page.close(verbose=False)
 
 
 def build(models: list[Model], settings: Settings) -> Any:
@@ -86,14 +94,12 @@ def gradio() -> Any:
     return gradio
 
 
-def show(page: Any, settings: Settings) -> None:
-    """Listen until Ctrl-C."""
+def listen(page: Any, settings: Settings) -> str:
+    """Serve the page in the background; its address."""
     options: dict[str, Any] = {}
     if settings.host not in HERE:
         token = secrets.token_urlsafe(16)
-        options["auth"] = lambda _name, given: secrets.compare_digest(
-            given.encode(), token.encode()
-        )
+        options["auth"] = lambda _, given: secrets.compare_digest(given.encode(), token.encode())
         options["auth_message"] = "Any name, and the token that the page printed as the password."
         print(
             f"warning: everybody who reaches {settings.host} can reach this page; any name and the"
@@ -102,10 +108,12 @@ def show(page: Any, settings: Settings) -> None:
         )
     page.queue(default_concurrency_limit=1, max_size=100)
     try:
-        page.launch(
+        _, url, _ = page.launch(
             server_name=settings.host,
-            server_port=settings.port or None,
+            server_port=settings.port or free_port(settings.host),
             share=False,
+            quiet=True,
+            prevent_thread_lock=True,
             max_file_size=MAX_UPLOAD,
             css=STYLE,
             footer_links=[],
@@ -113,8 +121,15 @@ def show(page: Any, settings: Settings) -> None:
         )
     except OSError as error:
         raise UserError(
-            f"port {settings.port} cannot be used ({error}): give another --port"
+            f"port {settings.port} cannot be used: give another --port, or 0"
         ) from error
+    return str(url)
+
+
+def free_port(host: str) -> int:
+    """One that nobody listens on."""
+    with socket.create_server((host, 0)) as server:
+        return int(server.getsockname()[1])
 
 
 if __name__ == "__main__":
