@@ -11,6 +11,7 @@ from typing import Any, Optional
 import gradio as gr
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from diffusion_ext.evaluate.neighbours import nearest_neighbours
 from diffusion_ext.inference import DiffusionModel
@@ -36,20 +37,22 @@ def tab(models: list[Model], settings: Settings) -> None:
     )
 
     @answered
-    def draw(path, label, guidance, steps, num, seed, sampler) -> Iterator[Any]:
+    def draw(path: str, *chosen: Any) -> Iterator[tuple[str, str]]:
         model = load(path)
-        options = options_of(path, label, guidance, steps, num, seed, sampler)
-        last = None
+        options = options_of(path, *chosen)
+        last = np.empty(0)
         for last in watched(model, options):
             yield shown(last, model, DRAWN), ""
         yield shown(last, model, DRAWN), nearest(last, model, settings.data)
 
     @answered
-    def fill(path, painted, label, steps, num, seed) -> Any:
+    def fill(path: str, painted: Any, label: str, steps: int, num: int, seed: int) -> str:
         model = load(path)
         image, mask = taken_apart(painted, model.shape)
         with tempfile.TemporaryDirectory() as folder:
-            names = {name: str(Path(folder, f"{name}.png")) for name in ("inpaint", "mask")}
+            names: dict[str, Any] = {
+                name: str(Path(folder, f"{name}.png")) for name in ("inpaint", "mask")
+            }
             save_png(names["inpaint"], image)
             save_png(names["mask"], mask)
             options = options_of(path, label, 1, steps, num, seed, **names)
@@ -58,9 +61,10 @@ def tab(models: list[Model], settings: Settings) -> None:
             )
 
     @answered
-    def between(path, one, other, label, steps, num, seed) -> Any:
+    def between(path: str, one: Optional[str], other: Optional[str], *chosen: Any) -> str:
         if one is None or other is None:
             raise UserError("two images are needed: give both")
+        label, steps, num, seed = chosen
         options = options_of(path, label, 1, steps, num, seed, interpolate=[one, other])
         model = load(path)
         return all_of(
@@ -68,13 +72,14 @@ def tab(models: list[Model], settings: Settings) -> None:
         )
 
     @answered
-    def take_drawn(path, label, guidance, steps, seed, sampler) -> Any:
+    def take_drawn(path: str, *chosen: Any) -> Any:
         model = load(path)
+        label, guidance, steps, seed, sampler = chosen
         options = options_of(path, label, guidance, steps, 1, seed, sampler)
         return large(pil_image(model.sample(1, **sampling(model, options, [0]))[0]))
 
     @answered
-    def enlarge(painted) -> Any:
+    def enlarge(painted: Any) -> Any:
         return large(painted["background"]) if painted and painted["background"] else painted
 
     first = load(str(models[0].path))
@@ -136,11 +141,18 @@ def tab(models: list[Model], settings: Settings) -> None:
             )
 
 
-def options_of(path, label, guidance, steps, num, seed, sampler=None, **more) -> SampleOptions:
+def options_of(
+    path: str,
+    label: Optional[str],
+    guidance: float,
+    steps: int,
+    num: int,
+    seed: int,
+    sampler: Optional[str] = None,
+    **more: Any,
+) -> SampleOptions:
     """Options of the command; its words about what does not fit are the page's."""
-    chosen = dict(
-        label=None if label in (None, ALL) else label, sampler=sampler or SampleOptions.sampler
-    )
+    label = None if label == ALL else label
     try:
         return SampleOptions(
             path=path,
@@ -148,7 +160,8 @@ def options_of(path, label, guidance, steps, num, seed, sampler=None, **more) ->
             steps=int(steps),
             num=int(num),
             seed=int(seed),
-            **chosen,
+            label=label,
+            sampler=sampler or SampleOptions.sampler,
             **more,
         )
     except (TypeError, ValueError) as error:
@@ -157,15 +170,15 @@ def options_of(path, label, guidance, steps, num, seed, sampler=None, **more) ->
 
 def watched(model: DiffusionModel, options: SampleOptions) -> Iterator[np.ndarray]:
     """uint8 (B, C, H, W) after each step; who no longer looks stops the drawing."""
-    stages: queue.Queue = queue.Queue()
+    stages: queue.Queue[Any] = queue.Queue()
     left = threading.Event()
 
-    def watch(_step, _x, x0):
+    def watch(_step: int, _x: Tensor, x0: Tensor) -> None:
         if left.is_set():
             raise InterruptedError
         stages.put(to_uint8(x0))
 
-    def work():
+    def work() -> None:
         try:
             numbers = list(range(options.num))
             for _, images in model.batches(
@@ -204,7 +217,7 @@ def large(image: Any) -> Any:
 
 
 def taken_apart(
-    painted: Optional[dict], shape: tuple[int, int, int]
+    painted: Optional[dict[str, Any]], shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(image, mask) uint8 (C, H, W) and (1, H, W), 255 where something was painted, of the model's size.
 

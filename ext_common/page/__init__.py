@@ -122,7 +122,8 @@ class Loaded:
     """Models by path, each read when first asked for, once however many ask."""
 
     def __init__(self, read: Callable[[str], Any]):
-        self._read, self._lock, self._found = read, threading.Lock(), {}
+        self._read, self._lock = read, threading.Lock()
+        self._found: dict[str, Any] = {}
 
     def __call__(self, path: str) -> Any:
         with self._lock:

@@ -26,8 +26,8 @@ def tab(models: list[Model], settings: Settings) -> None:
 
     @answered
     def identify(path: str, recording: Optional[str]) -> tuple[str, list[list[str]], str]:
-        model = load(path)
-        found = model.identify(usable(recording), top_k=SHOWN)
+        model, recording = load(path), usable(recording)
+        found = model.identify(recording, top_k=SHOWN)
         rows = [[match.speaker, shown(match.score, model.score_kind)] for match in found.candidates]
         return f"## {found.speaker}", rows, picture(audio_features(recording, model.spec))
 

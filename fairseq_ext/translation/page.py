@@ -13,12 +13,18 @@ import gradio as gr
 from ext_common.cli import UserError
 from ext_common.page import Loaded, Model, Settings, answered, choice, tab_for
 from fairseq_ext.translation.attention import Attention, attention
-from fairseq_ext.translation.decode.checkpoint import build_model, read_state, vocabulary_of
+from fairseq_ext.translation.decode.checkpoint import (
+    Vocabulary,
+    build_model,
+    read_state,
+    vocabulary_of,
+)
 from fairseq_ext.translation.decode.options import DecodeOptions
 from fairseq_ext.translation.decode.translator import Translator
 
 NBEST = 5
 LONGEST = 10_000  # characters that are typed, lines of a file
+PROGRESS = gr.Progress()  # a default, as which Gradio finds it
 STEP = 64  # lines of a file between two looks at the progress
 
 
@@ -53,13 +59,11 @@ def tab(models: list[Model], settings: Settings) -> None:
         ]
         reverse = backwards(path)
         back = "\n".join(load(reverse)(best.split("\n"))) if reverse else ""
-        shown = (
-            "" if several or not lines[0].strip() else hover(attention(*look(path), lines[0], best))
-        )
+        shown = "" if several or not lines[0].strip() else looked(look(path), lines[0], best)
         return best, rows, shown, back
 
     @answered
-    def translate_file(path: str, given: Optional[str], progress=gr.Progress()) -> Iterator[Any]:  # noqa: B008
+    def translate_file(path: str, given: Optional[str], progress: Any = PROGRESS) -> Iterator[Any]:
         if given is None:
             raise UserError("there is no file yet: give a text file, a sentence a line")
         lines = text_lines(given)
@@ -105,7 +109,7 @@ def tab(models: list[Model], settings: Settings) -> None:
             stop.click(None, cancels=[running])
 
 
-def whole(path: str, user_dir: Optional[str]) -> tuple[Any, Any]:
+def whole(path: str, user_dir: Optional[str]) -> tuple[Any, Vocabulary]:
     """(model, vocabulary) as they were trained."""
     state = read_state(path)
     return build_model(state, path, user_dir), vocabulary_of(state, path)
@@ -137,6 +141,11 @@ def text_lines(path: str) -> list[str]:
             " python -m fairseq_ext.translation.translate"
         )
     return lines
+
+
+def looked(model: tuple[Any, Vocabulary], source: str, target: str) -> str:
+    """Where the model looks when it writes `target`, as HTML."""
+    return hover(attention(*model, source, target))
 
 
 def hover(found: Attention) -> str:

@@ -128,6 +128,7 @@ def test_many_at_once_get_their_own_answers(client, paths, voices):
         assert scores["data"][0][1] == f"{found.score:.3f}"
 
 
+@pytest.mark.slow
 def test_mistakes_are_sentences(client, paths, voices, tmp_path, capfd):
     whole = Path(voices[0]).read_bytes()
     rng = np.random.default_rng(1)
