@@ -17,6 +17,7 @@ from benchmarks.diffusion import speed as diffusion_speed
 from benchmarks.headline import headline
 from benchmarks.pages import filled, markdown, origin
 from benchmarks.recorded import RESULTS, ROOT, Results
+from benchmarks.speaker import exported as speaker_export
 from benchmarks.speaker import report as speaker
 from benchmarks.translation import report as translation
 from ext_common.cli import Parser, UserError, run
@@ -83,6 +84,7 @@ def speed_tables() -> dict[str, str]:
     for figures in recorded("diffusion_speed"):
         line = origin(figures["command"], [figures])
         found["diffusion"] = f"{diffusion_speed.table(figures)}\n\n{line}"
+    found["speaker export"] = speaker_export.section(recorded("speaker_export"))
     found["startup"] = startup_section(recorded("startup"))
     found["shortest"] = shortest.report()
     return found

@@ -14,7 +14,7 @@ from diffusion_ext.denoiser import split_output
 from diffusion_ext.model import unwrapped
 from diffusion_ext.objectives import OBJECTIVES, check_combination
 from diffusion_ext.pictures import to_float
-from diffusion_ext.randomness import generator, training_draws, validation_draws
+from diffusion_ext.randomness import coin, training_draws, validation_draws
 from diffusion_ext.variational import PosteriorTables, bound
 from diffusion_ext.weightings import WEIGHTINGS, loss_weights
 from ext_common.checkpoints import last_checkpoint
@@ -93,7 +93,7 @@ class DdpmCriterion(FairseqCriterion):
 
     def batch(self, sample: Dict) -> Dict:
         """What the network is shown: image x0, noise and t, drawn for each image, x_t in float32."""
-        ids = sample["id"].tolist()
+        ids, stream = sample["id"], self.task.stream
         x0, timesteps = to_float(sample["image"]), self.schedule.timesteps
         label, condition = sample["label"] if self.task.spec["classes"] else None, None
         if self.training:
@@ -106,6 +106,7 @@ class DdpmCriterion(FairseqCriterion):
                 timesteps,
                 augment.n_uniforms + 1,
                 x0.device,
+                stream,
             )
             if augment.n_uniforms:
                 x0, condition = augment(x0, uniforms[:, 1:])
@@ -114,7 +115,7 @@ class DdpmCriterion(FairseqCriterion):
                 hidden = uniforms[:, 0] < self.cfg.label_dropout
                 label = label.masked_fill(hidden, len(self.task.spec["classes"]))
         else:
-            t, noise = validation_draws(ids, x0.shape[1:], timesteps, x0.device)
+            t, noise = validation_draws(ids, x0.shape[1:], timesteps, x0.device, stream)
         a, s = self.levels(t)
         x_t = a * x0 + s * noise
         return dict(x0=x0, noise=noise, t=t, x_t=x_t, label=label, condition=condition)
@@ -137,12 +138,8 @@ class DdpmCriterion(FairseqCriterion):
 
     def own_guess(self, model, batch: Dict) -> Tensor:
         """The x_0 of a first look, for half of the updates; clipped, as it will be in sampling."""
-        if self.training:
-            coin = torch.rand(
-                (), generator=generator("cpu", "self", self.task.cfg.seed, self.num_updates)
-            )
-            if coin < 0.5:
-                return None
+        if self.training and coin(self.task.cfg.seed, self.num_updates, self.task.stream):
+            return None
         with torch.no_grad():
             output, _ = split_output(self.output(model, batch, None), batch["x_t"].shape[1])
             a, s = self.levels(batch["t"])

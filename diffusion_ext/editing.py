@@ -97,7 +97,7 @@ def inpainting(model: DiffusionModel, options: Any) -> Callable[..., Any]:
 
     @torch.no_grad()
     def images_of(part: list[int]) -> np.ndarray:
-        noise = ImageNoise(options.seed, part, model.shape, model.device)
+        noise = ImageNoise(options.seed, part, model.shape, model.device, model.stream)
         denoise = denoiser(model, options, len(part))
         return to_uint8(repaint(denoise, image, mask, path, noise, options.resample))
 

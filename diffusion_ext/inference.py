@@ -18,11 +18,12 @@ from torch import Tensor
 from diffusion_ext.denoiser import Denoiser
 from diffusion_ext.network import network_of
 from diffusion_ext.pictures import to_uint8
-from diffusion_ext.randomness import ImageNoise
+from diffusion_ext.randomness import BEFORE, ImageNoise
 from diffusion_ext.samplers import SAMPLERS, trajectory
 from diffusion_ext.schedules import NoiseSchedule, build_schedule
 from ext_common.checkpoints import build_network, read_state, usable_device, why_unfit
 from ext_common.cli import UserError
+from ext_common.random import STREAM
 
 PARTS = tuple(f"diffusion_ext.{name}" for name in ("criterion", "model", "task"))
 SPEC = {"height", "width", "channels", "classes", "condition_size"}
@@ -32,7 +33,7 @@ class DiffusionModel:
     """A network with one of its averages of weights, and how it was trained.
 
     average: number of the average (order of --ema-half-life), None for the weights themselves;
-    label_dropout: what it was trained with, None where that is not known.
+    label_dropout: what it was trained with, None where that is not known; stream: see `randomness`.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class DiffusionModel:
         device="cpu",
         average: int | None = 0,
         label_dropout: float | None = None,
+        stream: str | None = STREAM,
     ):
-        self.label_dropout = label_dropout
+        self.label_dropout, self.stream = label_dropout, stream
         self.model, self.device = model.to(device).eval(), torch.device(device)
         self.spec = dict(spec)
         self.schedule = schedule_of(cfg)
@@ -72,8 +74,16 @@ class DiffusionModel:
             schedule_of(state["cfg"]["task"])
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        spec, dropout = state["task_state"]["spec"], state["cfg"]["criterion"].get("label_dropout")
-        return cls(model, state["cfg"]["task"], spec, device, average, dropout)
+        saved, dropout = state["task_state"], state["cfg"]["criterion"].get("label_dropout")
+        return cls(
+            model,
+            state["cfg"]["task"],
+            saved["spec"],
+            device,
+            average,
+            dropout,
+            saved.get("stream", BEFORE),
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -153,7 +163,7 @@ class DiffusionModel:
         def draw():
             for start in range(0, len(numbers), batch_size):
                 chosen = list(numbers[start : start + batch_size])
-                noise = ImageNoise(seed, chosen, self.shape, self.device)
+                noise = ImageNoise(seed, chosen, self.shape, self.device, self.stream)
                 label = None
                 if labels is not None:
                     label = torch.tensor(labels[start : start + batch_size], device=self.device)

@@ -44,7 +44,7 @@ class Preview:
 
 def draw_images(model, task, numbers, steps, device):
     """uint8 (B, C, H, W): the samples with these numbers, of all classes in turn."""
-    drawn = DiffusionModel(model, task.cfg, task.spec, device)
+    drawn = DiffusionModel(model, task.cfg, task.spec, device, stream=task.stream)
     options = dict(
         steps=steps,
         seed=0,

@@ -1,15 +1,23 @@
-"""Random numbers that belong to a sample, not to a process.
+"""Random numbers that belong to an image, not to a process: what training and sampling draw from `Stream`.
 
-Each is drawn from a generator of its own, whose seed is a hash of what it is for: (seed, update, sample id)
-in training, (seed, image number) in sampling. So neither the batch size nor the number of processes, nor
-what else draws random numbers, changes them. fairseq seeds all ranks alike, whose noise would be equal.
+They are keyed by (seed, update, id) in training and by (seed, image number, draw) in sampling. So neither
+the batch size nor the number of processes, nor what else draws random numbers, changes them. fairseq seeds
+all ranks alike, whose noise would be equal.
+
+A checkpoint says which stream it was trained with, `STREAM`; one that says nothing (`BEFORE`) is of a version
+that made a torch generator for each image, and goes on with those, as do its samples.
 """
 
 import hashlib
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ext_common.random import STREAM, Stream
+
+BEFORE = None
 
 
 def stream_seed(purpose: str, *numbers: int) -> int:
@@ -23,52 +31,72 @@ def stream_seed(purpose: str, *numbers: int) -> int:
 
 
 def generator(device: torch.device | str, purpose: str, *numbers: int) -> torch.Generator:
-    """A generator on `device`, seeded with `stream_seed`."""
+    """The old streams: a generator on `device`, seeded with `stream_seed`."""
     return torch.Generator(device).manual_seed(stream_seed(purpose, *numbers))
 
 
 def training_draws(
     seed: int,
     update: int,
-    ids: list[int],
+    ids: Tensor | Sequence[int],
     shape: tuple[int, ...],
     timesteps: int,
     uniforms: int = 0,
     device: torch.device | str = "cpu",
+    stream: str | None = STREAM,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each of B samples a timestep (B,) int64, noise (B, *shape) and numbers in [0, 1) (B, uniforms)."""
-    rows, noise = [], []
-    for number in ids:
-        source = generator(device, "training", seed, update, number)
-        rows.append(torch.rand(uniforms + 1, generator=source, device=device))
-        noise.append(torch.randn(shape, generator=source, device=device))
-    drawn = torch.stack(rows)
-    t = (drawn[:, 0].double() * timesteps).long().clamp(max=timesteps - 1)
-    return t, torch.stack(noise), drawn[:, 1:]
+    if stream is BEFORE:
+        rows, noise = [], []
+        for number in torch.as_tensor(ids).tolist():
+            source = generator(device, "training", seed, update, number)
+            rows.append(torch.rand(uniforms + 1, generator=source, device=device))
+            noise.append(torch.randn(shape, generator=source, device=device))
+        drawn = torch.stack(rows)
+        t = (drawn[:, 0].double() * timesteps).long().clamp(max=timesteps - 1)
+        return t, torch.stack(noise), drawn[:, 1:]
+    ids = torch.as_tensor(ids, device=device)
+    return (
+        Stream("timestep", seed, update).integers(ids, timesteps),
+        Stream("noise", seed, update).normals(ids, shape),
+        Stream("augmentation", seed, update).uniforms(ids, uniforms),
+    )
+
+
+def coin(seed: int, update: int, stream: str | None = STREAM) -> bool:
+    """Heads or tails for an update, the same in all processes."""
+    if stream is BEFORE:
+        return bool(torch.rand((), generator=generator("cpu", "self", seed, update)) < 0.5)
+    return not Stream("self", seed, update).integers(torch.zeros(1, dtype=torch.int64), 2)
 
 
 def validation_draws(
-    ids: list[int],
+    ids: Tensor | Sequence[int],
     shape: tuple[int, ...],
     timesteps: int,
     device: torch.device | str = "cpu",
+    stream: str | None = STREAM,
 ) -> tuple[Tensor, Tensor]:
     """Timestep (B,) and noise (B, *shape) that an image has in every validation, of every run.
 
     The timesteps of successive ids follow the golden ratio, so that any validation set meets all noise levels
     about equally often.
     """
-    noise = [torch.randn(shape, generator=generator("cpu", "validation", number)) for number in ids]
+    ids = torch.as_tensor(ids, device=device)
     ratio = (5**0.5 - 1) / 2
-    t = [int((0.5 + number * ratio) % 1 * timesteps) for number in ids]
-    return torch.tensor(t, device=device), torch.stack(noise).to(device)
+    t = ((0.5 + ids.double() * ratio) % 1 * timesteps).long()
+    if stream is BEFORE:
+        noise = [
+            torch.randn(shape, generator=generator("cpu", "validation", k)) for k in ids.tolist()
+        ]
+        return t, torch.stack(noise).to(device)
+    return t, Stream("validation").normals(ids, shape)
 
 
 class ImageNoise:
-    """Noise of the images with these `numbers` of a sampling run, on the CPU's generator.
+    """Noise of the images with these `numbers` of a sampling run.
 
-    Image k has its own stream of (seed, k): the same image comes out whatever else is in its batch and
-    whichever device computes it.
+    Image k has its own stream of (seed, k): the same image comes out whatever else is in its batch.
     """
 
     def __init__(
@@ -77,15 +105,22 @@ class ImageNoise:
         numbers: list[int],
         shape: tuple[int, ...],
         device: torch.device | str = "cpu",
+        stream: str | None = STREAM,
     ):
-        self.sources = [generator("cpu", "sampling", seed, k) for k in numbers]
-        self.shape, self.device = shape, device
+        self.seed, self.shape, self.device, self.draws = seed, shape, device, 0
+        self.ids = torch.tensor(numbers, dtype=torch.int64, device=device)
+        self.sources: list[torch.Generator] | None = None
+        if stream is BEFORE:
+            self.sources = [generator("cpu", "sampling", seed, k) for k in numbers]
         self.start = self.draw()
 
     def draw(self) -> Tensor:
         """The next noise of each image, (B, *shape)."""
-        drawn = [torch.randn(self.shape, generator=source) for source in self.sources]
-        return torch.stack(drawn).to(self.device)
+        if self.sources is not None:
+            drawn = [torch.randn(self.shape, generator=source) for source in self.sources]
+            return torch.stack(drawn).to(self.device)
+        self.draws += 1
+        return Stream("sampling", self.seed, self.draws - 1).normals(self.ids, self.shape)
 
     def __call__(self, step: int) -> Tensor:
         """What a sampler asks for at a step; steps come in order."""

@@ -28,6 +28,7 @@ from ext_common.checkpoints import refuse_foreign
 from ext_common.cli import UserError
 from ext_common.epochs import OwnBatches, Wanted, in_order, update_freq
 from ext_common.presets import PresetOptions
+from ext_common.random import STREAM
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ class DiffusionTask(OwnBatches, FairseqTask):
         )
         self._images: Optional[Images] = None
         self._epoch, self._done = 1, 0
+        self.stream: Optional[str] = STREAM
         self.state.add_factory("spec", self._spec)
         self.preview = Preview(self)
 
@@ -143,19 +145,22 @@ class DiffusionTask(OwnBatches, FairseqTask):
         }
 
     def state_dict(self):
-        return {"spec": dict(self.spec)}
+        return {"spec": dict(self.spec), "stream": self.stream}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         self.state.merge_state_dict(state_dict)
+        self.stream = state_dict.get("stream")
 
     def check_resume(self, state: Dict[str, Any], same_run: bool) -> None:
         """UserError before a training continues from the checkpoint of another one.
 
         same_run is False where only the weights are taken over, which may then learn something else.
         """
-        spec = (state.get("task_state") or {}).get("spec") or {}
+        saved = state.get("task_state") or {}
+        spec = saved.get("spec") or {}
         if not same_run or "condition_size" not in spec:
             return
+        self.stream = saved.get("stream")
         trained = state["cfg"]["task"]
         for key in ("objective", "beta_schedule", "timesteps", "zero_terminal_snr"):
             if self.cfg[key] != trained[key]:

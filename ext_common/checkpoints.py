@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from ext_common.cli import UserError
+from ext_common.packed import Pack, is_pack
 
 OUR_PLUGINS = ("fairseq_ext", "diffusion_ext")
 
 
 def read_state(path: str | os.PathLike[str]) -> Any:
-    """What `torch.save` wrote, as plain dicts and tensors on the CPU.
+    """What `torch.save` wrote, or `ext_common.pack` of it, as plain dicts and tensors on the CPU.
 
     Nothing the file holds is run (weights_only). Tensors are mapped from the file: those that nobody looks
     at, such as the optimizer's, are not read. UserError where it is missing or damaged.
     """
+    if is_pack(path):
+        return Pack(path).state()
     import torch
 
     from ext_common.compat.files import allow_namespace, is_archive, why_unreadable

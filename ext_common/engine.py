@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Optional
 
 from fairseq import checkpoint_utils, scoring, trainer
+from fairseq.distributed import utils as distributed_utils
 from omegaconf import open_dict
 
 from ext_common import compat, screen, threads
@@ -102,12 +103,20 @@ def _ask_before_resuming() -> None:
     """
     resume.note_what_is_resumed()
     after(checkpoint_utils, "load_checkpoint_to_cpu", _ask_the_task, ("torch.load(f,",))
+    after(distributed_utils, "broadcast_object", _ask_the_others, ("_split_tensors_from_obj",))
 
 
 def _ask_the_task(state: dict, *_args: Any, **_kwargs: Any) -> None:
     now = resume.resuming()
     if now and hasattr(now.trainer.task, "check_resume"):
         now.trainer.task.check_resume(state, now.same_run)
+
+
+def _ask_the_others(state: Any, *_args: Any, **_kwargs: Any) -> None:
+    """The processes that are sent what the first one has read: what a task takes over, it takes in all."""
+    now = resume.resuming()
+    if now and now.trainer.data_parallel_rank > 0 and "task_state" in state:
+        _ask_the_task(state)
 
 
 def _tell_of_a_new_curve() -> None:

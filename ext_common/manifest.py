@@ -35,6 +35,10 @@ _DISTRIBUTIONS = (
     "sacrebleu",
     "ctranslate2",
     "transformers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "safetensors",
 )
 
 

@@ -65,6 +65,21 @@ def training_side(side: str, size: Size) -> Side:
     return lambda: sum(step() for _ in range(size.steps))
 
 
+def embedding_checkpoint() -> dict:
+    """What a checkpoint of our default network with random weights holds, for inference."""
+    network = our_network(NetworkOptions()).eval()
+    names = [f"id{n:05d}" for n in range(SPEAKERS)]
+    return {
+        "cfg": {
+            "task": {"_name": "speaker_id"},
+            "model": {"_name": "conformer_speaker"},
+            "criterion": {"_name": "am_softmax"},
+        },
+        "model": {f"network.{name}": value for name, value in network.state_dict().items()},
+        "task_state": {"speakers": names, "spec": FeatureSpec().to_dict()},
+    }
+
+
 def write_utterances(folder: Path, number: int) -> None:
     """The same utterances twice: folder/files/*.pt, float32 (T, 40), and folder/store."""
     files, store = folder / "files", folder / "store"

@@ -9,6 +9,7 @@ from typing import Any
 from ext_common.checkpoints import name_of, read_state
 from ext_common.cli import UserError
 from ext_common.manifest import known_sha256
+from ext_common.packed import is_pack
 from ext_common.page import Model
 
 # Of a training's folder the first of these is shown.
@@ -19,13 +20,13 @@ DEEPEST = 4  # folders below the one that is given
 def find(places: Iterable[str | os.PathLike[str]]) -> tuple[list[Model], list[str]]:
     """(models, sentences about what could not be used); UserError for a place that is not there.
 
-    A file is taken as it is; of a folder, and of each below it, one checkpoint of a training.
+    A file is taken as it is; of a folder, and of each below it, one checkpoint of a training, and packs.
     """
     models, left_out = [], []
     for place in map(Path, places):
         if not place.exists():
             raise UserError(f"{place} does not exist: give a checkpoint or a folder with some")
-        for path in [place] if place.is_file() else checkpoints_below(place):
+        for path in [place] if place.is_file() else models_below(place):
             try:
                 models.append(model_of(path))
             except UserError as error:
@@ -36,8 +37,8 @@ def find(places: Iterable[str | os.PathLike[str]]) -> tuple[list[Model], list[st
     return list(unique.values()), left_out
 
 
-def checkpoints_below(folder: Path) -> list[Path]:
-    """One checkpoint of each folder in which a training saved, in the order of their names."""
+def models_below(folder: Path) -> list[Path]:
+    """One checkpoint of each folder in which a training saved, and every pack."""
     found = []
     for where, folders, files in os.walk(folder):
         depth = len(Path(where).relative_to(folder).parts)
@@ -45,6 +46,8 @@ def checkpoints_below(folder: Path) -> list[Path]:
         names = sorted(name for name in files if name.endswith(".pt"))
         if chosen := next((name for name in FIRST if name in names), None):
             found.append(Path(where, chosen))
+        packs = (Path(where, name) for name in sorted(files) if name.endswith(".zip"))
+        found += [path for path in packs if is_pack(path)]
     return found
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import regex
 
 from ext_common.cli import OptionError
-from ext_common.random import generator
+from ext_common.random import STREAM, uniforms
 from ext_common.registry import Registry
 from fairseq_ext.translation.decode.options import DecodeOptions, SampleOptions
 from fairseq_ext.translation.text.normalise import unit
@@ -33,12 +33,13 @@ _CHARACTERS = regex.compile(r"[\p{Latin}\p{M}\d]+|\S")
 class Mode:
     """Name and options, as they stand in a manifest, and what they mean to a decoder.
 
-    uses_draws: whether the output depends on the seed of the line.
+    uses_draws: whether the output depends on the seed of the line; stream: of `ext_common.random.uniforms`.
     """
 
     name: str
     options: dict[str, Any]
     uses_draws = True
+    stream: str | None = STREAM
 
     def search(self, nbest: int = 1, **more: Any) -> DecodeOptions:
         """Options of the decoder; more: fields of :class:`DecodeOptions` on lengths and batches."""
@@ -106,7 +107,7 @@ class _Drawn(Mode):
             raise OptionError(str(error)) from None
 
     def search(self, nbest: int = 1, **more: Any) -> SampleOptions:
-        return SampleOptions(nbest=nbest, **self.how, **more)
+        return SampleOptions(nbest=nbest, stream=self.stream, **self.how, **more)
 
 
 @MODES.register("sampling", options=SamplingOptions)
@@ -161,7 +162,8 @@ class NoisedBeam(Beam):
         words = _CHARACTERS.findall(text) if characters else text.split()
         # a filler that the model wrote itself is no filler
         words = [word for word in words if word != FILLER]
-        noised = add_noise(words, generator(seed), *self.noise)
+        draws = uniforms([seed], 3 * len(words), self.stream).reshape(3, -1)
+        noised = add_noise(words, draws, *self.noise)
         if not characters:
             return " ".join(noised)
         return "".join(f" {FILLER} " if w == FILLER else w for w in noised).strip()
@@ -176,14 +178,13 @@ def make_mode(name: str, options: Any = None) -> Mode:
 
 
 def add_noise(
-    words: list[str], rng: np.random.Generator, drop: float, fill: float, shuffle: int
+    words: list[str], draws: np.ndarray, drop: float, fill: float, shuffle: int
 ) -> list[str]:
     """Words, some left out, some turned into FILLER, none moved by more than `shuffle` places.
 
-    At least one word is kept. A word moves where its place plus a number from [0, shuffle + 1) puts it
-    (Lample et al. 2018, section 2.3), counted among the words that were kept.
+    draws: (3, words) in [0, 1). At least one word is kept. A word moves where its place plus a number from
+    [0, shuffle + 1) puts it (Lample et al. 2018, section 2.3), counted among the words that were kept.
     """
-    draws = rng.random((3, len(words)))
     kept = [n for n in range(len(words)) if draws[0, n] >= drop]
     if words and not kept:
         kept = [int(draws[0].argmax())]

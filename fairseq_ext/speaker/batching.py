@@ -1,14 +1,17 @@
 """Utterances side by side: which share a batch, and how shorter ones are padded."""
 
-from typing import List, Optional, Tuple
+from typing import TYPE_CHECKING, List, Optional, Tuple
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def pad(features: List[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+def pad(features: List["Tensor"]) -> Tuple["Tensor", Optional["Tensor"]]:
     """[(T_i, F)] → (B, max T, F) filled with zeros, and the padding mask (B, max T) or None."""
+    import torch
+
     lengths = torch.tensor([len(f) for f in features])
     if bool((lengths == lengths[0]).all()):
         return torch.stack(list(features)), None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Blocks bound the memory of a long recording: 3000 frames are 30 s, about 10 MB of spectrum.
 BLOCK_FRAMES = 3000
 DECODE_SAMPLES = 1 << 20
+RESAMPLE_VALUES = 1 << 21
 # Silence, relative to the loudest 25 ms: 1 % of its RMS.
 SILENCE_DB = -40.0
 
@@ -92,6 +93,10 @@ class FeatureSpec:
     def seconds_per_frame(self) -> float:
         return self.hop_length / self.sample_rate
 
+    def features(self, samples: ArrayLike) -> np.ndarray:
+        """What a network takes of float (n,) samples: log-mel features, see `log_mel`."""
+        return log_mel(samples, self)
+
 
 def audio_features(
     path: str | os.PathLike[str],
@@ -108,7 +113,7 @@ def audio_features(
         raise AudioError(
             "silent", f"{path}: all samples are {samples[0]:g}: give a recording of speech"
         )
-    return log_mel(samples, spec)
+    return spec.features(samples)
 
 
 def load_audio(
@@ -217,20 +222,35 @@ class Recording:
 def resample(
     samples: np.ndarray, rate: int, target: int, path: str | os.PathLike[str] = "audio"
 ) -> np.ndarray:
-    """float32 (n,) at `rate` -> float32 (ceil(n * target / rate),), band-limited (torchaudio's
-    default).
+    """float32 (n,) at `rate` -> float32 (ceil(n * target / rate),), band-limited.
+
+    torchaudio's default filter: a sinc under a Hann window of 6 zeros a side, rolled off at 0.99 of the lower
+    rate. Computed here because torch is not to be needed for reading audio.
     """
     if rate == target:
         return samples
     common = math.gcd(rate, target)
     if (rate // common) * (target // common) > 20_000_000:
         raise AudioError("corrupt", f"{path}: {rate} Hz cannot be resampled to {target} Hz")
-    import torch
-    import torchaudio
+    down, up = rate // common, target // common
+    filters, reach = resampling_filters(down, up)
+    wanted = -(-len(samples) * up // down)
+    padded = np.pad(samples, (reach, reach + down))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, filters.shape[1])[::down]
+    size = max(1, RESAMPLE_VALUES // filters.shape[1])
+    pieces = [windows[i : i + size] @ filters.T for i in range(0, -(-wanted // up), size)]
+    return np.concatenate(pieces).reshape(-1)[:wanted]
 
-    with torch.inference_mode():
-        resampled = torchaudio.functional.resample(torch.from_numpy(samples), rate, target)
-        return np.asarray(resampled.numpy())
+
+@functools.lru_cache(maxsize=4)
+def resampling_filters(down: int, up: int) -> tuple[np.ndarray, int]:
+    """float32 (up, width): a filter for each output of a period of `down` samples; samples before it."""
+    zeros, cutoff = 6, 0.99 * min(down, up)
+    reach = math.ceil(zeros * down / cutoff)
+    places = np.arange(-reach, reach + down) / down - np.arange(up)[:, None] / up
+    places = np.clip(cutoff * places, -zeros, zeros)
+    window = np.cos(np.pi * places / zeros / 2) ** 2
+    return (np.sinc(places) * window * cutoff / down).astype(np.float32), reach
 
 
 def log_mel(waveform: ArrayLike, spec: FeatureSpec) -> np.ndarray:

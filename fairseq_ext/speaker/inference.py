@@ -8,6 +8,8 @@ Prediction changes nothing in the model, and what comes out for an utterance doe
 is predicted with it. torch is imported when first used, fairseq for networks of other archs and plugins only.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ import numpy as np
 
 from ext_common.checkpoints import build_network, read_state, usable_device, why_unfit
 from ext_common.cli import UserError
+from fairseq_ext.speaker.batching import batches_by_frames, pad
+from fairseq_ext.speaker.export.exported import ExportedNetwork, exported_in
 from fairseq_ext.speaker.features import FeatureSpec, audio_features
 
 # Padded frames in one batch, as the task's max_valid_frames.
@@ -64,10 +68,16 @@ class SpeakerModel:
     def from_checkpoint(
         cls, path: str | os.PathLike, device: str = "cpu", user_dir: str | None = None
     ) -> "SpeakerModel":
-        """The model in a checkpoint of fairseq-train; UserError, in one sentence, where it fails.
+        """The model in a checkpoint of fairseq-train or a file of `speaker.export`.
 
-        user_dir: folder of the plugin with its parts, in place of the one it was trained with.
+        user_dir: folder of the plugin with its parts, in place of the one it was trained with. UserError, in
+        one sentence, where it fails.
         """
+        exported = exported_in(path)
+        if exported is not None:
+            if device not in ("auto", "cpu"):
+                raise UserError(f"{path} runs on the CPU: leave --device out, or give a checkpoint")
+            return ExportedModel(exported)
         state = read_checkpoint(path)
         task_state = state["task_state"]
         try:
@@ -84,6 +94,15 @@ class SpeakerModel:
         """What scores are: "cosine" or "log-probability"."""
         head = getattr(getattr(self.network, "network", self.network), "head", None)
         return "cosine" if getattr(head, "kind", None) == "cosine" else "log-probability"
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of weights and feature specification: what embeddings may be compared by."""
+        digest = hashlib.sha256(json.dumps(self.spec.to_dict(), sort_keys=True).encode())
+        for name, value in sorted(self.network.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def scores(self, utterances, batch_size: int | None = None, max_frames: int = MAX_FRAMES):
         """float32 (N, number of speakers): cosines in [-1, 1] or log-probabilities."""
@@ -125,29 +144,32 @@ class SpeakerModel:
         for position, utterance in enumerate(utterances):
             features = self._features(utterance)
             window.append((position, features))
-            frames += len(features)
+            frames += self._frames(features)
             if frames >= WINDOW * max_frames:
                 yield from self._predict_window(window, batch_size, max_frames)
                 window, frames = [], 0
         yield from self._predict_window(window, batch_size, max_frames)
 
     def _predict_window(self, window, batch_size, max_frames):
+        sizes = np.array([self._frames(features) for _, features in window], dtype=np.int64)
+        for batch in batches_by_frames(sizes, max_frames, batch_size):
+            yield [window[i][0] for i in batch], self._run([window[i][1] for i in batch])
+
+    def _run(self, batch: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """Embeddings (B, D) and scores (B, C), float32, of utterances side by side."""
         import torch
 
-        from fairseq_ext.speaker.batching import batches_by_frames, pad
+        source, padding_mask = pad([torch.from_numpy(features) for features in batch])
+        with torch.inference_mode():
+            mask = None if padding_mask is None else padding_mask.to(self.device)
+            out = self.network(source.to(self.device), mask)
+            scores = out["logits"].float()
+            if self.score_kind == "log-probability":
+                scores = scores.log_softmax(1)
+        return {"embedding": out["embedding"].float().cpu().numpy(), "scores": scores.cpu().numpy()}
 
-        sizes = np.array([len(features) for _, features in window], dtype=np.int64)
-        for batch in batches_by_frames(sizes, max_frames, batch_size):
-            source, padding_mask = pad([torch.from_numpy(window[i][1]) for i in batch])
-            with torch.inference_mode():
-                mask = None if padding_mask is None else padding_mask.to(self.device)
-                out = self.network(source.to(self.device), mask)
-                scores = out["logits"].float()
-                if self.score_kind == "log-probability":
-                    scores = scores.log_softmax(1)
-            found = {"embedding": out["embedding"].float().cpu().numpy()}
-            found["scores"] = scores.cpu().numpy()
-            yield [window[i][0] for i in batch], found
+    def _frames(self, features: np.ndarray) -> int:
+        return len(features)
 
     def _features(self, utterance) -> np.ndarray:
         if isinstance(utterance, str | os.PathLike):
@@ -166,6 +188,36 @@ class SpeakerModel:
         if not rows:
             return np.zeros((0, width or 0), dtype=np.float32)
         return np.stack([rows[position] for position in range(len(rows))])
+
+
+class ExportedModel(SpeakerModel):
+    """The model in a file of `speaker.export`; torch is not needed.
+
+    Where the file makes the features itself, an utterance is a path or samples (n,) at `spec.sample_rate`.
+    """
+
+    def __init__(self, network: ExportedNetwork):
+        self.network, self.spec, self.device = network, network.spec, "cpu"
+        self.speakers = list(network.description.speakers)
+
+    @property
+    def score_kind(self) -> str:
+        return self.network.description.score_kind
+
+    @property
+    def sha256(self) -> str:
+        return self.network.description.model_sha256
+
+    def _run(self, batch: list[np.ndarray]) -> dict[str, np.ndarray]:
+        return self.network(batch)
+
+    def _frames(self, features: np.ndarray) -> int:
+        return self.network.frames(features)
+
+    def _features(self, utterance) -> np.ndarray:
+        if isinstance(utterance, str | os.PathLike) or not self.network.inside:
+            return super()._features(utterance)
+        return self.network.samples(np.array(utterance, dtype=np.float32))
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Reverse models behind their interface: what becomes of a line, whose draws are its own."""
 
+import numpy as np
 import pytest
 import torch
 
 from ext_common import manifest
 from ext_common.cli import UserError
 from ext_common.manifest import sha256_file
-from ext_common.random import line_seed
+from ext_common.random import STREAM, line_seed
 from fairseq_ext.backtranslation import back_translate
 from fairseq_ext.backtranslation.models.backends import (
     BACKENDS,
@@ -17,7 +18,7 @@ from fairseq_ext.backtranslation.models.backends import (
     kind_of,
     open_model,
 )
-from fairseq_ext.backtranslation.modes import FILLER, make_mode
+from fairseq_ext.backtranslation.modes import FILLER, add_noise, make_mode
 from fairseq_ext.translation.decode.checkpoint import Vocabulary
 from fairseq_ext.translation.decode.options import Candidate
 from fairseq_ext.translation.decode.translator import Translator
@@ -99,6 +100,18 @@ def test_noise_is_of_the_line():
     found = [best.text for (best,) in translate(says(), lines, "noised-beam")]
     again = [best.text for (best,) in translate(says(), lines[:2], "noised-beam", [4, 2])]
     assert again == [found[3], found[1]] and len(set(found)) > 1
+
+
+def test_noise_is_of_the_stream_that_a_mode_has():
+    """None: the numbers that NumPy's Philox gave a line before."""
+    mode = make_mode("noised-beam")
+    old = np.random.Generator(np.random.Philox(key=9)).random((3, 40))
+    words = [f"w{k}" for k in range(40)]
+    drop, fill, shuffle = mode.noise
+    new, mode.stream = mode.finish(" ".join(words), 9, "en"), None
+    found = mode.finish(" ".join(words), 9, "en")
+    assert found.split() == add_noise(words, old, drop, fill, shuffle) != new.split()
+    assert make_mode("topk").search().stream == STREAM
 
 
 # --- a real model -----------------------------------------------------------------------------------

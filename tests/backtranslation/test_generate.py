@@ -90,6 +90,32 @@ def check_complete(dest, data, nbest=1):
     return json.loads((dest / "manifest.json").read_text("utf-8"))
 
 
+def test_what_was_begun_before_streams_had_a_name_goes_on_with_its_own(
+    mono, tmp_path, plugin, monkeypatch
+):
+    """The rest of its lines is drawn as those before; a new folder is not begun so."""
+    streams, translate = [], plugin.StubModel.translate
+
+    def watched(model, encoded, numbers, mode, *rest):
+        streams.append(mode.stream)
+        if len(streams) == 2:
+            raise KeyboardInterrupt
+        return translate(model, encoded, numbers, mode, *rest)
+
+    monkeypatch.setattr(plugin.StubModel, "translate", watched)
+    dest = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        generate(str(mono), dest, options(mode="topk"))
+    path = dest / ".work" / "plan.json"
+    work = json.loads(path.read_text("utf-8"))
+    assert work["plan"].pop("stream") == "philox4x32-10"
+    path.write_text(json.dumps(work), "utf-8")
+    _, manifest = generate(str(mono), dest, options(mode="topk"))
+    assert "stream" not in manifest["plan"]
+    assert streams[:2] == ["philox4x32-10"] * 2 and set(streams[2:]) == {None}
+    assert generate(str(mono), dest, options(mode="topk"))[0] is False
+
+
 def test_what_is_written(mono, tmp_path):
     dest = tmp_path / "deep" / "out"
     fresh, manifest = generate(str(mono), dest, options(round=3, mode="topk"))

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ext_common.cli import OptionError
+from ext_common.random import uniforms
 from ext_common.registry import UnknownName
 from fairseq_ext.backtranslation.modes import FILLER, MODES, add_noise, make_mode
 from fairseq_ext.translation.decode.options import DecodeOptions, SampleOptions
@@ -71,7 +72,7 @@ def test_drawn_modes_leave_text_as_it_is():
 )
 def test_words_are_dropped_filled_and_moved_no_further(count, drop, fill, shuffle, seed):
     words = WORDS[:count]
-    noised = add_noise(words, np.random.default_rng(seed), drop, fill, shuffle)
+    noised = add_noise(words, uniforms([seed], 3 * count).reshape(3, -1), drop, fill, shuffle)
     assert 1 <= len(noised) <= count
     kept = [w for w in noised if w != FILLER]
     assert len(set(kept)) == len(kept) and set(kept) <= set(words)
@@ -87,19 +88,19 @@ def test_words_are_dropped_filled_and_moved_no_further(count, drop, fill, shuffl
 
 def test_probabilities_are_those_asked_for():
     words = [f"w{n}" for n in range(20_000)]
-    rng = np.random.default_rng(3)
-    noised = add_noise(words, rng, 0.1, 0.1, 3)
+    draws = np.random.default_rng(3).random((3, len(words)))
+    noised = add_noise(words, draws, 0.1, 0.1, 3)
     # four standard deviations of a binomial
     assert abs(len(noised) - 18_000) < 4 * (20_000 * 0.09) ** 0.5
     assert abs(noised.count(FILLER) - 1_800) < 4 * (18_000 * 0.09) ** 0.5
-    still = add_noise(words, np.random.default_rng(3), 0, 0, 3)
+    still = add_noise(words, draws, 0, 0, 3)
     moved = [abs(int(w[1:]) - n) for n, w in enumerate(still)]
     assert max(moved) == 3 and 0.5 < np.mean(np.array(moved) > 0) < 0.9
 
 
 def test_no_noise_is_no_change():
-    assert add_noise(WORDS, np.random.default_rng(1), 0, 0, 0) == WORDS
-    assert add_noise([], np.random.default_rng(1), 0.5, 0.5, 3) == []
+    assert add_noise(WORDS, np.full((3, len(WORDS)), 0.5), 0, 0, 0) == WORDS
+    assert add_noise([], np.zeros((3, 0)), 0.5, 0.5, 3) == []
 
 
 @given(st.text(max_size=60), st.integers(0, 2**64 - 1))

@@ -24,6 +24,8 @@ from diffusion_ext.randomness import ImageNoise
 from diffusion_ext.samplers import SAMPLERS, dpmpp_2m, trajectory
 from ext_common.checkpoints import build_network, untouched_logging
 from ext_common.cli import UserError
+from ext_common.pack import PackOptions, pack
+from ext_common.packed import CARD, Pack
 
 STEPS = 3
 
@@ -381,3 +383,12 @@ def test_a_sampler_of_ones_own(tiny_checkpoint, tmp_path, fresh_samplers):
     there = DiffusionModel.from_checkpoint(tiny_checkpoint, "cpu", user_dir=folder)
     assert "gray_of_a_plugin" in SAMPLERS.names()
     assert (there.sample(2, sampler="gray_of_a_plugin", steps=1) == 128).all()
+
+
+def test_a_pack_draws_what_its_checkpoint_draws(model, tiny_checkpoint, tmp_path):
+    path = tmp_path / "digits.zip"
+    pack(str(tiny_checkpoint), str(path), PackOptions())
+    theirs = DiffusionModel.from_checkpoint(path, "cpu")
+    ours = model.sample(2, steps=STEPS, seed=3)
+    np.testing.assert_array_equal(theirs.sample(2, steps=STEPS, seed=3), ours)
+    assert "16 × 16 pixels" in Pack(path).read(CARD).decode()

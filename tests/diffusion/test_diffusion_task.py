@@ -21,8 +21,12 @@ from fairseq.distributed import ModuleProxyWrapper
 from diffusion_ext.ema import decay
 from diffusion_ext.pictures import grid
 from diffusion_ext.preview import draw_images
+from diffusion_ext.randomness import training_draws, validation_draws
 from diffusion_ext.store import Images
+from ext_common import engine
 from ext_common.cli import UserError
+from ext_common.compat import resume
+from ext_common.random import STREAM
 
 COLORS = {"color_jitter": [0.5, 0.5, 0.5, 0.1]}
 
@@ -547,6 +551,40 @@ def test_other_images_are_told_and_trained_on(build, small_images, tmp_path, cap
     next(other.rglob("*.png")).unlink()
     build.task({"data": str(other)}).check_resume(state, same_run=True)
     assert "holds other images than the checkpoint was trained on" in caplog.text
+
+
+def test_an_old_checkpoint_goes_on_with_its_stream(build):
+    """It says none; what takes over its weights alone draws as all new ones."""
+    made = build({"seed": 3})
+    state, batch = saved(made), {"id": torch.tensor([5]), "label": torch.tensor([-1])}
+    assert state["task_state"].pop("stream") == STREAM
+    batch["image"] = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    made.task.check_resume(state, same_run=False)
+    assert made.task.stream == STREAM
+    made.task.check_resume(state, same_run=True)
+    for training in (True, False):
+        found = made.criterion.train(training).batch(batch)
+        if training:
+            t, noise, _ = training_draws(3, 0, [5], (3, 8, 8), 100, 1, stream=None)
+        else:
+            t, noise = validation_draws([5], (3, 8, 8), 100, stream=None)
+        assert torch.equal(found["noise"], noise) and torch.equal(found["t"], t)
+    assert made.task.state_dict()["stream"] is None
+    again = build.task({})
+    again.load_state_dict(state["task_state"])
+    assert again.stream is None
+
+
+def test_what_a_task_takes_over_it_takes_over_in_every_process(build, monkeypatch):
+    """The first one reads the file and sends what it read; it is asked once."""
+    made = build()
+    state, asked = saved(made), []
+    made.task.check_resume = lambda state, same_run: asked.append(same_run)
+    for rank in (0, 1):
+        trainer = SimpleNamespace(data_parallel_rank=rank, task=made.task)
+        monkeypatch.setattr(resume, "_resuming", [resume.Resuming(trainer, True)])
+        engine._ask_the_others(state)
+        assert asked == [True] * rank
 
 
 def test_a_checkpoint_of_another_task_is_left_to_its_weights(build):

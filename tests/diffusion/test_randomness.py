@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from diffusion_ext.denoiser import Denoiser
 from diffusion_ext.objectives import OBJECTIVES
 from diffusion_ext.randomness import (
+    BEFORE,
     ImageNoise,
+    coin,
     generator,
     stream_seed,
     training_draws,
@@ -30,7 +32,7 @@ def global_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# --- seeds ----------------------------------------------------------------------------------------
+# --- streams of before ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -85,6 +87,26 @@ def test_a_generator_is_its_seed():
     assert source.initial_seed() == stream_seed("training", 1, 2, 3)
     again = torch.Generator().manual_seed(stream_seed("training", 1, 2, 3))
     assert torch.equal(torch.randn(9, generator=source), torch.randn(9, generator=again))
+
+
+def test_old_checkpoints_go_on_with_a_generator_for_each_image():
+    """By torch's generators alone, as the versions that wrote them drew."""
+    t, noise, uniforms = training_draws(1, 7, [3, 9], SHAPE, 1000, 2, stream=BEFORE)
+    for row, number in enumerate((3, 9)):
+        source = torch.Generator().manual_seed(stream_seed("training", 1, 7, number))
+        drawn = torch.rand(3, generator=source)
+        assert t[row] == int(drawn[0].double() * 1000) and torch.equal(uniforms[row], drawn[1:])
+        assert torch.equal(noise[row], torch.randn(SHAPE, generator=source))
+    source = torch.Generator().manual_seed(stream_seed("validation", 3))
+    expected = torch.randn(SHAPE, generator=source)
+    assert torch.equal(validation_draws([3], SHAPE, 9, stream=BEFORE)[1][0], expected)
+    tosses = [coin(1, update, BEFORE) for update in range(40)]
+    sources = [torch.Generator().manual_seed(stream_seed("self", 1, k)) for k in range(40)]
+    assert tosses == [bool(torch.rand((), generator=source) < 0.5) for source in sources]
+    image = ImageNoise(5, [9], SHAPE, stream=BEFORE)
+    source = torch.Generator().manual_seed(stream_seed("sampling", 5, 9))
+    for drawn in (image.start, image(0), image(1)):
+        assert torch.equal(drawn[0], torch.randn(SHAPE, generator=source))
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -176,9 +198,9 @@ def test_image_noise_is_a_stream_for_each_image():
     noise = ImageNoise(5, [3, 9], SHAPE)
     rows = [noise.start] + [noise(i) for i in range(3)]
     for row, number in enumerate((3, 9)):
-        source = generator("cpu", "sampling", 5, number)
-        for drawn in rows:
-            assert torch.equal(drawn[row], torch.randn(SHAPE, generator=source))
+        alone = ImageNoise(5, [number], SHAPE)
+        for drawn, again in zip(rows, [alone.start, *map(alone, range(3))], strict=True):
+            assert torch.equal(drawn[row], again[0])
     assert not torch.isclose(rows[0], rows[1]).any()
 
 

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ext_common.cli import UserError
+from ext_common.pack import PackOptions, pack
+from ext_common.packed import Pack
 from fairseq_ext.translation.decode.checkpoint import Vocabulary, read_state, split_paths
 from fairseq_ext.translation.decode.options import (
     Candidate,
@@ -22,7 +24,7 @@ from fairseq_ext.translation.decode.options import (
     make_batches,
 )
 from fairseq_ext.translation.decode.translator import Translator
-from fairseq_ext.translation.text.spm import EOS
+from fairseq_ext.translation.text.spm import EOS, Codec
 
 confident = runpy.run_path(str(Path(__file__).with_name("confident.py")))["confident"]
 NASTY = [
@@ -613,3 +615,15 @@ def test_first_pieces_come_as_often_as_the_model_says(translator, toy_lines):
     observed = [*counts[often].tolist(), int(counts[~often].sum())]
     expected = [*wanted[often].tolist(), float(wanted[~often].sum())]
     assert often.sum() > 3 and chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_a_pack_translates_as_its_checkpoint(translator, checkpoint, toy_lines, tmp_path):
+    path = tmp_path / "toy.zip"
+    pack(str(checkpoint), str(path), PackOptions())
+    theirs = Translator.from_checkpoint(path)
+    options = DecodeOptions(nbest=2)
+    ours = list(translator.translate(toy_lines[:8], options))
+    assert list(theirs.translate(toy_lines[:8], options)) == ours
+    source = translator.vocabulary.source
+    packed = Codec(Pack(path).read("spm.en.model"), source.extra_symbols)
+    assert packed.encode("I like red") == source.encode("I like red")

@@ -173,7 +173,7 @@ def assemble(data, synths, dest, options: AssembleOptions | None = None) -> dict
             )
     print(table(report))
     source, target = report["languages"]
-    command = next_command(dest, report["joint"]).replace(
+    command = next_command(dest).replace(
         "--task translation_spm", f"--task translation_spm -s {source} -t {target}"
     )
     print(f"\nwritten to {dest}; next, for example:\n\n{command}")

@@ -185,6 +185,7 @@ def share(
     options: GenerateOptions,
 ) -> None:
     """Translate chunks until all are done, by whomever; then merge, or wait for who does."""
+    mode.stream = chunks.plan.get("stream")
     pieces = Claims(chunks.folder, owner, heart, claiming.PATIENCE)
     before = chunks.done_lines()
     if before < chunks.lines:
@@ -280,6 +281,7 @@ def make_plan(
         "mode": {"name": mode.name, **mode.options},
         "round": options.round,
         "seed": options.seed,
+        **({"stream": mode.stream} if mode.uses_draws else {}),
         "nbest": options.nbest,
         "guard": guard.sha256 if guard else None,
         "chunk_lines": options.chunk_lines,

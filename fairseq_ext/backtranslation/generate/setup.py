@@ -46,7 +46,8 @@ def enter(
     """The work in `dest`, set up where there is none; None where all is done.
 
     plan: what decides the bytes of `dest` beside those of `source`. Raises UserError where `dest` was
-    made, or is being made, by another plan, and where it holds other files.
+    made, or is being made, by another plan, and where it holds other files. What was begun before streams had
+    a name goes on with its own.
     """
     digest, work, waits = None, dest / WORK, pauses()
     while True:
@@ -58,7 +59,8 @@ def enter(
                 before = chunks.plan
         if before is not None:
             digest = digest or monolingual.content_hash(source)
-            check_same(dest, before, {"mono": digest, **plan})
+            now = {key: plan[key] for key in plan if key != "stream" or key in before}
+            check_same(dest, before, {"mono": digest, **now})
             if chunks is None:
                 clean(dest, owner, patience)
             return chunks

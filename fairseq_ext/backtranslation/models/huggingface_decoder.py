@@ -107,7 +107,7 @@ class HuggingFaceBackend:
     ) -> list[Candidate]:
         """For each source a target, drawn with its own seed from the whole vocabulary or a part."""
         # one more for </s>
-        u = torch.from_numpy(uniforms(seeds, limit + 1)).to(self.device)
+        u = torch.from_numpy(uniforms(seeds, limit + 1, options.stream)).to(self.device)
         choice = Choice(u, options.topk, options.topp, options.temperature)
         return self._choose(batch, options, limit, choice, 1.0)
 

@@ -74,7 +74,9 @@ class FairseqBackend:
         """For each source (ids, `</s>` at its end) a target, drawn with its own seed."""
         generator = self._generator(options, limit)
         # one more for </s>
-        generator.search.u = torch.from_numpy(uniforms(seeds, limit + 1)).to(self.device)
+        generator.search.u = torch.from_numpy(uniforms(seeds, limit + 1, options.stream)).to(
+            self.device
+        )
         return [_candidate(hypos[0], limit) for hypos in self._generate(generator, batch)]
 
     def _generate(self, generator: SequenceGenerator, batch) -> list[list[dict[str, Any]]]:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Optional, Protocol
 
+from ext_common.random import STREAM
+
 # Where the longest output depends on the length of the source, it does so in steps of so many pieces.
 _STEP = 8
 
@@ -90,6 +92,10 @@ class SampleOptions(DecodeOptions):
     )
     temperature: float = field(
         default=1.0, metadata={"help": "divides the logits: below 1 is nearer to greedy search"}
+    )
+    stream: Optional[str] = field(
+        default=STREAM,
+        metadata={"help": "of the draws; none: that of versions before it had a name"},
     )
 
     def __post_init__(self) -> None:

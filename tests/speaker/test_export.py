@@ -1,0 +1,228 @@
+"""A model as an ONNX file: it computes what the model does, without torch, or is not written."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from ext_common.cli import UsageError, UserError
+from fairseq_ext.speaker.corpus import Corpus
+from fairseq_ext.speaker.export import frontend, graph, parity
+from fairseq_ext.speaker.export.__main__ import ExportOptions, checked, export
+from fairseq_ext.speaker.export.exported import ExportedNetwork
+from fairseq_ext.speaker.features import FeatureSpec, log_mel, resample
+from fairseq_ext.speaker.inference import ExportedModel, SpeakerModel
+from tests.speaker.conftest import voice
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+SMALL = FeatureSpec(sample_rate=8000, n_fft=256, win_length=200, hop_length=80, f_min=20.0)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return SpeakerModel.from_checkpoint(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def once():
+    """torch's exporter takes seconds: what it makes of the tiny model, once for all tests."""
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("scorer_graph", "front_graph"):
+            original = getattr(graph, name)
+
+            def kept(*args, name=name, original=original):
+                if name not in made:
+                    made[name] = original(*args)
+                copy = onnx.ModelProto()
+                copy.CopyFrom(made[name])
+                return copy
+
+            patch.setattr(graph, name, kept)
+        patch.setattr(parity, "FRAMES", (1, 2, 15, 16, 101))
+        yield
+
+
+@pytest.fixture(scope="module")
+def written(once, tiny_checkpoint, tiny_data, tmp_path_factory):
+    """--features → the file."""
+    folder = tmp_path_factory.mktemp("exported")
+    for features in ("inside", "outside"):
+        options = ExportOptions(features=features, data=str(tiny_data))
+        export(tiny_checkpoint, folder / f"{features}.onnx", options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """Two voices, one at 16 and one at 8 kHz, of different lengths."""
+    folder = tmp_path_factory.mktemp("recordings")
+    soundfile.write(folder / "ben.wav", voice("ben", 0.9, 77), 16000)
+    soundfile.write(folder / "dora.wav", voice("dora", 2.0, 77)[::2], 8000)
+    return [str(folder / "ben.wav"), str(folder / "dora.wav")]
+
+
+@pytest.mark.parametrize("features", ["inside", "outside"])
+def test_a_file_embeds_and_scores_recordings_as_its_checkpoint(
+    model, written, recordings, features
+):
+    theirs = SpeakerModel.from_checkpoint(written / f"{features}.onnx")
+    assert (theirs.speakers, theirs.score_kind) == (model.speakers, model.score_kind)
+    assert theirs.spec.to_dict() == model.spec.to_dict()
+    assert theirs.sha256 == model.sha256
+    np.testing.assert_allclose(theirs.scores(recordings), model.scores(recordings), atol=1e-4)
+    np.testing.assert_allclose(theirs.embed(recordings), model.embed(recordings), atol=1e-4)
+
+
+def test_a_file_of_features_takes_prepared_data_in_any_company(model, written, tiny_data):
+    corpus = Corpus.open(tiny_data)
+    utterances = [corpus.read(row) for row in range(12)]
+    theirs = SpeakerModel.from_checkpoint(written / "outside.onnx")
+    expected = model.embed(utterances)
+    np.testing.assert_allclose(theirs.embed(utterances), expected, atol=1e-4)
+    np.testing.assert_allclose(theirs.embed(utterances, batch_size=1), expected, atol=1e-4)
+    with pytest.raises(UserError, match="--features outside"):
+        SpeakerModel.from_checkpoint(written / "inside.onnx").embed(utterances)
+
+
+def test_what_was_measured_stands_beside_the_file(written):
+    record = json.loads((written / "inside.onnx.manifest.json").read_text())
+    assert record["counts"]["difference"] <= 1e-4
+    accuracy = record["counts"]["accuracy"]
+    assert accuracy["utterances"] == 8 and accuracy["others"] == 0
+    assert accuracy["file"] == accuracy["model"]
+
+
+def test_identify_runs_where_torch_is_not_installed(
+    written, recordings, tiny_checkpoint, repo_root
+):
+    """The import of torch fails in the process, as where it is not there."""
+    program = (
+        "import sys; sys.modules.update(torch=None, torchaudio=None)\n"
+        "from fairseq_ext.speaker.identify import main\n"
+        "for path in sys.argv[3:]: print(main([*sys.argv[1:3], '--path', path]))"
+    )
+    files = [str(written / f"{features}.onnx") for features in ("inside", "outside")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *recordings, *files],
+        env={**os.environ, "PYTHONPATH": str(repo_root)},
+        capture_output=True,
+        text=True,
+    )
+    names = [r.speaker for r in SpeakerModel.from_checkpoint(tiny_checkpoint).identify(recordings)]
+    table = [["Id", "Category"], *zip(recordings, names, strict=True)]
+    expected = [list(row) for row in table] + [["0"]]
+    assert [line.split() for line in done.stdout.splitlines()] == 2 * expected, done.stderr
+
+
+def test_a_graph_that_computes_something_else_is_not_written(
+    once, tiny_checkpoint, tmp_path, monkeypatch
+):
+    original = graph.scorer_graph
+
+    def wrong(*args):
+        made = original(*args)
+        weights = next(w for w in made.graph.initializer if "embedding.weight" in w.name)
+        weights.CopyFrom(
+            onnx.numpy_helper.from_array(1.001 * onnx.numpy_helper.to_array(weights), weights.name)
+        )
+        return made
+
+    monkeypatch.setattr(graph, "scorer_graph", wrong)
+    with pytest.raises(UserError, match="differ from the model's by up to"):
+        export(tiny_checkpoint, tmp_path / "m.onnx", ExportOptions(features="outside"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_int8_is_of_matrices_only_and_held_to_its_accuracy(
+    once, model, tiny_data, tiny_checkpoint, monkeypatch
+):
+    with pytest.raises(ValueError, match="--data"):
+        ExportOptions(weights="int8")
+    options = ExportOptions(weights="int8", features="outside", data=str(tiny_data))
+    data, measured = checked(model, str(tiny_checkpoint), options)
+    types = [node.op_type for node in onnx.load_from_string(data).graph.node]
+    assert types.count("MatMulInteger") >= 8 and "ConvInteger" not in types
+    assert 1e-4 < measured["difference"] and 0.99 < measured["cosine"] < 1
+    theirs = ExportedModel(ExportedNetwork(data, "int8"))
+    assert theirs.sha256 != model.sha256
+    monkeypatch.setattr(parity, "LOSS", -0.01)
+    with pytest.raises(UserError, match="more than half a point"):
+        checked(model, str(tiny_checkpoint), options)
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", "foreign"])
+def test_another_file_is_refused_in_a_sentence(tmp_path, content):
+    path = tmp_path / "m.onnx"
+    if content == "foreign":
+        node = onnx.helper.make_node("Identity", ["x"], ["y"])
+        x, y = (onnx.helper.make_tensor_value_info(n, 1, [1]) for n in "xy")
+        opset = onnx.helper.make_opsetid("", 18)
+        made = onnx.helper.make_model(
+            onnx.helper.make_graph([node], "g", [x], [y]), opset_imports=[opset], ir_version=10
+        )
+        content = made.SerializeToString()
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="give a file that fairseq_ext.speaker.export wrote"):
+        SpeakerModel.from_checkpoint(path)
+
+
+def test_what_cannot_be_asked_of_a_file(written, tmp_path):
+    path = written / "outside.onnx"
+    with pytest.raises(UserError, match="runs on the CPU"):
+        SpeakerModel.from_checkpoint(path, device="cuda")
+    with pytest.raises(UserError, match="is an exported file"):
+        export(path, tmp_path / "m.onnx", ExportOptions())
+    with pytest.raises(UsageError, match=r"\*.onnx"):
+        export(path, tmp_path / "m.bin", ExportOptions())
+    with pytest.raises(UserError, match="does not exist"):
+        SpeakerModel.from_checkpoint(tmp_path / "none.onnx")
+
+
+# --- features without torch ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [FeatureSpec(), SMALL, FeatureSpec(n_mels=80, n_fft=512)])
+@pytest.mark.parametrize("samples", [1, 200, 1600, 7123])
+def test_features_by_numpy_and_by_convolution_are_those_of_training(spec, samples):
+    waveform = np.random.default_rng(samples).standard_normal(samples).astype(np.float32) / 10
+    expected = log_mel(waveform, spec)
+    np.testing.assert_allclose(frontend.log_mel(waveform, spec), expected, atol=1e-3)
+    # beside a longer one, and with something behind its end that must not count
+    batch = np.full((2, samples + 999), 7.0, dtype=np.float32)
+    batch[0, :samples] = waveform
+    with torch.inference_mode():
+        lengths = torch.tensor([samples, samples + 999])
+        found, frames = graph.FrontEnd(spec)(torch.from_numpy(batch), lengths)
+    assert frames.tolist() == [len(expected), 1 + (samples + 999) // spec.hop_length]
+    np.testing.assert_allclose(found[0, : frames[0]].numpy(), expected, atol=1e-3)
+
+
+def test_a_specification_that_sets_loudness_does_so_without_torch():
+    spec = FeatureSpec(loudness_db=-27.0, trim_silence=True)
+    waveform = np.concatenate([np.zeros(8000, np.float32), voice("anna", 0.5, 1)])
+    np.testing.assert_allclose(frontend.log_mel(waveform, spec), log_mel(waveform, spec), atol=1e-3)
+    samples = frontend.WaveformSpec.from_dict(spec.to_dict()).features(waveform)
+    plain = replace(spec, loudness_db=None, trim_silence=False)
+    np.testing.assert_array_equal(log_mel(samples, plain), log_mel(waveform, spec))
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000])
+def test_resampling_is_torchaudios_in_float64(rate):
+    """Its filters in float32 are up to 1e-4 away from that."""
+    import torchaudio
+
+    samples = np.random.default_rng(rate).standard_normal(rate // 3 + 7)
+    expected = torchaudio.functional.resample(torch.from_numpy(samples), rate, 16000).numpy()
+    found = resample(samples.astype(np.float32), rate, 16000)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=2e-6)
