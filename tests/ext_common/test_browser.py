@@ -1,6 +1,7 @@
 """The page in a real browser: Chromium with a microphone that plays a file."""
 
 import base64
+import contextlib
 import io
 import re
 import shutil
@@ -113,17 +114,21 @@ def test_what_is_not_painted_over_stays(page):
     page.get_by_role("button", name="Take the first that was drawn").click()
     canvas = page.locator("canvas").first
     canvas.wait_for(timeout=30_000)
-    time.sleep(2)
-    box = canvas.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move(x + 3, y + 3, steps=3)
-    page.mouse.up()
-    time.sleep(1)
-    page.get_by_role("button", name="Fill", exact=True).click()
-    page.locator("#filled img").wait_for(timeout=60_000)
-    filled = small(page.locator("#filled img").get_attribute("src"))
+    filled_image = page.locator("#filled img")
+    for _ in range(6):  # a stroke before the image is there is lost
+        time.sleep(4)
+        box = canvas.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(x - 20, y - 20)
+        page.mouse.down()
+        page.mouse.move(x + 20, y + 20, steps=5)
+        page.mouse.up()
+        time.sleep(2)
+        page.get_by_role("button", name="Fill", exact=True).click()
+        with contextlib.suppress(sync_api.TimeoutError):
+            filled_image.wait_for(timeout=8_000)
+            break
+    filled = small(filled_image.get_attribute("src"))
     page.get_by_role("button", name="Draw", exact=True).click()
     page.locator("#drawn img").wait_for(timeout=60_000)
     time.sleep(3)
