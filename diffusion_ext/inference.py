@@ -99,11 +99,13 @@ class DiffusionModel:
         return [k % len(self.classes) for k in numbers] if self.classes else None
 
     def class_index(self, name: str) -> int:
-        """Number of the class `name`; UserError for one that the model does not know."""
-        if name not in self.classes:
-            known = ", ".join(self.classes) or "none, it was trained without --class-labels"
-            raise UserError(f"--label {name} is no class of the model; known: {known}")
-        return self.classes.index(name)
+        """Number of the class `name`, or of that number where no name is it; UserError for any other."""
+        if name in self.classes:
+            return self.classes.index(name)
+        if name.isdecimal() and int(name) < len(self.classes):
+            return int(name)
+        known = ", ".join(self.classes) or "none, it was trained without --class-labels"
+        raise UserError(f"--label {name} is no class of the model; known: {known}")
 
     def check_classes(self, labelled: bool, guidance: float) -> None:
         """UserError where the model cannot draw without a class (not `labelled`), or with guidance."""

@@ -8,6 +8,7 @@ from fairseq.models import BaseFairseqModel, register_model
 from torch import nn
 
 from diffusion_ext.network import ARCH, AveragedUNet, NetworkOptions, check_options, options_of  # noqa: F401
+from diffusion_ext.unet import padded
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,8 @@ class DdpmUNet(AveragedUNet, BaseFairseqModel):
     @classmethod
     def build_model(cls, cfg, task):
         options = options_of(NetworkOptions, cfg)
-        heights = [task.spec["height"] >> level for level in range(len(options.channel_mults))]
+        height = padded(task.spec["height"], options)
+        heights = [height >> level for level in range(len(options.channel_mults))]
         attends = set(options.attention_resolutions) - {0}
         if attends and attends.isdisjoint(heights):
             logger.warning(

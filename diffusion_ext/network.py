@@ -116,10 +116,10 @@ def check_options(options: UNetOptions, cfg: Any, height: int, width: int) -> No
     if not cfg.ema_half_life or min(cfg.ema_half_life) < 0 or cfg.ema_ramp_up <= 0:
         raise UserError("--ema-half-life is at least 0 images, and --ema-ramp-up is above 0")
     n = divisor(options)
-    if height % n or width % n:
+    if min(height, width) <= n // 2:
         raise UserError(
-            f"images of {height} × {width} do not fit --channel-mults with {len(options.channel_mults)}"
-            f" resolutions: give --image-size in multiples of {n}, or fewer --channel-mults"
+            f"images of {height} × {width} are too small for --channel-mults with"
+            f" {len(options.channel_mults)} resolutions: give fewer"
         )
 
 

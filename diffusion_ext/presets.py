@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffusion_ext.prepare.arrays import is_array, read_array, rows_last
 from diffusion_ext.prepare.build import read_meta
-from diffusion_ext.prepare.images import FORMATS, list_images
+from diffusion_ext.prepare.images import ImageFiles, formats
 from ext_common.presets import Choice, Machine, TaskPresets, cosine, shared_batch
 
 SIDES = (16, 32, 64)
@@ -23,6 +24,7 @@ SIDES = (16, 32, 64)
 SAMPLED = 200
 CPU_MINUTES = 30
 GRAY = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L"}
+MUCH_PADDING = 1.3  # times the pixels of the images
 DEEPEST = 16  # pixels; a network that ends above would attend over too many of them in its middle
 
 
@@ -103,8 +105,15 @@ def read(data: str, asked: Mapping[str, Any]) -> Facts:
     if meta is not None:
         channels, height, width = meta["shape"]
         return Facts(height, width, channels, meta["images"], len(meta["classes"]), "prepared")
-    names = [source.name for source in list_images(folder)]
-    sides, gray = headers(folder, names)
+    if is_array(folder) and folder.is_file():
+        pixels, name, labels = read_array(folder)
+        rows = rows_last(pixels, name)
+        height, width = (given[0], given[-1]) if given else rows.shape[1:3]
+        classes = 0 if labels is None else len(set(labels.tolist()))
+        return Facts(height, width, 3 if rows.ndim == 4 else 1, len(rows), classes)
+    files = ImageFiles(folder)
+    names = files.names
+    sides, gray = headers(files)
     if given:
         height, width = given[0], given[-1]
     else:
@@ -115,14 +124,15 @@ def read(data: str, asked: Mapping[str, Any]) -> Facts:
     return Facts(height, width, 1 if gray else 3, len(names), classes)
 
 
-def headers(folder: Path, names: Sequence[str]) -> tuple[list[int], bool]:
+def headers(files: ImageFiles) -> tuple[list[int], bool]:
     """The shorter sides of at most SAMPLED of the images, pixels, and whether all of them are gray."""
+    names = files.names
     chosen = np.random.default_rng(0).permutation(len(names))[:SAMPLED]
     sides, modes = [], set()
     for number in chosen:
         with (
             contextlib.suppress(Exception),
-            Image.open(folder / names[number], formats=FORMATS) as image,
+            Image.open(files.file(names[number]), formats=formats()) as image,
         ):
             sides.append(min(image.size))
             modes.add(image.mode)
@@ -189,31 +199,40 @@ def sizes_for(facts: Facts, machine: Machine) -> Mapping[int, Size]:
     return LARGE if facts.count >= MANY else SIZES
 
 
+def levels_for(height: int, width: int, most: int) -> int:
+    """Resolutions of a network: the most that need no padding, else the most that need little, else all."""
+    for limit in (1.0, MUCH_PADDING):
+        for levels in range(most, 1, -1):
+            n = 2 ** (levels - 1)
+            area = math.prod(-(-side // n) * n for side in (height, width))
+            deep = levels == most or max(height, width) >> (levels - 1) <= DEEPEST
+            if deep and area <= limit * height * width:
+                return levels
+    return most
+
+
 def data_flags(facts: Facts) -> dict[str, str | None]:
     """What a folder of images is to be read as; a prepared one knows its size and colours."""
     flags: dict[str, str | None] = {}
     if facts.size != "prepared":
-        flags |= {"--image-size": str(facts.height), "--channels": str(facts.channels)}
+        size = [facts.height] + [facts.width] * (facts.height != facts.width)
+        flags |= {"--image-size": ",".join(map(str, size)), "--channels": str(facts.channels)}
     return flags | ({"--class-labels": None} if facts.classes else {})
 
 
 def fitted(
     facts: Facts, sizes: Mapping[int, Size], asked: Mapping[str, Any]
 ) -> tuple[Size, dict[str, str | None]]:
-    """The row of `sizes` for these images, and its network: multiples where a side halves so often.
+    """The row of `sizes` for these images, and its network, with as many multiples as a side halves.
 
+    Sides that do not halve so often are padded by the network, with fewer multiples where that would be much.
     It attends at the largest height there is up to the row's, with the --channel-mults asked for.
     """
     height, width = facts.height, facts.width
     size = next(row for limit, row in sizes.items() if max(height, width) <= limit)
-    mults = size.mults
-    levels = mults.split(",")
-    while any(side % 2 ** (len(levels) - 1) for side in (height, width)):
-        levels.pop()
-    if max(height, width) >> (len(levels) - 1) <= DEEPEST:
-        mults = ",".join(levels)
+    mults = ",".join(size.mults.split(",")[: levels_for(height, width, size.mults.count(",") + 1)])
     depth = len(asked.get("channel_mults") or mults.split(","))
-    heights = [height >> level for level in range(depth)]
+    heights = [-(-height >> (depth - 1)) << (depth - 1 - level) for level in range(depth)]
     wanted = {
         max((h for h in heights if h <= int(limit)), default=0) for limit in size.attends.split(",")
     }

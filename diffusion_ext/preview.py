@@ -1,15 +1,21 @@
 """A grid of samples from fixed noise, drawn while a model trains and without a trace in its training."""
 
 import logging
+import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from diffusion_ext.criterion import uses_bf16
 from diffusion_ext.inference import DiffusionModel
-from diffusion_ext.pictures import display_scale, grid, save_png
+from diffusion_ext.pictures import display_scale, save_picture, sheet
+from ext_common.cli import why_full
 
 logger = logging.getLogger(__name__)
+
+# Seconds of training after which a run that has drawn nothing yet draws its first grid.
+FIRST = 60.0
 
 
 class Preview:
@@ -17,40 +23,64 @@ class Preview:
 
     def __init__(self, task):
         self.task = task
+        self.began, self.drawn = time.monotonic(), False
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.task.cfg.save_dir) / "samples"
+
+    def is_due(self) -> bool:
+        """Whether the training goes on for a minute and nobody has seen a sample of it, of no earlier start
+        either."""
+        if self.drawn or time.monotonic() - self.began < FIRST:
+            return False
+        self.drawn = any(self.folder.glob("update_*.png"))
+        return not self.drawn
 
     def draw(self, model, update: int) -> None:
         """On the first process only; the others wait at their next exchange of gradients."""
-        cfg = self.task.cfg
+        cfg, self.drawn = self.task.cfg, True
         if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
             return
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()  # dropout off; all noise comes from generators of its own
         try:
-            images = draw_images(
-                model,
-                self.task,
-                list(range(cfg.sample_grid**2)),
-                min(cfg.sample_steps, cfg.timesteps),
-                device,
-            )
+            drawn = DiffusionModel(model, cfg, self.task.spec, device, stream=self.task.stream)
+            picture = preview_of(drawn, cfg, update, uses_bf16(cfg.autocast, device))
         finally:
             model.train(was_training)
-        path = Path(cfg.save_dir) / "samples" / f"update_{update:07}.png"
+        path = self.folder / f"update_{update:07}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(path, grid(images, cfg.sample_grid), display_scale(images.shape[2]))
+        try:
+            save_picture(path, picture)
+        except OSError as error:
+            # what was learnt is not lost for want of a picture
+            if why_full(error) is None:
+                raise
+            logger.warning(f"{path} cannot be written ({why_full(error)}): the training goes on")
+            return
         logger.info(f"samples at update {update}: {path}")
 
 
-def draw_images(model, task, numbers, steps, device):
-    """uint8 (B, C, H, W): the samples with these numbers, of all classes in turn."""
-    drawn = DiffusionModel(model, task.cfg, task.spec, device, stream=task.stream)
-    options = dict(
-        steps=steps,
+def preview_of(drawn: DiffusionModel, cfg, update: int, bf16: bool) -> Image.Image:
+    """At most --sample-grid² samples, of a model with classes a row a class."""
+    side, classes = cfg.sample_grid, drawn.classes
+    rows, columns, names, labels = side, side, [], None
+    if classes:
+        rows = min(len(classes), side**2)
+        columns = min(side, side**2 // rows)
+        # of more classes than there is room for, some from all over their list
+        chosen = [k * len(classes) // rows for k in range(rows)]
+        names = [classes[k] for k in chosen]
+        labels = [k for k in chosen for _ in range(columns)]
+    ((_, images),) = drawn.batches(
+        range(rows * columns),
+        steps=min(cfg.sample_steps, cfg.timesteps),
         seed=0,
-        batch_size=len(numbers),
-        labels=drawn.classes_in_turn(numbers),
-        bf16=uses_bf16(task.cfg.autocast, device),
+        batch_size=rows * columns,
+        labels=labels,
+        bf16=bf16,
     )
-    ((_, images),) = drawn.batches(numbers, **options)
-    return images
+    cells = [[*images[start : start + columns]] for start in range(0, len(images), columns)]
+    return sheet(cells, names, title=f"update {update:,}", scale=display_scale(images.shape[2]))

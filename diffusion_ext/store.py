@@ -10,9 +10,11 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from diffusion_ext.prepare.arrays import array_recipe, is_array
 from diffusion_ext.prepare.build import (
     NAME,
     Recipe,
@@ -23,7 +25,7 @@ from diffusion_ext.prepare.build import (
     printable,
     read_meta,
 )
-from diffusion_ext.prepare.images import Source, decode_image, list_images
+from diffusion_ext.prepare.images import ImageFiles, Source, decode_image, left_out_text
 from diffusion_ext.prepare.options import ImageOptions, asked_size, check_split
 from ext_common.cli import UserError
 from ext_common.folders import partial_folder
@@ -50,6 +52,7 @@ class Images:
     hashes: list
     content_hash: str
     skipped: list  # (name, reason) each
+    gray: int = 0  # of the images that are kept in colour, how many have none
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Images":
@@ -69,6 +72,7 @@ class Images:
                 hashes=meta["hashes"],
                 content_hash=meta["content_hash"],
                 skipped=[tuple(pair) for pair in meta["skipped"]],
+                gray=meta.get("gray", 0),
             )
             whole = pixels.shape == (meta["images"], *meta["shape"])
         except (KeyError, TypeError, ValueError):
@@ -79,6 +83,13 @@ class Images:
 
     def __len__(self):
         return len(self.pixels)
+
+    @property
+    def remark(self) -> str:
+        """What a user should know of the images, or empty."""
+        if not self.gray or self.gray < len(self):
+            return ""
+        return "all images are gray, kept in three equal channels: --channels 1 keeps and draws one"
 
     @property
     def channels(self) -> int:
@@ -134,7 +145,7 @@ def open_images(data, options) -> Images:
                 f"{data} is still being prepared, or its preparation was interrupted: run the same "
                 "prepare command again, it continues"
             )
-        recipe = folder_recipe(data, options)
+        recipe = recipe_of(data, options)
         store = store_folder(data, options, recipe)
         if fingerprint_of(store) != recipe.fingerprint:
             build(store, recipe, options.max_bad)
@@ -147,13 +158,23 @@ def open_images(data, options) -> Images:
     return images
 
 
+def recipe_of(data: str | os.PathLike[str], options: Any) -> Recipe:
+    """What to make of a folder or zip of images, or of an array; of the former nothing is decoded."""
+    if is_array(data) and Path(data).is_file():
+        return array_recipe(Path(data), options)
+    return folder_recipe(data, options)
+
+
 def folder_recipe(folder, options) -> Recipe:
-    """What to make of a folder of images; nothing is decoded."""
+    """What to make of a folder or zip of images; nothing is decoded."""
     folder = Path(folder)
-    sources = list_images(folder)
+    files = ImageFiles(folder)
+    sources = files.sources
+    left_out = left_out_text(files.left_out)
     if not sources:
         raise UserError(
-            f"{folder} holds no images (jpg, png, bmp, gif, webp, tif): give a folder of images"
+            f"{folder} holds no images (jpg, png, bmp, gif, webp, tif, …): give a folder of images"
+            + (f" ({left_out})" if left_out else "")
         )
     if len(sources) == 1:
         raise UserError(
@@ -175,10 +196,9 @@ def folder_recipe(folder, options) -> Recipe:
     classes = sorted(set(folders))
     index = {name: label for label, name in enumerate(classes)}
     (height, width), channels = size, options.channels or 3
-    paths = [os.path.join(folder, name) for name in names]
 
     def load(number):
-        return decode_image(paths[number], height, width, channels)
+        return decode_image(files.file(names[number]), height, width, channels)
 
     return Recipe(
         source=str(folder.resolve()),
@@ -190,6 +210,7 @@ def folder_recipe(folder, options) -> Recipe:
         channels=channels,
         load=load,
         state=listing_hash(sources),
+        left_out=left_out,
     )
 
 

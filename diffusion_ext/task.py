@@ -92,6 +92,7 @@ class DiffusionConfig(PresetOptions, ImageOptions, SplitOptions, FairseqDataclas
     update_freq: Any = II("optimization.update_freq")
     # not II(): a criterion without it is another task's, which is said in words
     autocast: str = "${oc.select:criterion.autocast,auto}"
+    loss_weighting: str = "${oc.select:criterion.loss_weighting,none}"
 
 
 @register_task("diffusion", dataclass=DiffusionConfig)
@@ -104,6 +105,8 @@ class DiffusionTask(OwnBatches, FairseqTask):
 
     presets = PRESETS
     progress_unit = "images"
+    data_may_be_file = True
+    being_measured = False
 
     def __init__(self, cfg: DiffusionConfig, from_checkpoint: bool = False):
         super().__init__(cfg)
@@ -125,6 +128,8 @@ class DiffusionTask(OwnBatches, FairseqTask):
             if not is_prepared(self.cfg.data):
                 check_outside(self.cfg.save_dir, self.cfg.data, "--save-dir")
             self._images = open_images(self.cfg.data, options_of(ImageOptions, self.cfg))
+            if self._images.remark:
+                logger.info(self._images.remark)
         return self._images
 
     @property
@@ -175,8 +180,36 @@ class DiffusionTask(OwnBatches, FairseqTask):
                     f"{self.cfg.data} has {key} {ours[key]}, the checkpoint was trained with"
                     f" {spec[key]}: give the options it was trained with, or a new --save-dir"
                 )
+        check_leaks(self.cfg, trained)
+        changed = []
         if ours["content_hash"] != spec["content_hash"]:
-            logger.warning(f"{self.cfg.data} holds other images than the checkpoint was trained on")
+            changed.append(
+                f"{self.cfg.data} holds other images than the checkpoint was trained on, which may have seen"
+                " what is held out now"
+            )
+        elif "valid_fraction" in trained:
+            changed += self._changed_split(trained)
+        weighting = (state["cfg"].get("criterion") or {}).get("loss_weighting", "none")
+        if weighting != self.cfg.loss_weighting:
+            changed.append(
+                f"--loss-weighting is {self.cfg.loss_weighting} and was {weighting}, so that losses are of"
+                " another unit"
+            )
+        self.compare_anew = "; ".join(changed)
+
+    def _changed_split(self, trained: Dict[str, Any]) -> List[str]:
+        """What to say where fewer images are held out; UserError where some that were trained on are."""
+        then, now = (
+            set(self.images.rows("valid", cfg["valid_fraction"], cfg["max_valid"]).tolist())
+            for cfg in (trained, self.cfg)
+        )
+        if now - then:
+            raise UserError(
+                f"--valid-fraction {self.cfg.valid_fraction:g} and --max-valid {self.cfg.max_valid} hold out"
+                f" {len(now - then)} images that the checkpoint was trained on: give"
+                f" {trained['valid_fraction']:g} and {trained['max_valid']}, or a new --save-dir"
+            )
+        return [f"{len(now)} images are held out and not {len(then)}"] if then != now else []
 
     def build_model(self, cfg, from_checkpoint=False):
         refuse_foreign(cfg, ARCH_MODEL_REGISTRY | MODEL_REGISTRY, "--arch", OWN, "ddpm_unet")
@@ -240,7 +273,8 @@ class DiffusionTask(OwnBatches, FairseqTask):
         model = unwrapped(model)
         # as if all updates had been like this one: only the ramp-up of the half-life asks
         model.ema.update(model.net, done * images, images)
-        if self.cfg.sample_interval and done % self.cfg.sample_interval == 0:
+        interval = self.cfg.sample_interval
+        if interval and (done % interval == 0 or not self.being_measured and self.preview.is_due()):
             self.preview.draw(model, done)
 
     def length_chosen(self, trainer, updates: int, before: int) -> None:
@@ -296,6 +330,23 @@ def check_previews(cfg) -> None:
             raise UserError(
                 f"--{key.replace('_', '-')} {cfg[key]} is too small: give {least} or more"
             )
+
+
+def check_leaks(ours: Any, trained: Any) -> None:
+    """UserError where images would be changed in another way than before, and the network not told of it."""
+    ways = [
+        (
+            cfg["leaky_augment"],
+            pipeline_of(cfg["hflip"], list(cfg["color_jitter"]), cfg["augment"]),
+        )
+        for cfg in (trained, ours)
+    ]
+    if ways[0] != ways[1] and any(leaky and steps for leaky, steps in ways):
+        said = [f"{steps or 'nothing'}{' leaking' if leaky else ''}" for leaky, steps in ways]
+        raise UserError(
+            f"the checkpoint was trained with augmentation by {said[0]}, which is {said[1]} now, and with"
+            " --leaky-augment samples show it: give what it was trained with, or a new --save-dir"
+        )
 
 
 def pipeline_of(hflip: float, color_jitter: List[float], more: str) -> str:

@@ -47,7 +47,8 @@ class UNetOptions:
 class UNet(nn.Module):
     """(B, C, H, W) and timesteps (B,) → (B, C_out, H, W).
 
-    H and W must be multiples of `divisor(options)`. n_classes: labels 0 … n_classes − 1, and n_classes for
+    H and W that are no multiples of `divisor(options)` are padded with 0 on all sides, and the output is cut
+    again; attention goes by the padded height. n_classes: labels 0 … n_classes − 1, and n_classes for
     none; condition_size: width of an augmentation condition, of which 0 means none. The output layer, the
     second convolution of each block and the output of attention start at 0.
     """
@@ -63,6 +64,7 @@ class UNet(nn.Module):
     ):
         super().__init__()
         self.options, self.n_classes, self.condition_size = options, n_classes, condition_size
+        height = padded(height, options)
         widths = [options.base_channels * m for m in options.channel_mults]
         first, embedding = widths[0], 4 * widths[0]
         self.time_1, self.time_2 = nn.Linear(first, embedding), nn.Linear(embedding, embedding)
@@ -123,7 +125,8 @@ class UNet(nn.Module):
         label: Optional[Tensor] = None,
         condition: Optional[Tensor] = None,
     ) -> Tensor:
-        x = x.to(self.conv_in.weight.dtype)
+        height, width = x.shape[-2:]
+        x, top, left = self._padded(x.to(self.conv_in.weight.dtype))
         time = time_features(t, self.time_1.in_features).to(x.dtype)
         embedding = self.time_2(F.silu(self.time_1(time)))
         if self.label is not None:
@@ -151,7 +154,16 @@ class UNet(nn.Module):
             if level < len(self.grow):
                 x = self.grow[level](F.interpolate(x, scale_factor=2.0, mode="nearest"))
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
-        return out
+        return out[..., top : top + height, left : left + width]
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, int, int]:
+        """(x with all that the stages halve, where the image begins in it)."""
+        height, width = x.shape[-2:]
+        more = [padded(side, self.options) - side for side in (height, width)]
+        if not any(more):
+            return x, 0, 0
+        top, left = (side // 2 for side in more)
+        return F.pad(x, (left, more[1] - left, top, more[0] - top)), top, left
 
 
 class ResidualBlock(nn.Module):
@@ -241,9 +253,14 @@ def norm_groups(channels: int) -> int:
 
 
 def divisor(options: UNetOptions) -> int:
-    """What height and width must be multiples of."""
+    """What height and width are padded to multiples of."""
     factor: int = 2 ** (len(options.channel_mults) - 1)
     return factor
+
+
+def padded(side: int, options: UNetOptions) -> int:
+    """Height or width in pixels, as the stages have it."""
+    return -(-side // divisor(options)) * divisor(options)
 
 
 def zeroed(layer: M) -> M:

@@ -1,6 +1,6 @@
 """The grammar every command shares: exit codes, flags from option dataclasses, progress.
 
-Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted. A user's mistake is one sentence on
+Exit codes: 0 done, 1 failed, 2 bad usage, 130 and 143 ended by a signal. A user's mistake is one sentence on
 stderr, never a traceback.
 
     def main(argv):
@@ -13,6 +13,7 @@ stderr, never a traceback.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -21,7 +22,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from ext_common import threads
@@ -46,6 +47,11 @@ _ENVIRONMENT_ERRNOS = {
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 }
 
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# How libraries that write by themselves say the same, and torch that a file ended before what it wrote.
+_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large", "unexpected pos")
+_MAKE_ROOM = "what was finished before it is whole; make room, and run the same command again"
 
 # As many choices as are listed.
 _FEW = 12
@@ -84,7 +90,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         # Python flushes stdout once more at exit and would complain there a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except OSError as error:
+    except Exception as error:
         sentence = refused_by_the_system(error)
         if sentence is None:
             raise
@@ -94,9 +100,42 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
 
 def refused_by_the_system(error: BaseException) -> str | None:
     """The sentence about an environment that cannot be written or read; None for what may be a bug."""
+    full = why_full(error)
+    if full:
+        path = getattr(error, "filename", None) or "a file"
+        return f"{path} cannot be written ({full}): {_MAKE_ROOM}"
     if not isinstance(error, OSError) or error.errno not in _ENVIRONMENT_ERRNOS:
         return None
     return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
+def why_full(error: BaseException | None) -> str | None:
+    """What the system says where an error, or one behind it, is that there is no room to write; else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return error.strerror or os.strerror(error.errno)
+        for text in (
+            _FULL_TEXTS if type(error).__name__ in ("RuntimeError", "SafetensorError") else ()
+        ):
+            if text in str(error):
+                return text if text != _FULL_TEXTS[-1] else os.strerror(errno.ENOSPC)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str], whole: str = _MAKE_ROOM) -> Iterator[None]:
+    """UserError, naming `path`, where the block ends for want of room; whole: what is left and the remedy."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        full = why_full(error)
+        if full is None:
+            raise
+        place = getattr(error, "filename", None) or os.fspath(path)
+        raise UserError(f"{place} cannot be written ({full}): {whole}") from error
 
 
 def _report(message: str, code: int) -> int:

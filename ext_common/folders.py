@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ext_common.cli import UserError
+from ext_common.cli import UserError, writing
 from ext_common.manifest import sync_folder
 
 StrPath = str | os.PathLike[str]
 
 _EXCHANGE = 2
 _HERE = -100
+_FEW = 16  # files; so many are synced one by one, whatever else is being written
 
 
 @contextlib.contextmanager
@@ -47,7 +48,7 @@ def making(
         yield None
         return
     place.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(_beside(place, "lock"), dest, wait=wait):
+    with exclusive(lock_file(place), dest, wait=wait):
         _undo_interrupted(place)
         if made():
             yield None
@@ -55,9 +56,11 @@ def making(
         if continues is None or not continues(partial):
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(exist_ok=True)
+        kept = "what is done is kept" if continues else "nothing of it is kept"
         try:
-            yield partial
-            _sync(partial)
+            with writing(dest, f"{kept}; make room, and run the same command again"):
+                yield partial
+                make_durable(partial)
         except BaseException:
             if continues is None:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -112,6 +115,11 @@ def _is_still(handle: int, path: StrPath) -> bool:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def lock_file(dest: StrPath) -> Path:
+    """What is locked while `dest` is being made."""
+    return _beside(Path(os.path.realpath(dest)), "lock")
 
 
 def partial_folder(dest: StrPath) -> Path:
@@ -251,8 +259,27 @@ def _exchange(one: Path, other: Path) -> None:
         raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
-def _sync(folder: Path) -> None:
-    """Make all files of a folder survive a power cut, before it gets its name."""
+def make_durable(folder: StrPath) -> None:
+    """Make all files of a folder survive a power cut.
+
+    Of many the file system is synced once, where that can be asked: a sync of each waits for the disk.
+    """
+    count = sum(len(files) for _, _, files in os.walk(folder))
+    if count <= _FEW or not _syncs_at_once(folder):
+        _sync_each(Path(folder))
+
+
+def _syncs_at_once(folder: StrPath) -> bool:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        return not _libc().syncfs(handle)
+    except AttributeError:
+        return False
+    finally:
+        os.close(handle)
+
+
+def _sync_each(folder: Path) -> None:
     for parent, _, files in os.walk(folder):
         for name in files:
             path = os.path.join(parent, name)

@@ -43,12 +43,15 @@ _DISTRIBUTIONS = (
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_write(
+    path: str | os.PathLike[str], mode: str = "w", durable: bool = True
+) -> Iterator[IO[Any]]:
     """Open a file that appears under `path` only when the block ends without an exception.
 
     `mode` is "w" (UTF-8, newlines as written) or "wb". The temporary file lies in the same
     folder (made when absent), is synced before the rename and removed on failure. A path that is
     no regular file (/dev/stdout, a pipe) is written directly: there is nothing to rename over.
+    durable: False for one of many files, which `folders.make_durable` then brings to the disk together.
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"mode must be 'w' or 'wb', got {mode!r}")
@@ -71,12 +74,19 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
         with open(temporary, mode, **text) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        # a write that fails names no file
+        error.filename = error.filename if error.filename is not None else os.fspath(path)
+        raise
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def clear_temporary(path: str | os.PathLike[str]) -> None:

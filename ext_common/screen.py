@@ -22,6 +22,7 @@ from typing import Any, Optional, TextIO
 from fairseq import checkpoint_utils, trainer
 from fairseq.logging import metrics, progress_bar
 
+from ext_common.cli import why_full
 from ext_common.compat import messages
 from ext_common.compat.command import in_training_command
 from ext_common.compat.patching import after, replace
@@ -352,9 +353,22 @@ def validated_every(cfg: Any, epoch_length: int) -> Optional[int]:
 class _LogFile(logging.FileHandler):
     """Made when something is logged: a start that fails before leaves no folder."""
 
+    told = False
+
     def _open(self) -> TextIO:
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
         return super()._open()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk is said once, and the training goes on without its log."""
+        full = why_full(sys.exc_info()[1])
+        if full is None:
+            return super().handleError(record)
+        if not self.told:
+            self.told = True
+            sys.stderr.write(
+                f"\n{self.baseFilename} cannot be written ({full}): the log ends here\n"
+            )
 
 
 def _is(record: logging.LogRecord, text: str, key: tuple[str, str]) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from ext_common.cli import UserError
+from ext_common.cli import UserError, writing
 from ext_common.folders import lock
 from ext_common.manifest import atomic_json, clear_temporary, sync_folder
 
@@ -111,7 +111,8 @@ class StoreWriter:
         data = np.ascontiguousarray(array, dtype=self.dtype).tobytes()
         entry = Entry(record_id, self._rows, len(array), note or {})
         self._check_new(record_id)
-        write_all(self._data, data)
+        with writing(self.directory):
+            write_all(self._data, data)
         self._log(entry, crc=zlib.crc32(data))
         self._unsynced += len(data)
         if self._unsynced >= SYNC_BYTES:
@@ -234,7 +235,8 @@ class StoreWriter:
         self._rows += entry.rows or 0
 
     def _write_line(self, line: dict[str, Any]) -> None:
-        write_all(self._lines, json.dumps(line, ensure_ascii=True).encode() + b"\n")
+        with writing(self.directory):
+            write_all(self._lines, json.dumps(line, ensure_ascii=True).encode() + b"\n")
 
 
 def open_store(directory: str | os.PathLike[str], name: str = "features") -> Store:

@@ -13,6 +13,7 @@ from typing import Any, Optional
 from diffusion_ext.evaluate.detectors import DETECTORS
 from diffusion_ext.evaluate.evaluation import EvaluationOptions, evaluate
 from diffusion_ext.evaluate.extractors import EXTRACTORS
+from diffusion_ext.evaluate.texture import LIMIT
 from ext_common.cli import Parser, UsageError, add_dataclass, from_args, run
 from ext_common.manifest import atomic_json, check_writable
 
@@ -25,7 +26,10 @@ the size: real images are read at it from their files, and never augmented.
 
 Each distance stands beside its floor, the mean of the same distance between disjoint random sets of real
 images, of the same N where there are enough of them, and the ratio of the two: about 1 is as good as real
-images. KID's floor is 0 in expectation, so it has no ratio.
+images. KID's floor is 0 in expectation, so it has no ratio. The verdict asks whether samples can be told from
+real images: by the distance, by the power of waves of each length, by the steps from pixel to pixel, by the
+tones. All of them must be within what real images score among themselves; copies of real images pass, which
+--train finds. Samples in a sub-folder for each class get numbers a class.
 
 feature extractors (--extractor NAME or NAME:key=value,key=value):
 {EXTRACTORS.describe()}
@@ -91,9 +95,14 @@ def report(record: dict[str, Any]) -> Iterator[str]:
     yield ""
     distance = [record["classes"]["distance"]] if record["classes"] else []
     yield from _metrics([*record["metrics"].values(), *distance])
+    yield ""
+    yield from _verdict(record["verdict"])
     if record["classes"]:
         yield ""
         yield _classes(record["classes"])
+    if record["by_class"]:
+        yield ""
+        yield from _by_class(record["by_class"])
     yield ""
     yield from _memorisation(record["memorisation"])
     yield ""
@@ -114,6 +123,32 @@ def _metrics(metrics: list[dict[str, Any]]) -> Iterator[str]:
             f"{metric['label']:{width}} {metric['n']:6} {metric['value']:11.5g} "
             f"{_number(metric['std'], '.2g'):>9} {floor['mean']:11.5g} "
             f"{_number(floor['std'], '.2g'):>9} {_number(metric['ratio'], '.3f'):>8}{other}"
+        )
+
+
+def _verdict(verdict: dict[str, Any]) -> Iterator[str]:
+    told = [line["label"] for line in verdict["lines"] if not line["passed"]]
+    yield (
+        f"verdict: told from real images by {', '.join(told)}"
+        if told
+        else "verdict: not told from real images by any of these"
+    )
+    for line in verdict["lines"]:
+        yield (
+            f"  {line['label']:15} {line['value']:11.5g}, real images among themselves {line['floor']:.5g} ±"
+            f" {line['std']:.2g}: {line['z']:+.1f} deviations, {LIMIT:g} are allowed"
+        )
+
+
+def _by_class(lines: list[dict[str, Any]]) -> Iterator[str]:
+    width = max(len("class"), *(len(line["name"]) for line in lines))
+    heads = f"{'samples':>8} {'reals':>8} {'distance':>10} {'floor':>10} {'ratio':>7}  recognised"
+    yield f"{'class':{width}} {heads}"
+    for line in lines:
+        seen = "-" if line["recognised"] is None else _percent(line["recognised"])
+        yield (
+            f"{line['name']:{width}} {line['samples']:8} {line['reals']:8} {line['value']:10.4g} "
+            f"{line['floor']:10.4g} {_number(line['ratio'], '.3f'):>7}  {seen}"
         )
 
 

@@ -15,10 +15,12 @@ from torch.nn import functional as F
 from ext_common.cli import progress
 
 # Part of the cache key: to be raised with any change here that changes the weights.
-VERSION = 1
+VERSION = 2
 BATCH = 64
 CHANNELS = (32, 64)
-MAX_SIDE = 16  # of the feature maps of the first layer: larger images are averaged down to it
+MAX_SIDE = (
+    16  # of the feature maps of the first layer: of larger images each cell is all its pixels
+)
 
 
 @dataclass
@@ -42,8 +44,9 @@ class Classifier(nn.Module):
         super().__init__()
         first, second = CHANNELS
         self.shrink = max(1, -(-max(height, width) // MAX_SIDE))
+        self.more = [-side % self.shrink for side in (height, width)]
         height, width = (-(-side // self.shrink) for side in (height, width))
-        self.conv1 = nn.Conv2d(channels, first, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels * self.shrink**2, first, 3, padding=1)
         self.conv2 = nn.Conv2d(first, second, 3, padding=1)
         self.hidden = nn.Linear(second * -(-height // 4) * -(-width // 4), features)
         self.out = nn.Linear(features, classes)
@@ -53,7 +56,7 @@ class Classifier(nn.Module):
         """uint8 (B, C, H, W) → float64 (B, D), the activations of the hidden layer, at least 0."""
         x = images.double() / 127.5 - 1
         if self.shrink > 1:
-            x = F.avg_pool2d(x, self.shrink, ceil_mode=True)
+            x = F.pixel_unshuffle(F.pad(x, (0, self.more[1], 0, self.more[0])), self.shrink)
         x = F.max_pool2d(F.relu(self.conv1(x)), 2, ceil_mode=True)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2, ceil_mode=True)
         return F.relu(self.hidden(x.flatten(1)))

@@ -17,6 +17,7 @@ from diffusion_ext.evaluate.metrics import disjoint_sets, frechet_of, kid, preci
 from diffusion_ext.prepare.sets import ImageSet
 from ext_common.cli import progress
 
+FEW = 8  # images of a class, below which no number is given of it
 Pairs = Iterable[tuple[np.ndarray, np.ndarray]]
 
 
@@ -180,6 +181,49 @@ def class_counts(
         "accuracy": extractor.accuracy,
         "held_out": extractor.held_out,
     }
+
+
+def by_class(
+    features: np.ndarray, samples: ImageSet, reals: ImageSet, rows: Rows, extractor: Any
+) -> list[dict[str, Any]]:
+    """The Fréchet distance of each class of labelled samples to the real images of its name.
+
+    features: of the samples in `rows`. Each: name, samples, reals, value, floor (mean over pairs of disjoint
+    sets of its real images, of as many as there are samples or half of the real ones), ratio; recognised: the
+    share that a classifier takes for the class, None for other extractors. A class with fewer than FEW
+    samples or 2 FEW real images is left out, and so are all where samples or real images have no labels.
+    """
+    labels, known = samples.labels[rows.fake], dict(enumerate(samples.classes))
+    predict = getattr(extractor, "predict", None)
+    lines = []
+    for label, name in known.items():
+        ours = np.flatnonzero(labels == label)
+        number = reals.classes.index(name) if name in reals.classes else len(reals.classes)
+        there = np.flatnonzero(reals.labels == number)
+        n = min(len(ours), len(there) // 2)
+        if n < FEW:
+            continue
+        theirs = extractor(reals.pixels[np.sort(there)])
+        chosen = features[ours]
+        sets = disjoint_sets(len(theirs), n, n, rows.seed, rows.draws)
+        found, floor = [], []
+        for one, other in sets:
+            found.append(frechet_of(chosen[:n], theirs[one]))
+            floor.append(frechet_of(theirs[one], theirs[other]))
+        value, mean = float(np.mean(found)), float(np.mean(floor))
+        line = {
+            "name": name,
+            "samples": len(ours),
+            "reals": len(there),
+            "value": value,
+            "floor": mean,
+        }
+        line |= {"ratio": value / mean if mean else None, "recognised": None}
+        if predict is not None and name in extractor.classes:
+            seen = predict(samples.pixels[rows.fake[ours]])
+            line["recognised"] = float(np.mean(seen == extractor.classes.index(name)))
+        lines.append(line)
+    return lines
 
 
 def total_variation(a: np.ndarray, b: np.ndarray) -> float:

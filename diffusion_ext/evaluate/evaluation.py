@@ -6,7 +6,7 @@ from typing import Any, Optional
 import numpy as np
 
 from diffusion_ext.evaluate.cache import cache_folder
-from diffusion_ext.evaluate.comparison import Rows, class_counts, compare
+from diffusion_ext.evaluate.comparison import Rows, by_class, class_counts, compare
 from diffusion_ext.evaluate.detectors import (
     DetectionOptions,
     build_detector,
@@ -17,6 +17,7 @@ from diffusion_ext.evaluate.extractors import build_extractor
 from diffusion_ext.evaluate.leakage import leak_report
 from diffusion_ext.evaluate.metrics import floor_note, floor_sizes
 from diffusion_ext.evaluate.neighbours import memorisation
+from diffusion_ext.evaluate.texture import features_of, judged, texture
 from diffusion_ext.prepare.options import SplitOptions, StoreOptions
 from diffusion_ext.prepare.sets import ImageSet, open_reals, open_samples
 from ext_common.cli import UserError
@@ -24,6 +25,8 @@ from ext_common.cli import UserError
 SPLITS = ("all", "train", "valid")
 ENOUGH = 2048  # samples; fewer, and much of the Fréchet distance is their small number
 POOL = 2  # real images at most, as multiples of what one comparison needs: features cost time
+MOST_TEXTURES = 2000  # samples whose texture is looked at
+LEAST_SPREAD = 0.05  # of the floor of a distance: some draws do not tell its deviation well
 MAX_HELD_OUT = 2000  # images that memorisation is compared with; percentiles need no more
 
 
@@ -127,6 +130,8 @@ def evaluate(real, fake, options: Optional[EvaluationOptions] = None, train=None
             "cached": from_cache,
         },
         "metrics": metrics,
+        "verdict": verdict_of(metrics["frechet"], samples, reals, rows),
+        "by_class": by_class(features, samples, reals, rows, extractor),
         "classes": class_counts(extractor, images, reals.labels[rows.real], rows),
         "memorisation": None,
         "leak": leak_report(reals.pixels[rows.real], images, options.seed),
@@ -149,6 +154,20 @@ def evaluate(real, fake, options: Optional[EvaluationOptions] = None, train=None
         record["detection"] = {"detector": options.detector, **rates}
     record["leak"] = [asdict(row) for row in record["leak"]]
     return record
+
+
+def verdict_of(
+    distance: dict[str, Any], samples: ImageSet, reals: ImageSet, rows: Rows
+) -> dict[str, Any]:
+    """Whether samples are told from real images by any of distance, power spectrum, gradients and tones."""
+    floor = distance["floor"]
+    line = judged("distance", distance["value"], floor["mean"], floor["std"], LEAST_SPREAD)
+    # evenly over the rows, which come in the order of the files
+    fake = rows.fake[:: -(-len(rows.fake) // MOST_TEXTURES)]
+    real = rows.real[: 2 * MOST_TEXTURES]
+    ours, theirs = (features_of(s.pixels[r]) for s, r in ((samples, fake), (reals, real)))
+    lines = [line, *texture(ours, theirs, rows.seed)]
+    return {"passed": all(line["passed"] for line in lines), "lines": lines}
 
 
 def choose_rows(samples: ImageSet, reals: ImageSet, options: EvaluationOptions) -> Rows:

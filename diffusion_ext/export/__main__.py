@@ -149,7 +149,7 @@ def network_of(model, checkpoint: str | os.PathLike) -> UNet:
 
 def check_counterpart(checkpoint: str | os.PathLike, model, net: UNet) -> None:
     """UserError with all of the reasons why diffusers cannot represent a model."""
-    reasons = counterpart.unsupported(net, model.shape[0], model.objective)
+    reasons = counterpart.unsupported(net, model.shape[0], model.objective, model.shape[1:])
     if reasons:
         raise UserError(
             f"{checkpoint} has no counterpart in diffusers: {'; '.join(reasons)}: use --format safetensors"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion_ext.schedules import NoiseSchedule
-from diffusion_ext.unet import Attention, UNet
+from diffusion_ext.unet import Attention, UNet, padded
 from ext_common.cli import UserError
 
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -53,9 +53,18 @@ _LAYERS = {
 }
 
 
-def unsupported(net: UNet, channels: int, objective: str) -> list[str]:
-    """All of the reasons why a network for images of `channels` has no counterpart; none if it has."""
+def unsupported(
+    net: UNet, channels: int, objective: str, size: tuple[int, int] | None = None
+) -> list[str]:
+    """All of the reasons why a network for images of `channels` has no counterpart; none if it has.
+
+    size: (height, width) of the images in pixels, where they are known.
+    """
+    fitting = [padded(side, net.options) for side in size or ()]
+    nearest = " × ".join(map(str, fitting))
     checks = {
+        f"it pads its images of {' × '.join(map(str, size or ()))} pixels, and there nothing does"
+        f" (the nearest --image-size that fits is {nearest})": fitting != [*(size or ())],
         "it is given its own guess at the image (--self-condition)": (
             net.conv_in.in_channels != channels
         ),

@@ -2,6 +2,7 @@ r"""Images become one folder of decoded pixels to train on.
 
 python -m diffusion_ext.prepare IMAGES DATA --image-size 64
 python -m diffusion_ext.prepare DATA --image-dataset digits --image-size 16
+python -m diffusion_ext.prepare --prune IMAGES
 """
 
 import time
@@ -19,7 +20,7 @@ from diffusion_ext.prepare.build import (
 )
 from diffusion_ext.prepare.known import IMAGE_DATASETS, dataset_recipe
 from diffusion_ext.prepare.options import ImageOptions
-from diffusion_ext.store import Images, check_outside, folder_recipe
+from diffusion_ext.store import Images, check_outside, recipe_of
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
 from ext_common.manifest import user_cache
 
@@ -27,9 +28,9 @@ EXAMPLE_TEXT = """
 data sets for --image-dataset:
 {datasets}
 
-How files are decoded, scaled and cut is written in diffusion_ext/images.py. Preparing is not needed to train
-on a folder of images: training does the same and keeps the result in a cache. Interrupted, the same command
-continues. Exit codes: 0 done, 1 failed, 2 bad usage.
+How files are decoded, scaled and cut is written in diffusion_ext/prepare/images.py. Preparing is not
+needed to train: training does the same with IMAGES and keeps the result in a cache, out of which --prune
+takes it. Interrupted, the same command continues. Exit codes: 0 done, 1 failed, 2 bad usage.
 """
 
 
@@ -55,6 +56,13 @@ class PrepareOptions:
     overwrite: bool = field(
         default=False, metadata={"help": "replace what was prepared before from other images"}
     )
+    prune: bool = field(
+        default=False,
+        metadata={
+            "help": "write nothing, but take what training has decoded of IMAGES out of the cache; without "
+            "IMAGES, what was decoded of folders that are gone"
+        },
+    )
 
     def __post_init__(self):
         if self.workers is not None and self.workers < 1:
@@ -69,15 +77,24 @@ def main(argv):
         prog="python -m diffusion_ext.prepare",
         description=__doc__,
         epilog=EXAMPLE_TEXT.replace("{datasets}", IMAGE_DATASETS.describe()),
-        usage="%(prog)s IMAGES DATA [--flags]\n       %(prog)s DATA --image-dataset NAME [--flags]",
+        usage="%(prog)s IMAGES DATA [--flags]\n       %(prog)s DATA --image-dataset NAME [--flags]"
+        "\n       %(prog)s --prune [IMAGES]",
     )
     parser.add_argument(
-        "paths", metavar="IMAGES DATA", nargs="+", help="folder of images, and folder to write"
+        "paths",
+        metavar="IMAGES DATA",
+        nargs="*",
+        help="images (a folder, .zip, .npy or .npz), and folder to write",
     )
-    add_dataclass(parser, ImageOptions, skip=["image_store"])
+    add_dataclass(parser, ImageOptions)
     add_dataclass(parser, PrepareOptions)
     args = parser.parse_args(argv)
     options, choices = from_args(ImageOptions, args), from_args(PrepareOptions, args)
+    if choices.prune:
+        if len(args.paths) > 1:
+            raise UsageError("--prune takes IMAGES, or no path")
+        clean(options.image_store or user_cache("diffusion_ext"), *args.paths)
+        return
     named = choices.image_dataset is not None
     if len(args.paths) != 2 - named:
         raise UsageError(
@@ -98,7 +115,7 @@ def prepare(source, dest, options=None, choices=None) -> Images:
         root = choices.dataset_root or user_cache("torchvision")
         recipe = dataset_recipe(choices.image_dataset, options, root, choices.download)
     else:
-        recipe = folder_recipe(source, options)
+        recipe = recipe_of(source, options)
         check_outside(dest, source, "DATA")
     done = fingerprint_of(dest) == recipe.fingerprint
     if not done:
@@ -108,9 +125,22 @@ def prepare(source, dest, options=None, choices=None) -> Images:
     images = Images.open(dest)
     check_bad(recipe.source, images.skipped, len(recipe.names), options.max_bad)
     print(summary(images))
+    for said in filter(None, (recipe.left_out, images.remark)):
+        print(said)
     state = "is up to date" if done else f"written in {time.monotonic() - began:.0f} s"
     print(f"{dest} {state}")
     return images
+
+
+def clean(cache, source=None) -> None:
+    """Take decoded images out of a cache, and say which."""
+    from diffusion_ext.prepare.prune import prune
+
+    removed = prune(cache, source)
+    for store, why, size in removed:
+        print(f"removed {store}, {why} ({size / 1e6:.1f} MB)")
+    if not removed:
+        print(f"{cache} holds nothing decoded of {source or 'folders that are gone'}")
 
 
 def refuse_another(dest: Path, recipe) -> None:

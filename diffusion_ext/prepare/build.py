@@ -24,7 +24,7 @@ import numpy as np
 import PIL
 
 from diffusion_ext.prepare.images import POLICY, BadImage
-from ext_common.cli import UserError, progress
+from ext_common.cli import UserError, progress, why_full
 from ext_common.folders import making, refuse_strangers
 from ext_common.manifest import MANIFEST_NAME, atomic_json, write_manifest
 from ext_common.store import StoreWriter, interrupted_key, store_paths
@@ -53,6 +53,7 @@ class Recipe:
     channels: int
     load: Callable[[int], np.ndarray]
     state: str  # changes when the source does
+    left_out: str = ""  # a clause on files that are no images, or empty
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -87,6 +88,8 @@ def build(dest, recipe: Recipe, max_bad: float, workers: int | None = None) -> N
             if part and (fingerprint_of(part) != fingerprint or not _is_finished(part)):
                 _write(part, recipe, max_bad, workers)
     except OSError as error:
+        if why_full(error):
+            raise
         raise UserError(
             f"{error.filename or dest} cannot be written ({error.strerror}): name another place"
         ) from error
@@ -182,7 +185,8 @@ def _write(part: Path, recipe: Recipe, max_bad: float, workers: int | None) -> N
                 "to validate on"
             )
         columns = [list(column) for column in zip(*kept, strict=True)]
-        _write_meta(part, recipe, *columns, skipped)
+        gray = sum(entry.note.get("gray", False) for entry in writer.done)
+        _write_meta(part, recipe, *columns, skipped, gray)
         writer.finish()
 
 
@@ -190,9 +194,10 @@ def _decode(numbers: list[int], recipe: Recipe, writer: StoreWriter, workers: in
     def outcome(number):
         try:
             pixels = recipe.load(number)
-            return pixels, image_hash(pixels)
+            gray = len(pixels) == 3 and bool((pixels == pixels[:1]).all())
+            return pixels, {"hash": image_hash(pixels), "gray": gray}
         except BadImage as error:
-            return None, str(error)
+            return None, {"bad": str(error)}
 
     bad = 0
     # Threads: Pillow lets go of the interpreter while it decodes and scales.
@@ -204,20 +209,20 @@ def _decode(numbers: list[int], recipe: Recipe, writer: StoreWriter, workers: in
         warnings.simplefilter("ignore")  # Pillow's remarks on odd files
         for start in range(0, len(numbers), BLOCK):
             block = numbers[start : start + BLOCK]
-            for number, (pixels, text) in zip(block, pool.map(outcome, block), strict=True):
+            for number, (pixels, note) in zip(block, pool.map(outcome, block), strict=True):
                 if pixels is not None:
-                    writer.append(str(number), pixels[None], {"hash": text})
+                    writer.append(str(number), pixels[None], note)
                     continue
-                writer.skip(str(number), {"bad": text})
+                writer.skip(str(number), note)
                 bad += 1
                 if bad <= SHOWN:
-                    _say(f"skipped {printable(recipe.names[number])}: {text}")
+                    _say(f"skipped {printable(recipe.names[number])}: {note['bad']}")
             bar.update(len(block))
     if bad > SHOWN:
         _say(f"skipped {bad - SHOWN} more")
 
 
-def _write_meta(part: Path, recipe: Recipe, names, labels, hashes, skipped) -> None:
+def _write_meta(part: Path, recipe: Recipe, names, labels, hashes, skipped, gray) -> None:
     source, shape = printable(recipe.source), list(recipe.shape)
     digest = content_hash(shape, hashes, labels)
     atomic_json(
@@ -231,6 +236,7 @@ def _write_meta(part: Path, recipe: Recipe, names, labels, hashes, skipped) -> N
             "source": source,
             "classes": [printable(name) for name in recipe.classes],
             "skipped": skipped,
+            "gray": gray,
             "names": names,
             "labels": labels,
             "hashes": hashes,

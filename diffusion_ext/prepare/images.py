@@ -1,4 +1,4 @@
-"""Image files: which of a folder are images, and how each becomes 8-bit pixels of one size.
+"""Image files: which of a folder or a zip are images, and how each becomes 8-bit pixels of one size.
 
 What is done to a file, in this order (POLICY is its version; a store decoded under another is decoded anew):
 
@@ -13,20 +13,31 @@ What is done to a file, in this order (POLICY is its version; a store decoded un
    with an antialiased Lanczos filter, up with bicubic; where one side fits already nothing is resampled.
 """
 
+import contextlib
+import functools
+import importlib.util
 import os
 import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from ext_common.cli import UserError
 
 POLICY = 1
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
-# Not all that Pillow knows: its EPS reader would run Ghostscript on a text file called .png.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
+EXTENSIONS = set(
+    ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .jp2 .j2k .jpx .ppm .pgm .pbm .pnm .tga".split()
+)
+# Read where what decodes them is there: the one by a new enough Pillow, the others by pillow-heif.
+AVIF, HEIF = {".avif"}, {".heic", ".heif", ".hif"}
+HEIF_REMEDY = "pip install 'fairseq-ext[heif]'"
+File = str | os.PathLike[str] | BytesIO
 
 
 class BadImage(Exception):
@@ -34,11 +45,93 @@ class BadImage(Exception):
 
 
 class Source(NamedTuple):
-    """One file of a folder: POSIX path below the folder, bytes, time of change in ns."""
+    """One file of a folder: POSIX path below it, bytes, time of change in ns (of a zip: checksum)."""
 
     name: str
     size: int
     mtime_ns: int
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """What is decoded, by Pillow's names, whatever a file's ending.
+
+    Not all that Pillow knows: its EPS reader would run Ghostscript on a text file called .png.
+    """
+    found = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "JPEG2000", "PPM", "TGA"]
+    if features.check("avif"):
+        found.append("AVIF")
+    if importlib.util.find_spec("pillow_heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        found.append("HEIF")
+    return tuple(found)
+
+
+@functools.cache
+def extensions() -> frozenset[str]:
+    """The endings of files that can be decoded here."""
+    found = set(EXTENSIONS)
+    if features.check("avif"):
+        found |= AVIF
+    if importlib.util.find_spec("pillow_heif"):
+        found |= HEIF
+    return frozenset(found)
+
+
+class ImageFiles:
+    """The image files of a folder or a zip. sources: sorted; left_out: how many others, by ending.
+
+    Hidden files and folders are passed over, links are followed. UserError where there is no such place.
+    """
+
+    def __init__(self, place: str | os.PathLike[str]) -> None:
+        self.place = Path(place)
+        self._zip: ZipFile | None = None
+        self._prefix = ""
+        found: list[Source] = []
+        others: Counter[str] = Counter()
+        if not self.place.exists():
+            raise UserError(f"{place} does not exist: give a folder of images")
+        if self.place.is_dir():
+            _walk(self.place, "", frozenset(), found, others)
+        elif self.place.suffix.lower() == ".zip":
+            self._list_zip(found, others)
+        else:
+            raise UserError(
+                f"{place} is a file: give the folder with the images, .zip, .npy or .npz"
+            )
+        self.sources, self.left_out = sorted(found), dict(others.most_common())
+
+    @property
+    def names(self) -> list[str]:
+        return [source.name for source in self.sources]
+
+    def file(self, name: str) -> File:
+        """What `decode_image` takes for one of the names."""
+        if self._zip is None:
+            return os.path.join(self.place, name)
+        return BytesIO(self._zip.read(self._prefix + name))
+
+    def _list_zip(self, found: list[Source], others: Counter[str]) -> None:
+        try:
+            self._zip = ZipFile(self.place)
+        except (BadZipFile, OSError) as error:
+            raise UserError(f"{self.place} is no readable zip ({error})") from None
+        members = [
+            entry
+            for entry in self._zip.infolist()
+            if not entry.is_dir()
+            and not any(part.startswith((".", "__MACOSX")) for part in entry.filename.split("/"))
+        ]
+        # most zips hold the one folder that was packed
+        tops = {entry.filename.partition("/")[0] for entry in members if "/" in entry.filename}
+        if len(tops) == 1 and all("/" in entry.filename for entry in members):
+            self._prefix = f"{tops.pop()}/"
+        for entry in members:
+            name = entry.filename.removeprefix(self._prefix)
+            _sort_in(Source(name, entry.file_size, entry.CRC), found, others)
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[str]:
@@ -47,38 +140,48 @@ def find_images(folder: str | os.PathLike[str]) -> list[str]:
     Known by extension, in any case. Hidden files and folders are skipped, links are followed.
     UserError where `folder` is no readable folder.
     """
-    return [source.name for source in list_images(folder)]
+    return ImageFiles(folder).names
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[Source]:
     """As find_images, with what tells a changed file: nothing is opened, so 71,000 take a second."""
-    folder = Path(folder)
-    if not folder.exists():
-        raise UserError(f"{folder} does not exist: give a folder of images")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file: give the folder with the images")
-    found: list[Source] = []
-    _walk(folder, "", frozenset(), found)
-    return sorted(found)
+    return ImageFiles(folder).sources
 
 
-def decode_image(
-    path: str | os.PathLike[str], height: int, width: int, channels: int
-) -> np.ndarray:
-    """The image in `path` as uint8 (channels, height, width); the module says how.
+def left_out_text(left_out: Mapping[str, int]) -> str:
+    """A clause on the files that are no images by their ending; empty where there are none."""
+    if not left_out:
+        return ""
+    parts = [
+        f"{count} {ending or 'without'}" + (f" ({HEIF_REMEDY})" if ending in HEIF else "")
+        for ending, count in left_out.items()
+    ]
+    return f"{sum(left_out.values())} files left out by their ending: {', '.join(parts)}"
+
+
+def decode_image(file: File, height: int, width: int, channels: int) -> np.ndarray:
+    """The image in a file as uint8 (channels, height, width); the module says how.
 
     channels: 1 or 3. Raises BadImage with the reason where that is not possible.
     """
+    with opened(file) as image:
+        return to_pixels(image, height, width, channels)
+
+
+@contextlib.contextmanager
+def opened(file: File) -> Iterator[Image.Image]:
+    """A file's image, loaded and upright; BadImage for all that goes wrong, in the block, too."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImage("not a regular file")
-        if status.st_size == 0:
-            raise BadImage("empty file")
-        with Image.open(path, formats=FORMATS) as image:
+        if not isinstance(file, BytesIO):
+            status = os.stat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImage("not a regular file")
+            if status.st_size == 0:
+                raise BadImage("empty file")
+        with Image.open(file, formats=formats()) as image:
             _check_pixels(image)
             image.load()
-            return to_pixels(_upright(image), height, width, channels)
+            yield _upright(image)
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -90,15 +193,20 @@ def decode_image(
         raise BadImage(_reason(error)) from None
 
 
-def to_pixels(image: Image.Image, height: int, width: int, channels: int) -> np.ndarray:
-    """Steps 2 to 6 of the policy: a loaded image as uint8 (channels, height, width)."""
-    image = cover(flatten(image, "L" if channels == 1 else "RGB"), height, width)
+def to_pixels(
+    image: Image.Image, height: int, width: int, channels: int, behind: str = "white"
+) -> np.ndarray:
+    """Steps 2 to 6 of the policy: a loaded image as uint8 (channels, height, width).
+
+    behind: the colour that shows through what is transparent.
+    """
+    image = cover(flatten(image, "L" if channels == 1 else "RGB", behind), height, width)
     pixels = np.asarray(image).reshape(height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def flatten(image: Image.Image, mode: str) -> Image.Image:
-    """The image in `mode`, "L" or "RGB", over white where it is transparent."""
+def flatten(image: Image.Image, mode: str, behind: str = "white") -> Image.Image:
+    """The image in `mode`, "L" or "RGB", over a colour where it is transparent."""
     if image.mode.startswith("I"):
         image = _eight_bit(image)
     elif image.mode == "F":
@@ -107,7 +215,7 @@ def flatten(image: Image.Image, mode: str) -> Image.Image:
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
     elif image.mode not in ("1", "L"):
         image = image.convert("RGB")
     return image.convert(mode)
@@ -131,7 +239,13 @@ def cover(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), kernel, box=box)
 
 
-def _walk(folder: Path, prefix: str, above: frozenset[Any], found: list[Source]) -> None:
+def _walk(
+    folder: Path,
+    prefix: str,
+    above: frozenset[Any],
+    found: list[Source],
+    others: Counter[str],
+) -> None:
     try:
         status = os.stat(folder)
         here = (status.st_dev, status.st_ino)
@@ -144,14 +258,22 @@ def _walk(folder: Path, prefix: str, above: frozenset[Any], found: list[Source])
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            _walk(Path(entry.path), f"{prefix}{entry.name}/", above | {here}, found)
-        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+            _walk(Path(entry.path), f"{prefix}{entry.name}/", above | {here}, found, others)
+        else:
             try:
                 status = entry.stat()
                 size, mtime_ns = status.st_size, status.st_mtime_ns
             except OSError:  # a broken link is reported where it is opened
                 size = mtime_ns = -1
-            found.append(Source(prefix + entry.name, size, mtime_ns))
+            _sort_in(Source(prefix + entry.name, size, mtime_ns), found, others)
+
+
+def _sort_in(source: Source, found: list[Source], others: Counter[str]) -> None:
+    ending = os.path.splitext(source.name)[1].lower()
+    if ending in extensions():
+        found.append(source)
+    else:
+        others[ending] += 1
 
 
 def _check_pixels(image: Image.Image) -> None:

@@ -8,13 +8,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 
+from diffusion_ext.prepare.arrays import is_array, read_array
 from diffusion_ext.prepare.build import content_hash, image_hash, is_prepared
-from diffusion_ext.prepare.images import FORMATS, BadImage, decode_image, find_images
+from diffusion_ext.prepare.images import BadImage, decode_image, find_images, formats
 from diffusion_ext.prepare.options import ImageOptions, SplitOptions, StoreOptions
 from diffusion_ext.store import Images, held_out, open_images
 from ext_common.cli import UserError, progress
@@ -80,7 +80,7 @@ def open_samples(source: Given) -> ImageSet:
     if isinstance(source, np.ndarray):
         return array_set(source, "samples")
     path = Path(source)
-    if path.suffix.lower() in (".npy", ".npz"):
+    if is_array(path):
         return array_set(*read_array(path))
     if is_prepared(path):
         return _store_set(path, Images.open(path), SplitOptions())
@@ -100,7 +100,7 @@ def open_reals(
     if isinstance(source, np.ndarray):
         return _check_shape(array_set(source, "real images", split=split), like)
     path = Path(source)
-    if path.suffix.lower() in (".npy", ".npz"):
+    if is_array(path):
         return _check_shape(array_set(*read_array(path), split=split), like)
     if is_prepared(path):
         return _check_shape(_store_set(path, Images.open(path), split), like)
@@ -138,32 +138,6 @@ def array_set(
     return ImageSet(name, pixels, labels, classes, hashes, _held_out(hashes, split))
 
 
-def read_array(path: Path) -> tuple[np.ndarray, str, np.ndarray | None]:
-    """(pixels, name, labels or None) of a .npy, or of a .npz with "images", or one array, and "labels"."""
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded, str(path), None
-        with loaded:
-            others = [key for key in loaded.files if key != "labels"]
-            key = "images" if "images" in others else others[0] if len(others) == 1 else None
-            if key is None:
-                raise UserError(
-                    f"{path} holds the arrays {', '.join(loaded.files) or 'none'}: name the one with "
-                    "the images 'images'"
-                )
-            pixels = loaded[key]
-            labels = loaded["labels"].astype(np.int64) if "labels" in loaded.files else None
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give a folder of images, .npy or .npz") from None
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read ({reason}): write it with numpy.save") from error
-    if labels is not None and labels.shape != pixels.shape[:1]:
-        raise UserError(f"{path} has {len(pixels)} images and labels {labels.shape}: give one each")
-    return pixels, str(path), labels
-
-
 def _sample_folder(folder: Path) -> ImageSet:
     found = find_images(folder)
     names = [name for name in found if name not in PICTURES]
@@ -187,13 +161,16 @@ def _sample_folder(folder: Path) -> ImageSet:
             raise UserError(f"{path} cannot be used ({error}): take it out or repair it") from None
     left_out = tuple(name for name in found if name not in names)
     hashes = tuple(map(image_hash, pixels))
-    labels = np.full(len(names), -1, dtype=np.int64)
-    return ImageSet(str(folder), pixels, labels, (), hashes, _held_out(hashes, None), left_out)
+    tops = [name.split("/")[0] for name in names] if all("/" in name for name in names) else []
+    classes = tuple(sorted(set(tops)))
+    labels = np.array([classes.index(top) for top in tops] or [-1] * len(names), dtype=np.int64)
+    held = _held_out(hashes, None)
+    return ImageSet(str(folder), pixels, labels, classes, hashes, held, left_out)
 
 
 def _shape_of(path: Path) -> tuple[int, int, int]:
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=formats()) as image:
             return 1 if image.mode in ("1", "L", "I;16") else 3, image.height, image.width
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise UserError(f"{path} cannot be used (not an image): take it out or repair it") from None

@@ -1,8 +1,8 @@
 """Checkpoint files without fairseq: are they whole, what do they name, how are they written."""
 
 import argparse
+import codecs
 import contextlib
-import errno
 import os
 import pickle
 import re
@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from ext_common.cli import UserError
+from ext_common.cli import UserError, why_full
 from ext_common.manifest import sync_folder
 
 # How files written by torch.save before PyTorch 1.6 begin (they are no zip archives).
@@ -22,11 +22,18 @@ _LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def allow_namespace() -> None:
-    """Let torch.load read argparse.Namespace under weights_only.
+    """Let torch.load read under weights_only what fairseq-train itself writes beside tensors.
 
-    It only carries attributes: building one, or filling it, calls nothing.
+    argparse.Namespace, the options of a legacy architecture, and arrays of numbers, which
+    `--eval-bleu` logs. The one only carries attributes, of the others only bytes are read: building or
+    filling them calls nothing.
     """
-    torch.serialization.add_safe_globals([argparse.Namespace])
+    numbers = [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
+    array = [np.ndarray, np.dtype, *numbers, codecs.encode]
+    # what numpy writes is `numpy.core` up to 1.26 and `numpy._core` since
+    rebuild = np.zeros(0).__reduce__()[0]
+    names = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    torch.serialization.add_safe_globals([argparse.Namespace, *array, *names])
 
 
 def is_whole(path: str | os.PathLike) -> bool:
@@ -123,9 +130,10 @@ def written_whole(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     except Exception as error:
         with contextlib.suppress(OSError):
             os.remove(aside)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        full = why_full(error)
+        if full:
             raise UserError(
-                f"cannot write {path}: {error.strerror}; make room and start the same command "
+                f"cannot write {path}: {full}; make room and start the same command "
                 "again, it continues from the last whole checkpoint"
             ) from error
         raise

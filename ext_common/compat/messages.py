@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from ext_common.cli import Parser, UsageError, UserError, refused_by_the_system
+from ext_common.cli import Parser, UsageError, UserError, refused_by_the_system, why_full
 from ext_common.compat.patching import after, as_expected, replace
 
 # (category, start of the message as a regular expression, module that is blamed; "" for any)
@@ -293,7 +293,8 @@ def sentence_of(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename:
         typed = any(str(error.filename) in argument for argument in sys.argv[1:])
-        return f"{error.filename}: {error.strerror}" if typed else refused_by_the_system(error)
+        told = typed and not why_full(error)
+        return f"{error.filename}: {error.strerror}" if told else refused_by_the_system(error)
     if missing := re.match(r"Error merging override \w+\.(\w+)=null", text):
         return f"--{missing[1].replace('_', '-')} is missing"
     if isinstance(error, MissingMandatoryValue):

@@ -15,11 +15,12 @@ from fairseq.data import data_utils, iterators
 from fairseq.logging import progress_bar
 from fairseq.models.ema import ema
 from fairseq.optim import amp_optimizer
+from fairseq.tasks import TASK_REGISTRY
 from torch.utils.data import dataloader
 
 from ext_common.cli import UserError
 from ext_common.compat.command import in_training_command
-from ext_common.compat.patching import as_expected, before, replace
+from ext_common.compat.patching import after, as_expected, before, replace
 from ext_common.given import given
 
 # Seconds that the end of a program waits for its loading threads: longer than a batch takes.
@@ -144,8 +145,10 @@ def name_the_missing_data_folder() -> None:
     def make(original: Callable) -> Callable:
         def raise_if_valid_subsets_unintentionally_ignored(train_cfg):
             data = getattr(train_cfg.task, "data", None)
+            task = TASK_REGISTRY.get(getattr(train_cfg.task, "_name", None))
+            found = os.path.exists if getattr(task, "data_may_be_file", False) else os.path.isdir
             for folder in utils.split_paths(data) if isinstance(data, str) else ():
-                if not os.path.isdir(folder):
+                if not found(folder):
                     raise UserError(f"the data folder {folder} does not exist")
             return original(train_cfg)
 
@@ -232,6 +235,21 @@ def name_the_metrics_there_are() -> None:
     in_training_command(_know_the_metrics)
 
 
+def give_mbart_its_options() -> None:
+    """Symptom: `--task translation_from_pretrained_bart` ends in "has no attribute 'args'".
+
+    It was written when a task called its options so.
+
+    Thread: none found.
+    """
+
+    def name_them(_none: None, self, args, *_more: object) -> None:
+        self.args = args
+
+    task = TASK_REGISTRY["translation_from_pretrained_bart"]
+    after(task, "__init__", name_them, ('args.langs.split(",")',))
+
+
 GAPS = (
     average_any_model,
     bf16_without_tpu,
@@ -242,6 +260,7 @@ GAPS = (
     leave_foreign_workers_alone,
     stop_loading_before_exit,
     name_the_metrics_there_are,
+    give_mbart_its_options,
 )
 
 

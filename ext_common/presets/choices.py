@@ -64,6 +64,12 @@ class PresetOptions:
             " and its schedule (0: as long as --max-update says)"
         },
     )
+    save_minutes: float = field(
+        default=10.0,
+        metadata={
+            "help": "write checkpoint_last.pt at least so often, minutes (0: with the epochs)"
+        },
+    )
     chosen: str = field(default="", metadata={"help": "what was chosen, and why (JSON)"})
 
     def _get_all_attributes(self) -> list[str]:

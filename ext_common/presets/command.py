@@ -144,6 +144,10 @@ def check(asked: Mapping[str, Any]) -> None:
         raise UserError(
             f"--minutes {asked['minutes']:g}: give the minutes there are, 0 for no limit"
         )
+    if not 0 <= asked.get("save_minutes", 0) < float("inf"):
+        raise UserError(
+            f"--save-minutes {asked['save_minutes']:g}: give minutes, 0 for none between epochs"
+        )
 
 
 def place(asked: Mapping[str, Any], task: str) -> list[str]:

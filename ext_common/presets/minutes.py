@@ -8,6 +8,7 @@ validation and its last checkpoint. A task may have
 
     early_check(updates)                           how often a validation after so many fits into one of now
     length_chosen(trainer, updates, before)        called when the length has been chosen
+    being_measured                                 set to True while updates are measured: to take no pause
 """
 
 import dataclasses
@@ -178,6 +179,7 @@ class Budget:
             warm = done - self.first_update >= FIRST_UPDATES - 1
             if self.agreed(warm or self.elapsed > MEASURED_AT_MOST / 2 * self.seconds):
                 self.since, self.pauses = (done, time.monotonic()), 0.0
+                self.trainer.task.being_measured = True
         elif self.agreed(self.is_measured(done)):
             self.decide(done, validate, epoch_itr)
 
@@ -211,7 +213,7 @@ class Budget:
         spent = time.monotonic() - self.since[1] - self.pauses
         update = spent / max(1, done - self.since[0])
         before = self.cfg.optimization.max_update or 0
-        self.decided = True
+        self.decided, self.trainer.task.being_measured = True, False
         self.every = self.agreed(max(1, int(0.01 * self.seconds / update)))
         # twice its time: validations are not measured yet
         short = self.elapsed + 2 * (before - done) * update < self.seconds

@@ -143,6 +143,7 @@ class Counts:
     empty: int = 0
     split: int = 0
     cut: int = 0
+    broken: int = 0
     nothing: int = 0
 
     def add(self, line: Translation) -> None:
@@ -150,6 +151,7 @@ class Counts:
         self.empty += line.parts == 0
         self.split += line.parts > 1
         self.cut += line.cut
+        self.broken += line.broken
         self.nothing += line.parts > 0 and not line.text
 
     def sentences(self) -> Iterator[str]:
@@ -163,6 +165,11 @@ class Counts:
             yield (
                 f"{self.cut:,} of {self.lines:,} outputs reached the longest length and may be cut: raise"
                 " --max-len-b where the model does not just repeat itself"
+            )
+        if self.broken:
+            yield (
+                f"{self.broken:,} of {self.lines:,} outputs had bytes that are no character, which are left"
+                " out: a sign of too little training, or of characters that it had too few of"
             )
         if self.nothing:
             yield f"{self.nothing:,} of {self.lines:,} lines have text, but an empty translation"

@@ -19,8 +19,9 @@ pytest.importorskip("fairseq")
 from fairseq.distributed import ModuleProxyWrapper
 
 from diffusion_ext.ema import decay
+from diffusion_ext.inference import DiffusionModel
 from diffusion_ext.pictures import grid
-from diffusion_ext.preview import draw_images
+from diffusion_ext.preview import preview_of
 from diffusion_ext.randomness import training_draws, validation_draws
 from diffusion_ext.store import Images
 from ext_common import engine
@@ -81,7 +82,7 @@ class TestSpec:
         ({"sample_grid": 0}, "--sample-grid 0 is too small: give 1"),
         ({"sample_steps": 0}, "--sample-steps 0 is too small: give 1"),
         ({"sample_interval": -1}, "--sample-interval -1 is too small: give 0"),
-        ({"image_size": [9]}, "images of 9 × 9 do not fit"),
+        ({"image_size": [1]}, "images of 1 × 1 are too small"),
     ],
 )
 def test_mistakes_are_told_before_training(build, task, words):
@@ -390,6 +391,9 @@ def state_of(model):
     }
 
 
+TITLE = 16  # pixels, height of the line over a preview
+
+
 @pytest.fixture
 def previewing(build, tmp_path):
     """A model in the middle of an update, with dropout, labels and self-conditioning."""
@@ -423,44 +427,72 @@ def test_a_preview_leaves_no_trace(previewing):
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert torch.is_grad_enabled()
     # the same again: dropout was off, noise is fixed
-    first = (previewing.folder / "update_0000001.png").read_bytes()
     torch.manual_seed(6)
     previewing.task.preview.draw(model, 2)
-    assert (previewing.folder / "update_0000002.png").read_bytes() == first
+    first, second = (np.asarray(Image.open(path)) for path in sorted(previewing.folder.iterdir()))
+    assert np.array_equal(first[TITLE:], second[TITLE:])
+    assert not np.array_equal(first[:TITLE], second[:TITLE]), "the update is named"
 
 
-def test_a_preview_shows_the_averaged_weights(previewing):
-    model = previewing.model
+def test_a_preview_shows_the_averaged_weights_a_class_a_row(previewing):
+    model, cfg = previewing.model, previewing.task.cfg
     with torch.no_grad():
         for weight in model.net.parameters():
             weight.zero_()
+    cfg.sample_grid = 3
     previewing.task.preview.draw(model, 1)
-    images = draw_images(model.eval(), previewing.task, [0, 1, 2, 3], 3, torch.device("cpu"))
+    drawn = DiffusionModel(model.eval(), cfg, previewing.task.spec)
+    labels = [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    images = drawn.sample(9, steps=3, seed=0, batch_size=9, labels=labels)
     shown = np.asarray(Image.open(previewing.folder / "update_0000001.png"))
-    sheet = grid(images, 2).transpose(1, 2, 0)
-    scale = shown.shape[0] // sheet.shape[0]
-    assert np.array_equal(shown, sheet.repeat(scale, 0).repeat(scale, 1))
-    assert len({image.tobytes() for image in images}) == 4
+    sheet = grid(images, 3).transpose(1, 2, 0).repeat(6, 0).repeat(6, 1)
+    # below the title, beside the names ant, bee and cat
+    left = shown.shape[1] - sheet.shape[1]
+    assert np.array_equal(shown[TITLE:, left:], sheet) and left > 20
+    assert shown[TITLE:, :left].min() < 99
     # zero weights predict v = 0: of those an image would be its noise, whatever its label
     with torch.no_grad():
         model.ema.weights.zero_()
-    assert not np.array_equal(
-        draw_images(model, previewing.task, [0, 1, 2, 3], 3, torch.device("cpu")), images
-    )
+    assert not np.array_equal(drawn.sample(9, steps=3, seed=0, labels=labels), images)
 
 
-def test_all_classes_in_turn(previewing):
+def test_a_preview_of_more_classes_than_it_has_room_for(previewing):
+    drawn = DiffusionModel(previewing.model.eval(), previewing.task.cfg, previewing.task.spec)
     seen = []
-    model = previewing.model.eval()
-    original = model.forward
 
-    def forward(x, t, label=None, x0=None, average=None):
-        seen.append(label)
-        return original(x, t, label, x0, average=average)
+    def batches(numbers, labels, **options):
+        seen.append(labels)
+        yield None, np.zeros((len(numbers), 3, 8, 8), np.uint8)
 
-    model.forward = forward
-    draw_images(model, previewing.task, [0, 1, 2, 3], 2, torch.device("cpu"))
-    assert [label.tolist() for label in seen] == [[0, 1, 2, 0]] * 2
+    drawn.batches = batches
+    drawn.spec["classes"] = [f"class {k}" for k in range(10)]
+    preview_of(drawn, previewing.task.cfg, 1, False)
+    assert seen == [[0, 2, 5, 7]]
+
+
+def test_the_first_preview_comes_after_a_minute(previewing, monkeypatch):
+    """Once, and not where an earlier start has drawn one, nor while speed is measured."""
+    clock = [0.0]
+    monkeypatch.setattr("diffusion_ext.preview.time.monotonic", lambda: clock[0])
+    task, drawn = previewing.task, []
+    task.preview.began, task.cfg.sample_interval = 0.0, 1000
+
+    def draw(model, update):
+        drawn.append(update)
+        task.preview.drawn = True
+
+    monkeypatch.setattr(task.preview, "draw", draw)
+    steps(previewing, 2)
+    clock[0], task.being_measured = 61.0, True
+    steps(previewing, 2)
+    assert not drawn
+    task.being_measured = False
+    steps(previewing, 2)
+    assert drawn == [1]
+    task.preview.drawn = False
+    previewing.folder.mkdir()
+    (previewing.folder / "update_0000003.png").touch()
+    assert not task.preview.is_due()
 
 
 def test_previews_come_every_so_many_updates(previewing):
@@ -475,7 +507,7 @@ def test_a_preview_that_fails_leaves_the_model_in_training(previewing, monkeypat
     def full_disk(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr("diffusion_ext.preview.draw_images", full_disk)
+    monkeypatch.setattr("diffusion_ext.preview.preview_of", full_disk)
     with pytest.raises(OSError, match="no space"):
         previewing.task.preview.draw(previewing.model, 1)
     assert previewing.model.training
@@ -547,10 +579,52 @@ def test_other_images_are_told_and_trained_on(build, small_images, tmp_path, cap
     state = saved(build())
     task = build.task({"data": str(other)})
     task.check_resume(state, same_run=True)
-    assert not caplog.records, "the same images in another place"
+    assert not caplog.records and not task.compare_anew, "the same images in another place"
     next(other.rglob("*.png")).unlink()
-    build.task({"data": str(other)}).check_resume(state, same_run=True)
-    assert "holds other images than the checkpoint was trained on" in caplog.text
+    task = build.task({"data": str(other)})
+    task.check_resume(state, same_run=True)
+    assert "holds other images than the checkpoint was trained on" in task.compare_anew
+
+
+def test_losses_of_another_unit_are_not_compared(build):
+    state = saved(build())
+    state["cfg"]["criterion"] = {"loss_weighting": "min_snr"}
+    task = build.task({})
+    task.check_resume(state, same_run=True)
+    assert task.compare_anew.startswith("--loss-weighting is none and was min_snr")
+
+
+def test_what_was_trained_on_is_never_held_out(build):
+    """24 images: 1 of them is held out at 5 %, 7 at 30 %, 3 at 12 %."""
+    state = saved(build({"valid_fraction": 0.12}))
+    with pytest.raises(UserError, match="0.3 .* hold out 4 images that .* trained on: give 0.12"):
+        build.task({"valid_fraction": 0.3}).check_resume(state, same_run=True)
+    fewer = build.task({"valid_fraction": 0.05})
+    fewer.check_resume(state, same_run=True)
+    assert fewer.compare_anew == "1 images are held out and not 3"
+    same = build.task({"valid_fraction": 0.5, "max_valid": 3})
+    same.check_resume(state, same_run=True)
+    assert not same.compare_anew
+
+
+@pytest.mark.parametrize(
+    "then, now, refused",
+    [
+        ({}, {"hflip": 0.5, "leaky_augment": True}, True),
+        ({"hflip": 0.5, "leaky_augment": True}, {}, True),
+        ({"hflip": 0.5, "leaky_augment": True}, {"hflip": 0.9, "leaky_augment": True}, True),
+        ({"hflip": 0.5, "leaky_augment": True}, {"hflip": 0.5, "leaky_augment": True}, False),
+        ({"hflip": 0.5}, {"hflip": 0.2}, False),
+        ({}, {"leaky_augment": True}, False),
+    ],
+)
+def test_leaky_augmentation_stays_as_it_is(build, then, now, refused):
+    state, task = saved(build(then)), build.task(now)
+    if refused:
+        with pytest.raises(UserError, match="with --leaky-augment samples show it"):
+            task.check_resume(state, same_run=True)
+    else:
+        task.check_resume(state, same_run=True)
 
 
 def test_an_old_checkpoint_goes_on_with_its_stream(build):

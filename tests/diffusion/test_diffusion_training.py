@@ -220,7 +220,7 @@ def one_error(log):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--image-size 9", "images of 9 × 9 do not fit --channel-mults"),
+        ("--image-size 1", "images of 1 × 1 are too small for --channel-mults"),
         ("--beta-schedule sigmoyd", "unknown beta schedule 'sigmoyd': did you mean 'sigmoid'?"),
         ("--objective epsilon", "unknown objective 'epsilon'"),
         ("--loss-weighting minsnr", "unknown loss weighting 'minsnr': did you mean 'min_snr'?"),

@@ -9,7 +9,16 @@ from PIL import Image
 
 pytest.importorskip("fairseq")
 
-from diffusion_ext.editing import inpainting, interpolation, invert, read, repaint, slerp
+from diffusion_ext.editing import (
+    inpainting,
+    interpolation,
+    invert,
+    read,
+    read_mask,
+    repaint,
+    slerp,
+    variation,
+)
 from diffusion_ext.inference import DiffusionModel
 from diffusion_ext.objectives import Prediction
 from diffusion_ext.pictures import to_float, to_uint8
@@ -66,7 +75,7 @@ def options_of(folder, **changes):
     own = dict(path="x", steps=6, batch_size=4)
     if "interpolate" in changes:
         changes["interpolate"] = [str(folder / name) for name in changes["interpolate"]]
-    for key in ("inpaint", "mask"):
+    for key in ("image", "inpaint", "mask"):
         if key in changes:
             changes[key] = str(folder / changes[key])
     return SampleOptions(**{**own, **changes})
@@ -360,6 +369,56 @@ class TestInpainting:
         kept = (image == pixels_of(pictures / "a.png")).all((0, 1))
         assert kept.tolist() == [True, True, True, False, False, False, True, True]
 
+    @pytest.mark.parametrize("colours", ["white on nothing", "any on nothing", "black and white"])
+    def test_what_is_transparent_in_a_mask_is_kept(self, model, pictures, colours):
+        """64 pixels that were painted are 64 that are drawn, and not 1,024 of 1,024."""
+        painted = np.zeros((32, 32, 4), np.uint8)
+        painted[8:16, 8:16] = 255
+        if colours == "any on nothing":
+            painted[..., :3] = 255  # what editors leave below transparent pixels
+        if colours == "black and white":
+            painted[..., 3] = 255
+        Image.fromarray(painted).save(pictures / "alpha.png")
+        Image.new("RGB", (32, 32)).save(pictures / "large.png")
+        model.spec.update(height=32, width=32)
+        where = read_mask(str(pictures / "alpha.png"), str(pictures / "large.png"), model)
+        assert where.sum() == 64 and where[0, 8:16, 8:16].all()
+
+    @pytest.mark.parametrize(
+        "size, colour, words",
+        [
+            ((8, 8), "black", "is black or transparent everywhere"),
+            ((8, 8), (255, 255, 255, 0), "is black or transparent everywhere"),
+            ((8, 4), "white", "has 8 × 4 pixels, .*a.png 8 × 8: give a mask of the same shape"),
+        ],
+    )
+    def test_masks_that_cannot_be_meant(self, model, pictures, size, colour, words):
+        Image.new("RGBA", size, colour).save(pictures / "odd.png")
+        with pytest.raises(UserError, match=words):
+            inpainting(model, options_of(pictures, inpaint="a.png", mask="odd.png"))
+
+    def test_a_folder_has_a_mask_for_each_or_one_for_all(self, model, pictures):
+        for folder, names in (("in", "ab"), ("masks", "ab")):
+            (pictures / folder).mkdir()
+            for k, name in enumerate(names):
+                if folder == "in":
+                    Image.open(pictures / f"{name}.png").save(pictures / "in" / f"{name}.png")
+                else:
+                    mask = np.zeros((8, 8), np.uint8)
+                    mask[4 * k : 4 * k + 4] = 255
+                    Image.fromarray(mask).save(pictures / "masks" / f"{name}.png")
+        options = options_of(pictures, inpaint="in", mask="masks", resample=1)
+        images = drawn(inpainting(model, options, range(4)), range(4))
+        for k, image in enumerate(images):
+            original = pixels_of(pictures / f"{'ab'[k % 2]}.png")
+            kept = (image == original).all((0, 2))
+            assert kept.tolist() == [k % 2 == 1] * 4 + [k % 2 == 0] * 4
+        (pictures / "masks" / "b.png").unlink()
+        with pytest.raises(
+            UserError, match="masks holds no mask for .*b.png: give one named b.png"
+        ):
+            inpainting(model, options, range(4))
+
     @pytest.mark.parametrize(
         "changes, words",
         [
@@ -384,6 +443,40 @@ class TestInpainting:
         ):
             next(draw([0, 1]))
             assert torch.is_grad_enabled()
+
+
+class TestVariation:
+    def draw(self, model, pictures, strength, **changes):
+        options = options_of(pictures, image="a.png", strength=strength, **changes)
+        return drawn(variation(model, options, range(2)), range(2)).astype(int)
+
+    def test_the_more_noise_the_less_is_left_of_the_image(self, model, pictures):
+        original = pixels_of(pictures / "a.png").astype(int)
+        errors = [
+            np.abs(self.draw(model, pictures, strength) - original).mean()
+            for strength in (0.05, 0.4, 1.0)
+        ]
+        assert errors[0] < 15 and errors[0] < errors[1] < errors[2]
+        two = self.draw(model, pictures, 0.4)
+        assert not np.array_equal(*two), "each has its own noise"
+        assert np.array_equal(two, self.draw(model, pictures, 0.4, batch_size=1))
+
+    def test_exact_for_gaussian_pixels(self, model, pictures, monkeypatch):
+        """The ODE from level t on: (x_t − αμ) s₀ / s_t + μ of the noised image, s² = α²σ² + 1 − α²."""
+        monkeypatch.setattr(model, "denoiser", lambda *args: gaussian(model.schedule))
+        found = self.draw(model, pictures, 0.5, steps=50, sampler="dpmpp_2m")
+        image = read(pictures / "a.png", model.shape, "cpu")
+        level = trajectory(model.schedule, 100).levels[50]
+        x = level.alpha * image + level.sigma * ImageNoise(1, [0, 1], model.shape).start
+        spread = math.sqrt((level.alpha * STD) ** 2 + level.sigma**2)
+        expected = to_uint8(MEAN + STD * (x - level.alpha * MEAN) / spread)
+        assert np.abs(found - expected).max() <= 3
+
+    def test_mistakes(self, model, pictures):
+        with pytest.raises(UserError, match="--strength is too small"):
+            self.draw(model, pictures, 0.001)
+        with pytest.raises(UserError, match="none.png cannot be used"):
+            variation(model, options_of(pictures, image="none.png"), [0])
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -233,6 +233,29 @@ def test_real_images_that_were_not_trained_on_are_held_out_too():
         evaluate(images, blobs(50, seed=1)[0], options, train=images)
 
 
+def test_numbers_of_each_class_and_a_verdict(tmp_path, capsys):
+    """Samples in folders of classes, of which one is drawn as another; noise over all of them is told."""
+    reals = save_folder(tmp_path / "reals", *blobs(240))
+    images, labels = blobs(90, seed=1)
+    wrong = np.where(labels == 2, 0, labels)
+    samples = save_folder(tmp_path / "samples", images, wrong)
+    args = ["--extractor", "classifier:updates=150", "--output", str(tmp_path / "x.json")]
+    main(["--real", reals, "--fake", samples, *args])
+    record = json.loads((tmp_path / "x.json").read_text())
+    lines = {line["name"]: line for line in record["by_class"]}
+    assert list(lines) == ["class0", "class1"] and lines["class1"]["samples"] == (labels == 1).sum()
+    assert lines["class0"]["ratio"] > 3 * lines["class1"]["ratio"]
+    assert lines["class1"]["recognised"] > 0.9 > 0.7 > lines["class0"]["recognised"]
+    assert record["verdict"]["passed"], record["verdict"]
+    said = capsys.readouterr().out
+    assert "verdict: not told from real images by any of these" in said
+    assert re.search(r"class1 +\d+ +\d+ .* \d+\.\d %", said)
+    noisy = np.clip(images + np.random.default_rng(0).normal(0, 12, images.shape), 0, 255)
+    record = evaluate(tmp_path / "reals", noisy.astype(np.uint8))
+    told = {line["label"] for line in record["verdict"]["lines"] if not line["passed"]}
+    assert "gradients" in told and not record["verdict"]["passed"]
+
+
 def test_a_missing_class_is_named():
     images, labels = blobs(300)
     real = array_set(images, "reals", labels, ("a", "b", "c"), SplitOptions(0.2))

@@ -404,7 +404,7 @@ class TestKilled:
             if where == "after":
                 patch.setattr("ext_common.folders._put", die)
             elif where == "rename":
-                patch.setattr("ext_common.folders._sync", lambda folder: None)
+                patch.setattr("ext_common.folders.make_durable", lambda folder: None)
                 patch.setattr("ext_common.folders.sync_folder", die)
             else:
                 patch.setattr("ext_common.store.sync_folder", die)

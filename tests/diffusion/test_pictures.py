@@ -16,6 +16,7 @@ from diffusion_ext.pictures import (
     pil_image,
     save_gif,
     save_png,
+    sheet,
     to_float,
     to_uint8,
 )
@@ -116,6 +117,23 @@ def test_the_input_of_a_grid_is_left_alone():
     before = images.copy()
     grid(images)[:] = 0
     np.testing.assert_array_equal(images, before)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_sheet_has_its_images_in_place_and_names_beside_above_and_over_them(channels):
+    images = pictures(3, channels)
+    rows = [[images[0], None], [images[1], images[2]]]
+    plain = np.asarray(sheet(rows, scale=3)).reshape(42, 54, channels)
+    expected = grid(np.stack([images[0], np.full_like(images[0], 255), *images[1:]]), 2)
+    np.testing.assert_array_equal(plain[::3, ::3].transpose(2, 0, 1), expected)
+    named = np.asarray(sheet(rows, ["ant", "a bee"], ["t 9"], "seed 1, images 0 to 2", 3))
+    named = named.reshape(*named.shape[:2], channels)
+    dark = (named < 99).any(2)
+    for place in (np.s_[:16], np.s_[16:32], np.s_[32:, :20]):
+        assert dark[place].any(), "there are letters"
+    # the same images, below two lines and beside the names
+    (x,) = [x for x in range(named.shape[1] - 53) if np.array_equal(named[32:, x : x + 54], plain)]
+    assert x > 20
 
 
 # --- files ----------------------------------------------------------------------------------------

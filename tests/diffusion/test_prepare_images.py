@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from PIL import Image
 from torchvision import datasets
 
 from diffusion_ext.prepare import __main__ as prepare
+from diffusion_ext.prepare import images
 from diffusion_ext.prepare import known as image_datasets
 from diffusion_ext.prepare.__main__ import PrepareOptions, main
 from diffusion_ext.prepare.images import decode_image
@@ -258,3 +260,104 @@ def test_somebody_adds_a_data_set(tmp_path, monkeypatch, capsys):
 
     images = prepare.prepare(None, tmp_path / "out", None, PrepareOptions(image_dataset="ramps"))
     assert images.pixels.ravel().tolist() == list(range(32))
+
+
+class TestWhatComesIn:
+    """Other formats, archives and arrays: pixels as of PNGs in a folder, and nothing left out unsaid."""
+
+    def pixels(self, tmp_path, source, *flags):
+        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        main([str(source), str(out), "--image-size", "8", *flags])
+        return Images.open(out)
+
+    def test_files_that_are_no_images_are_counted(self, tmp_path, capsys, monkeypatch):
+        source = write(tmp_path / "data")
+        for name in ("a.txt", "b.txt", "noise.heic", "README", ".hidden"):
+            (source / name).touch()
+        without = images.extensions() - images.HEIF
+        monkeypatch.setattr(images, "extensions", lambda: without)
+        assert len(self.pixels(tmp_path, source)) == 4
+        said = capsys.readouterr().out
+        assert "4 files left out by their ending: 2 .txt" in said
+        assert "1 .heic (pip install 'fairseq-ext[heif]')" in said and "1 without" in said
+
+    @pytest.mark.parametrize(
+        "name, kind, exact",
+        [
+            ("a.jfif", "JPEG", False),
+            ("a.jp2", "JPEG2000", True),
+            ("a.ppm", "PPM", True),
+            ("a.tga", "TGA", True),
+            ("a.avif", "AVIF", False),
+            ("a.heic", "HEIF", False),
+        ],
+    )
+    def test_what_pillow_can_decode(self, tmp_path, name, kind, exact):
+        if kind not in images.formats():
+            pytest.skip(f"nothing here decodes {kind}")
+        smooth = np.linspace(0, 250, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)
+        Image.fromarray(smooth).save(tmp_path / name, kind)
+        assert images.find_images(tmp_path) == [name]
+        found = images.decode_image(tmp_path / name, 32, 32, 3).transpose(1, 2, 0).astype(int)
+        assert np.abs(found - smooth).max() <= (0 if exact else 24)
+
+    def test_a_zip_is_the_folder_that_was_packed(self, tmp_path, capsys):
+        source = write(tmp_path / "data")
+        for n, name in enumerate(sorted(source.glob("*.png"))):
+            (source / ("ant", "bee")[n % 2]).mkdir(exist_ok=True)
+            name.rename(source / ("ant", "bee")[n % 2] / name.name)
+        shutil.make_archive(str(tmp_path / "flat"), "zip", source)
+        shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path, "data")
+        expected = self.pixels(tmp_path, source, "--class-labels")
+        for name in ("flat.zip", "packed.zip"):
+            found = self.pixels(tmp_path, tmp_path / name, "--class-labels")
+            assert found.content_hash == expected.content_hash
+            assert found.classes == ["ant", "bee"]
+        (tmp_path / "no.zip").write_text("no zip")
+        with pytest.raises(UserError, match="no.zip is no readable zip"):
+            self.pixels(tmp_path, tmp_path / "no.zip")
+
+    def test_arrays(self, tmp_path):
+        random = np.random.default_rng(0)
+        colour = random.integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
+        np.save(tmp_path / "first.npy", colour)
+        np.save(tmp_path / "last.npy", colour.transpose(0, 2, 3, 1))
+        np.savez(tmp_path / "gray.npz", images=colour[:, 0], labels=[0, 1, 0, 2, 1])
+        for name in ("first.npy", "last.npy"):
+            assert np.array_equal(self.pixels(tmp_path, tmp_path / name).pixels, colour)
+        out = tmp_path / "own size"
+        main([str(tmp_path / "gray.npz"), str(out), "--class-labels"])
+        found = Images.open(out)
+        assert np.array_equal(found.pixels, colour[:, :1])
+        assert found.labels.tolist() == [0, 1, 0, 2, 1] and found.classes == ["0", "1", "2"]
+        np.save(tmp_path / "float.npy", colour / 255.0)
+        with pytest.raises(UserError, match=r"float.npy is float64 \(5, 3, 8, 8\): give .* uint8"):
+            self.pixels(tmp_path, tmp_path / "float.npy")
+
+    def test_gray_images_stored_as_colour_are_told(self, tmp_path, capsys):
+        source = tmp_path / "gray"
+        source.mkdir()
+        for n in range(4):
+            Image.new("L", (8, 8), 40 * n).convert("RGB").save(source / f"{n}.png")
+        assert "all images are gray" in self.pixels(tmp_path, source).remark
+        assert "--channels 1 keeps and draws one" in capsys.readouterr().out
+        assert not self.pixels(tmp_path, source, "--channels", "1").remark
+        Image.new("RGB", (8, 8), (1, 2, 3)).save(source / "9.png")
+        assert not self.pixels(tmp_path, source).remark
+
+    def test_prune(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        here, gone = write(tmp_path / "here"), write(tmp_path / "gone", 3)
+        cache = tmp_path / "cache" / "diffusion_ext"
+        for source, size in ((here, 8), (here, 4), (gone, 8)):
+            open_images(source, ImageOptions(image_size=[size]))
+        (cache / "statistics").mkdir()
+        shutil.rmtree(gone)
+        main(["--prune"])
+        said = capsys.readouterr().out
+        assert said.count("removed") == 1 and f"{gone} is gone" in said
+        assert len(list(cache.glob("here-*"))) == 2
+        main(["--prune", str(here)])
+        assert [path.name for path in cache.iterdir()] == ["statistics"]
+        main(["--prune", str(here)])
+        assert "holds nothing decoded of" in capsys.readouterr().out

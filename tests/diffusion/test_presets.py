@@ -38,6 +38,12 @@ def numbers(flags, name):
         ((48, 64), "1,2,3,4", "12"),
         ((80, 80), "1,1,2,2,4", "10"),
         ((256, 256), "1,1,2,2,4,4", "16"),
+        # padded to 56, 18, 36, 112, 192 × 224
+        ((50, 50), "1,2,3,4", "14"),
+        ((17, 17), "1,2", "9"),
+        ((33, 33), "1,2,3", "9"),
+        ((100, 100), "1,1,2,2,4", "14"),
+        ((178, 218), "1,1,2,2,4,4", "12"),
     ],
 )
 def test_networks_of_known_sizes(size, mults, attends):
@@ -46,18 +52,19 @@ def test_networks_of_known_sizes(size, mults, attends):
 
 
 @given(st.integers(1, 600), st.integers(1, 600))
-def test_a_cut_network_fits_and_one_that_is_not_cut_is_the_preset(height, width):
-    """Sides that cannot be halved often enough keep the preset, which the model refuses in words."""
+def test_a_network_is_a_part_of_the_preset_and_attends_at_one_of_its_heights(height, width):
+    """A cut one fits, or pads little; where nothing does, all of the preset is left."""
     flags = network_for(height, width)
     mults = numbers(flags, "--channel-mults")
     preset = next(v for limit, v in SIZES.items() if max(height, width) <= limit).mults
     assert preset.startswith(flags["--channel-mults"])
     shrunk = 2 ** (len(mults) - 1)
+    padded = [-(-side // shrunk) * shrunk for side in (height, width)]
     if flags["--channel-mults"] != preset:
-        assert height % shrunk == width % shrunk == 0
+        assert padded[0] * padded[1] <= 1.3 * height * width
         assert max(height, width) // shrunk <= DEEPEST
     (attends,) = numbers(flags, "--attention-resolutions")
-    heights = [height >> level for level in range(len(mults))]
+    heights = [padded[0] >> level for level in range(len(mults))]
     assert attends in heights or attends == 0 and min(heights) > 16
 
 

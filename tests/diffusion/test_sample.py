@@ -19,7 +19,8 @@ pytest.importorskip("fairseq")
 from diffusion_ext import pictures
 from diffusion_ext.inference import DiffusionModel
 from diffusion_ext.pictures import grid, to_uint8
-from diffusion_ext.sample import SampleOptions, begin, labels_of, main, plan_of, spread
+from diffusion_ext.sample.__main__ import SampleOptions, begin, labels_of, main, plan_of
+from diffusion_ext.sample.album import shown_of_each, spread
 from ext_common.checkpoints import untouched_logging
 from ext_common.cli import UserError
 
@@ -63,7 +64,11 @@ def test_pictures_and_nothing_else(draw, tiny_checkpoint, tmp_path, capsys):
         *names(range(5)),
         "manifest.json",
     ]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["samples", "samples.grid.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "samples",
+        "samples.csv",
+        "samples.grid.png",
+    ]
     image = Image.open(draw.folder / "000003.png")
     assert (image.mode, image.size) == ("L", (16, 16))
     # the pixels are those of the model, the grid shows them in order
@@ -74,8 +79,12 @@ def test_pictures_and_nothing_else(draw, tiny_checkpoint, tmp_path, capsys):
         assert np.array_equal(pixels(draw.folder / f"{k:06}.png"), images[k, 0])
     sheet = grid(images)[0]
     shown = pixels(tmp_path / "samples.grid.png")
-    scale = len(shown) // len(sheet)
-    assert scale == 3 and np.array_equal(shown, sheet.repeat(scale, 0).repeat(scale, 1))
+    # under a line that says what they are; the white around it is as wide as that line
+    below = shown[-3 * len(sheet) :, : 3 * sheet.shape[1]]
+    assert (
+        np.array_equal(below, sheet.repeat(3, 0).repeat(3, 1))
+        and shown[: -3 * len(sheet)].min() < 99
+    )
     said = capsys.readouterr().out
     assert "5 images of 16 × 16" in said and "samples.grid.png shows 5" in said
 
@@ -125,7 +134,8 @@ def test_trajectory(draw, tiny_checkpoint, tmp_path):
     list(model.batches(range(3), steps=5, watch=lambda i, x, x0: noisy.append(to_uint8(x))))
     strip = pixels(tmp_path / "samples.strip.png")
     cell, scale = 16 + 2, 3
-    assert strip.shape == ((3 * cell + 2) * scale, (5 * cell + 2) * scale)
+    # what remains below and beside the names
+    strip = strip[-(3 * cell + 2) * scale :, -(5 * cell + 2) * scale :]
     small = strip[::scale, ::scale]
     finals = [pixels(draw.folder / f"{k:06}.png") for k in range(3)]
     for row, final in enumerate(finals):
@@ -172,10 +182,10 @@ def test_killed_between_two_images(draw, monkeypatch):
     draw("--num 1 --batch-size 1")
     save = pictures.save_png
 
-    def save_two(path, image, scale=1):
+    def save_two(path, image, **options):
         if len(content(draw.folder)) == 2:
             raise KeyboardInterrupt
-        save(path, image, scale)
+        save(path, image, **options)
 
     monkeypatch.setattr(pictures, "save_png", save_two)
     with pytest.raises(KeyboardInterrupt):
@@ -268,7 +278,7 @@ def test_fewer_images_than_before_leave_the_others_and_say_so(draw, capsys):
 def test_a_checkpoint_that_is_replaced_while_it_is_read(draw, monkeypatch):
     """The weights of one would go under the name of the other."""
     hashes = iter(["before", "after"])
-    monkeypatch.setattr("diffusion_ext.sample.sha256_file", lambda path: next(hashes))
+    monkeypatch.setattr("diffusion_ext.sample.__main__.sha256_file", lambda path: next(hashes))
     with pytest.raises(UserError, match="was replaced while it was read"):
         draw("--num 1")
     assert not draw.folder.exists()
@@ -351,10 +361,46 @@ def test_all_classes_in_turn(build):
     model = DiffusionModel(made.model, made.task.cfg, made.task.spec)
     assert labels_of(model, SampleOptions(path="x"), [5, 6, 7]) == [2, 0, 1]
     assert labels_of(model, SampleOptions(path="x", label="bee"), [5, 6, 7]) == [1, 1, 1]
-    with pytest.raises(
-        UserError, match="--label dog is no class of the model; known: ant, bee, cat"
-    ):
-        labels_of(model, SampleOptions(path="x", label="dog"), [0])
+    assert labels_of(model, SampleOptions(path="x", label="1"), [5, 6, 7]) == [1, 1, 1]
+    for wrong in ("dog", "3", "-1"):
+        with pytest.raises(
+            UserError, match=f"--label {wrong} is no class of the model; known: ant, bee, cat"
+        ):
+            labels_of(model, SampleOptions(path="x", label=wrong), [0])
+    # a name comes before a number, as with digits
+    model.spec["classes"] = ["1", "0"]
+    assert model.class_index("1") == 0
+
+
+def test_classes_in_folders_and_in_a_table(build, tmp_path, monkeypatch, tiny_checkpoint):
+    made = build({"class_labels": True})
+    model = DiffusionModel(made.model, made.task.cfg, made.task.spec)
+    monkeypatch.setattr(DiffusionModel, "from_checkpoint", lambda *args: model)
+    arguments = ["--path", str(tiny_checkpoint), "--num", "5", *QUICK.split()]
+    main([str(tmp_path / "flat"), *arguments])
+    table = (tmp_path / "flat.csv").read_text().splitlines()
+    kinds = ("ant", "bee", "cat", "ant", "bee")
+    assert table == ["file,class,seed", *(f"{k:06}.png,{name},1" for k, name in enumerate(kinds))]
+    main([str(tmp_path / "sorted"), *arguments, "--class-folders"])
+    for k, name in enumerate(kinds):
+        found = (tmp_path / "sorted" / name / f"{k:06}.png").read_bytes()
+        assert found == (tmp_path / "flat" / f"{k:06}.png").read_bytes()
+    assert (tmp_path / "sorted.csv").read_text().splitlines()[2] == "bee/000001.png,bee,1"
+    with pytest.raises(UserError, match="samples of another model or other options"):
+        main([str(tmp_path / "flat"), *arguments, "--class-folders"])
+
+
+def test_what_is_shown_of_each_class():
+    assert shown_of_each([0, 1] * 30) == list(range(20))  # ten of each
+    assert len(shown_of_each(list(range(300)))) == 100
+    assert shown_of_each([5, 5, 5]) == [0, 1, 2]
+
+
+def test_a_file_that_a_power_cut_left_empty_is_drawn_again(draw):
+    """Pictures are brought to the disk together, at the end."""
+    whole = draw("--num 3 --batch-size 1")
+    (draw.folder / "000001.png").write_bytes(b"")
+    assert draw("--num 3 --batch-size 1") == whole
 
 
 @pytest.mark.parametrize(
@@ -387,7 +433,7 @@ def run(cwd, *arguments):
 def test_as_one_types_it(tiny_checkpoint, tmp_path, repo_root):
     done = run(tmp_path, "out", "--path", tiny_checkpoint, "--num", 2, *QUICK.split())
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.grid.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.csv", "out.grid.png"]
     speaker = {"speakers": ["a"], "spec": {"n_mels": 80}}
     state = {"model": {}, "task_state": speaker, "cfg": {"task": {"_name": "speaker_id"}}}
     torch.save(state, tmp_path / "speaker.pt")

@@ -87,6 +87,7 @@ def train_here(toy_registered, tmp_path, monkeypatch):
         distributed_utils.call_main(convert_namespace_to_omegaconf(args), train.main)
         return save_dir
 
+    run.folder = tmp_path
     yield run
     # What the end of a process would do.
     screen._close()

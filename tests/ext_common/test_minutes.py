@@ -1,6 +1,7 @@
 """--minutes: the length that a pace gives, and what it changes in a training."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -98,7 +99,8 @@ class Training:
     """A trainer whose updates take a second of a clock that nobody waits for."""
 
     def __init__(self, monkeypatch, plan, update=1.0, start=10.0):
-        self.cfg, self.task, self.updates, self.rebuilt = config(_name="fixed"), None, 0, 0
+        self.cfg, self.updates, self.rebuilt = config(_name="fixed"), 0, 0
+        self.task = SimpleNamespace()
         self.now, self.update, begun = 1000.0, update, 1000.0 - start
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(minutes, "seconds_since_start", lambda: self.now - begun)

@@ -18,7 +18,7 @@ from ext_common.presets import Machine, save_dirs
 GOLDEN = Path(__file__).parent / "golden"
 COMMANDS = json.loads((GOLDEN / "commands.json").read_text())
 # Options that came with the presets.
-NEW = {"presets", "minutes", "chosen"}
+NEW = {"presets", "minutes", "save_minutes", "chosen", "balance", "loss_weighting"}
 TINY = "DATA --user-dir fairseq_ext --task speaker_id"
 
 

@@ -21,6 +21,7 @@ from ext_common.cli import (
     from_args,
     progress,
     run,
+    writing,
 )
 from fairseq_ext.backtranslation.assemble.checks import LEAST, typical_share
 from fairseq_ext.backtranslation.generate import claims as claiming
@@ -46,6 +47,7 @@ from fairseq_ext.backtranslation.models.backends import (
 )
 from fairseq_ext.backtranslation.modes import MODES, Mode, make_mode
 from fairseq_ext.translation.prepare.leaks import Guard
+from fairseq_ext.translation.text.languages import check_code
 from fairseq_ext.translation.text.normalise import language
 
 # These change how fast DEST comes about, or are part of what describe_model says.
@@ -116,6 +118,8 @@ class GenerateOptions(ModelOptions):
         super().__post_init__()
         if not self.model:
             raise ValueError("--model is missing: give the model that reads the language of MONO")
+        if self.lang is not None:
+            check_code(self.lang, "--lang")
         for name in ("nbest", "round", "chunk_lines"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
@@ -157,7 +161,7 @@ def generate(
     guard = Guard(options.guard, real) if options.guard else None
     owner = Owner.this()
     plan = make_plan(options, mode, model, real, guard)
-    with Heart(claiming.HEARTBEAT) as heart:
+    with writing(dest), Heart(claiming.HEARTBEAT) as heart:
         chunks = enter(dest, source, plan, owner, heart, claiming.PATIENCE)
         if chunks is None:
             return False, manifest_of(dest)

@@ -24,6 +24,7 @@ from fairseq_ext.backtranslation.modes import Mode
 from fairseq_ext.translation.decode.checkpoint import read_state, split_paths
 from fairseq_ext.translation.decode.options import Source
 from fairseq_ext.translation.decode.translator import Translator
+from fairseq_ext.translation.text.languages import check_code
 
 BACKENDS = Registry("backend")
 
@@ -91,6 +92,9 @@ class ModelOptions:
                     f"--{name.replace('_', '-')} must lie between 0 and 1,000,000, got "
                     f"{getattr(self, name)}"
                 )
+        for name in ("model_source", "model_target"):
+            if getattr(self, name) is not None:
+                check_code(getattr(self, name), f"--{name.replace('_', '-')}")
 
     def lengths(self) -> dict[str, Any]:
         """Fields of `DecodeOptions`."""

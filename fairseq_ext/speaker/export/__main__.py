@@ -140,6 +140,7 @@ def checked(model, checkpoint: str, options: ExportOptions) -> tuple[bytes, dict
     network = ExportedNetwork(data, f"the file of {checkpoint}")
     result: dict = {}
     if options.data:
+        # prepared data are features: measured before those are put inside
         result["accuracy"] = compare(model, ExportedModel(network), checkpoint, options)
     if options.features == "inside":
         made = graph.joined(graph.front_graph(model.spec), made)

@@ -91,7 +91,11 @@ class ExportedNetwork:
             self.spec: FeatureSpec = made.from_dict(self.description.spec)
         except (ValueError, KeyError, TypeError, UserError) as error:
             raise UserError(f"{name} has unreadable metadata ({error}): {_REMEDY}") from None
-        self.name = name
+        self.name, self._source = name, source
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a session cannot be pickled, what it was made of can
+        return type(self), (self._source, self.name)
 
     @property
     def inside(self) -> bool:

@@ -31,6 +31,7 @@ from fairseq_ext.translation.decode.options import (
     Source,
     make_batches,
 )
+from fairseq_ext.translation.text.normalise import BROKEN, repaired
 from fairseq_ext.translation.text.overlong import split_line
 
 BACKENDS = ("fairseq", "ctranslate2")
@@ -50,11 +51,13 @@ class Translation:
     """What became of one line; hypotheses are best first, and one for an empty line.
 
     parts: in how many the line was translated. cut: an output that was used reached its limit.
+    broken: one that was used had bytes that are no character, which are left out.
     """
 
     hypotheses: tuple[Hypothesis, ...]
     parts: int = 1
     cut: bool = False
+    broken: bool = False
 
     @property
     def text(self) -> str:
@@ -237,15 +240,17 @@ class Translator:
         """The translation of a line from the candidates of its parts."""
         if not parts:
             return _NOTHING
-        hypotheses = []
+        hypotheses, broken = [], False
         for rank in range(min(map(len, parts))):
             chosen = [candidates[rank] for candidates in parts]
             # every part counts as much as it is long
             weights = [len(c.ids) + 1 for c in chosen]
             score = sum(c.score * w for c, w in zip(chosen, weights, strict=True)) / sum(weights)
-            text = self.vocabulary.join([self.vocabulary.text(c.ids) for c in chosen])
+            texts = [self.vocabulary.text(c.ids) for c in chosen]
+            broken |= any(BROKEN in text for text in texts)
+            text = self.vocabulary.join(list(map(repaired, texts)))
             hypotheses.append(Hypothesis(text, score))
-        return Translation(tuple(hypotheses), len(parts), any(c[0].cut for c in parts))
+        return Translation(tuple(hypotheses), len(parts), any(c[0].cut for c in parts), broken)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

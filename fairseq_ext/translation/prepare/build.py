@@ -14,7 +14,7 @@ from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.prepare.filter_chain import FilterChain
 from fairseq_ext.translation.prepare.hashes import key_hash
 from fairseq_ext.translation.prepare.leaks import LeakGuard
-from fairseq_ext.translation.prepare.report import leak_error, say, warn
+from fairseq_ext.translation.prepare.report import about_leaks, say, warn
 from fairseq_ext.translation.prepare.settings import Settings, held_out_splits
 from fairseq_ext.translation.prepare.splits import SPLITS, split, split_sha256
 from fairseq_ext.translation.prepare.steps import (
@@ -26,6 +26,7 @@ from fairseq_ext.translation.prepare.steps import (
     survey,
     write_splits,
 )
+from fairseq_ext.translation.text.moses import looks_tokenised
 from fairseq_ext.translation.text.normalise import read_lines, read_pairs
 from fairseq_ext.translation.text.spm import Codec, train_model
 
@@ -55,15 +56,30 @@ def fill(
     }
     check_columns(inputs, options.columns)
     total, drawn = survey(inputs, options.columns, cleaner, options.seed)
+    for lang, side in zip(options.languages, zip(*drawn, strict=True), strict=False):
+        why = looks_tokenised(side, lang)
+        if why:
+            warn(
+                f"the {lang} text looks as if it had been tokenised ({why}), and a model writes as it has "
+                "learnt: --detokenise undoes it"
+            )
     chain.fit(drawn)
     cleaner.use(chain, make_guard(text, given, options.languages, settings.base))
     with open_rejects(folder / "rejects.tsv.gz") as rejects:
         pairs = read_pairs(inputs, options.columns)
-        kept, removed, leaks = clean(pairs, total, chain, cleaner, work, rejects, workers)
-    if leaks and options.on_leak == "refuse":
+        keep = options.on_leak == "keep"
+        kept, removed, leaks = clean(pairs, total, chain, cleaner, work, rejects, workers, keep)
+    if leaks.first and options.on_leak != "remove":
         names = [f"--{name}" for name in given] + ([settings.base.path] if settings.base else [])
-        raise leak_error(removed["leak"], leaks, names)
+        told = about_leaks(leaks, names)
+        if not keep:
+            raise UserError(
+                f"{told}: leave them out with --on-leak remove, or, where these are the official splits of "
+                "a data set, --on-leak keep"
+            )
+        warn(f"{told}: they are kept, as --on-leak keep says, and scores are the better for it")
     counts = {"in": total, "out": len(kept), "removed": dict(removed.most_common())}
+    counts |= {"leaks_kept": leaks.equal + leaks.near} if keep else {}
     check_enough(counts, inputs, 3 if settings.base is None else 1)
     codes = divide(kept, settings, options.seed)
     found = {name: int((codes == code).sum()) for code, name in enumerate(SPLITS)}
@@ -220,6 +236,7 @@ def write_vocabulary(folder: Path, pairs: int, options, settings: Settings) -> d
                 settings.extra_symbols,
                 options.seed,
                 SPM_THREADS,
+                options.character_coverage,
             )
             for file in files:
                 models[file.name.removeprefix("train.")].write_bytes(model)

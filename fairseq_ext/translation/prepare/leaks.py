@@ -1,7 +1,7 @@
 """What keeps valid and test sentences out of training data, parallel or monolingual.
 
 A line leaks where its match key is that of a held-out line, whatever the length ("Yes." too: an exact copy
-is never evidence of translating), or where it contains nearly all of a longer held-out line.
+is never evidence of translating), or where it shares nearly all word sequences of a longer held-out line.
 """
 
 import hashlib
@@ -41,6 +41,9 @@ lines the first or last one; two sentences on one pattern ("Tom likes to play te
 """
 _WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
+
+
+EQUAL = "it is a line of valid or test"
 
 
 class LeakGuard:
@@ -107,7 +110,7 @@ class _Side:
     def find(self, line: str, partial: bool) -> str | None:
         key = match_key(line)
         if text_hash(key) in self.keys and key:
-            return "it is a line of valid or test"
+            return EQUAL
         grams = self._grams(line, key) if partial and len(self.sizes) else ()
         if not len(grams):
             return None
@@ -123,8 +126,8 @@ class _Side:
             return None
         size = int(self.sizes[lines[best]])
         return (
-            f"it contains {counts[best]} of the {size} {GRAM[self.units]}-grams ({self.units}) of a "
-            "line of valid or test"
+            f"it shares {counts[best]} of the {size} {GRAM[self.units]}-grams ({self.units}) of a line of "
+            "valid or test"
         )
 
     def _grams(self, line: str, key: str) -> np.ndarray:

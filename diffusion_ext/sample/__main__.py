@@ -2,31 +2,43 @@
 
     python -m diffusion_ext.sample samples --path CKPT/checkpoint_last.pt --num 1000 --steps 20
 
-Writes 000000.png … into the folder and samples.grid.png beside it, so that the folder holds samples only.
-Schedule, objective, size and classes are in the checkpoint.
+Writes 000000.png … into the folder and beside it, so that the folder holds samples only, samples.grid.png and
+samples.csv, the class of each. Schedule, objective, size and classes are in the checkpoint.
 Image k depends on (seed, k) alone: more of them, other batches or several processes give the same ones, and
 the command continues where it was stopped.
 
   --trajectory           also samples.strip.png and samples.gif: how the first images come out of the noise
   --interpolate A.png,B.png   between two images: DDIM leads both back into the noise, where they are mixed
-  --inpaint A.png --mask M.png   fills what is white in the mask (RePaint, Lugmayr et al. 2022)
+  --image A.png --strength 0.6   other images like this one: it is noised so far, and drawn from there
+  --inpaint A.png --mask M.png   draws what is white in the mask, and keeps what is black or transparent
+                         (RePaint, Lugmayr et al. 2022)
+
+In place of A.png a folder may stand, of whose images each is drawn once unless --num says more, and in place
+of M.png one with a mask of the same name for each. Then samples.grid.png shows before and after, as well.
 """
 
+import csv
+import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import List, NamedTuple, Optional
+from typing import List, Optional
 
-import numpy as np
-
-from diffusion_ext.pictures import grid, to_uint8
 from ext_common.cli import Parser, UserError, add_dataclass, from_args, progress, run
-from ext_common.manifest import MANIFEST_NAME, atomic_json, beside, sha256_file, write_manifest
+from ext_common.folders import make_durable
+from ext_common.manifest import (
+    MANIFEST_NAME,
+    atomic_json,
+    atomic_write,
+    beside,
+    sha256_file,
+    write_manifest,
+)
 
 SAMPLER = "dpmpp_2m"
 PLAN_NAME = ".plan.json"
-STAGES = 12
-FRAMES = 60
+NUM = 64
+PNG_END = b"IEND\xaeB`\x82"
 
 
 @dataclass
@@ -34,7 +46,12 @@ class SampleOptions:
     """What to draw."""
 
     path: str = field(metadata={"help": "checkpoint of diffusion_ext.train"})
-    num: int = field(default=64, metadata={"help": "images"})
+    num: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "images; none: 64, and of a folder for --image or --inpaint one for each of its files"
+        },
+    )
     first: int = field(default=0, metadata={"help": "number of the first image"})
     sampler: str = field(
         default=SAMPLER,
@@ -50,8 +67,8 @@ class SampleOptions:
     label: Optional[str] = field(
         default=None,
         metadata={
-            "help": "class by name; none: all classes in turn where the model has any, and no class"
-            " with --interpolate and --inpaint"
+            "help": "class by name or number, counted from 0; none: all classes in turn where the model"
+            " has any, and no class with --interpolate, --image and --inpaint"
         },
     )
     guidance: float = field(
@@ -71,6 +88,9 @@ class SampleOptions:
     overwrite: bool = field(
         default=False, metadata={"help": "replace samples of another model or other options"}
     )
+    class_folders: bool = field(
+        default=False, metadata={"help": "a sub-folder of OUTPUT for the images of each class"}
+    )
     trajectory: bool = field(default=False, metadata={"help": "also a strip and a GIF of the way"})
     interpolate: Optional[List[str]] = field(
         default=None, metadata={"help": "A.png,B.png: --num images from A to B"}
@@ -78,9 +98,21 @@ class SampleOptions:
     noise_level: float = field(
         default=0.5, metadata={"help": "with --interpolate: share of T that both are led back by"}
     )
-    inpaint: Optional[str] = field(default=None, metadata={"help": "image to fill; needs --mask"})
+    image: Optional[str] = field(
+        default=None, metadata={"help": "image to draw others like it, or a folder of them"}
+    )
+    strength: float = field(
+        default=0.6, metadata={"help": "with --image: share of T that it is noised by"}
+    )
+    inpaint: Optional[str] = field(
+        default=None, metadata={"help": "image to fill, or a folder of them; needs --mask"}
+    )
     mask: Optional[str] = field(
-        default=None, metadata={"help": "image of the same shape, white where --inpaint draws"}
+        default=None,
+        metadata={
+            "help": "image of the same shape, white where --inpaint draws, black or transparent where it"
+            " does not; or a folder with one for each image"
+        },
     )
     resample: int = field(
         default=5, metadata={"help": "with --inpaint: how often each level is gone through"}
@@ -92,7 +124,8 @@ class SampleOptions:
     def __post_init__(self):
         least = dict(num=1, batch_size=1, steps=1, resample=1, first=0, ema=-1)
         for name, value in least.items():
-            if getattr(self, name) < value:
+            given = getattr(self, name)
+            if given is not None and given < value:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {value}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"--seed {self.seed} has more than 64 bits")
@@ -100,15 +133,27 @@ class SampleOptions:
             raise ValueError("--interpolate takes two images, as A.png,B.png")
         if (self.inpaint is None) != (self.mask is None):
             raise ValueError("--inpaint and --mask belong together")
-        if self.inpaint and self.interpolate:
-            raise ValueError("--inpaint and --interpolate exclude each other")
-        if not 0 < self.noise_level <= 1:
-            raise ValueError("--noise-level must be in (0, 1]")
-        if self.interpolate or self.inpaint:
-            self._check_editing()
+        edits = self.edits
+        if len(edits) > 1:
+            raise ValueError(f"{edits[1]} and {edits[0]} exclude each other")
+        for flag, share in (("noise-level", self.noise_level), ("strength", self.strength)):
+            if not 0 < share <= 1:
+                raise ValueError(f"--{flag} must be in (0, 1]")
+        if edits:
+            self._check_editing(edits[0])
 
-    def _check_editing(self):
-        flag, sampler = ("--interpolate", "ddim") if self.interpolate else ("--inpaint", "ddpm")
+    @property
+    def edits(self) -> list[str]:
+        """The flags that make images from images."""
+        given = {
+            "--interpolate": self.interpolate,
+            "--image": self.image,
+            "--inpaint": self.inpaint,
+        }
+        return [flag for flag, value in given.items() if value is not None]
+
+    def _check_editing(self, flag):
+        sampler = {"--interpolate": "ddim", "--inpaint": "ddpm"}.get(flag, self.sampler)
         if self.sampler not in (SAMPLER, sampler):
             raise ValueError(f"{flag} is always by {sampler}: leave --sampler out")
         self.sampler = sampler
@@ -136,7 +181,8 @@ def main(argv: List[str]) -> None:
 def sample(output: str, options: SampleOptions) -> None:
     """Write the folder; raises UserError."""
     from diffusion_ext.inference import DiffusionModel
-    from diffusion_ext.pictures import display_scale, grid, save_gif, save_png
+    from diffusion_ext.pictures import save_png
+    from diffusion_ext.sample.album import draw_pictures
 
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
@@ -145,29 +191,30 @@ def sample(output: str, options: SampleOptions) -> None:
     model = DiffusionModel.from_checkpoint(
         options.path, options.device, None if options.ema < 0 else options.ema, options.user_dir
     )
+    options = replace(options, num=number_of(options))
     plan = plan_of(options)
     if plan["checkpoint"] != before:
         raise UserError(f"{options.path} was replaced while it was read: run the command again")
     numbers = list(range(options.first, options.first + options.num))
     draw = drawer(model, options, numbers)
+    labels = labels_of(model, options, numbers)
+    classes = [None] * len(numbers) if labels is None else [model.classes[k] for k in labels]
+    paths = {
+        k: name_of(folder, k, name if options.class_folders else None)
+        for k, name in zip(numbers, classes, strict=True)
+    }
     begin(folder, plan, options.overwrite)
-    missing = [k for k in numbers if not name_of(folder, k).exists()]
+    missing = [k for k in numbers if not is_whole(paths[k])]
     if len(missing) < len(numbers):
         print(f"{len(numbers) - len(missing)} of {len(numbers)} images are there already")
     with progress(len(missing), desc="sample", unit="images") as bar:
         for chosen, images in draw(missing):
             for k, image in zip(chosen, images, strict=True):
-                save_png(name_of(folder, k), image)
+                save_png(paths[k], image, durable=False)
             bar.update(len(chosen))
-    shown = [read_png(name_of(folder, k)) for k in numbers[:100]]
-    scale = display_scale(model.shape[1])
-    picture = beside(folder.resolve(), "grid.png")
-    save_png(picture, grid(np.stack(shown)), scale)
-    if options.trajectory:
-        some = numbers[:8]
-        frames = stages_of(model, sampling(model, options, some), some)
-        save_png(beside(folder.resolve(), "strip.png"), frames.strip, scale)
-        save_gif(beside(folder.resolve(), "gif"), frames.animation, scale)
+    make_durable(folder)
+    shown = draw_pictures(model, options, folder, paths, labels, sampling)
+    write_table(beside(folder.resolve(), "csv"), folder, paths, classes, options)
     write_manifest(
         folder,
         inputs={options.path: plan["checkpoint"]},
@@ -177,8 +224,8 @@ def sample(output: str, options: SampleOptions) -> None:
         plan=plan,
     )
     _, height, width = model.shape
-    print(f"{folder}: {len(numbers)} images of {height} × {width}, {picture} shows {len(shown)}")
-    others = sum(path.stem.isdigit() for path in folder.glob("*.png")) - len(numbers)
+    print(f"{folder}: {len(numbers)} images of {height} × {width}, {shown}")
+    others = len(samples_in(folder)) - len(numbers)
     if others:
         print(f"{others} other images of this model, drawn before, lie there too")
 
@@ -190,15 +237,35 @@ def plan_of(options: SampleOptions) -> dict:
     plan = {k: v for k, v in asdict(options).items() if k not in ways}
     if options.interpolate:
         plan.update(num=options.num, first=options.first)
-    for key in ("inpaint", "mask"):
+    for key in ("image", "inpaint", "mask"):
         if plan[key]:
             plan[key] = hash_of(plan[key])
+    if not options.image:
+        del plan["image"], plan["strength"]
+    if not options.class_folders:
+        del plan["class_folders"]
     if options.interpolate:
         plan["interpolate"] = [hash_of(path) for path in options.interpolate]
     return {"checkpoint": sha256_file(options.path), **plan}
 
 
+def number_of(options: SampleOptions) -> int:
+    """How many images: those asked for, or one for each file of a folder that they are made from."""
+    from diffusion_ext.editing import files_of
+
+    if options.num is not None:
+        return options.num
+    source = options.image or options.inpaint
+    return len(files_of(source)) if source and Path(source).is_dir() else NUM
+
+
 def hash_of(path: str) -> str:
+    """SHA-256 of a file, or of the names and hashes of a folder's images."""
+    from diffusion_ext.editing import files_of
+
+    if Path(path).is_dir():
+        known = [[Path(name).name, sha256_file(name)] for name in files_of(path)]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist: give the file of an image")
     return sha256_file(path)
@@ -208,7 +275,7 @@ def begin(folder: Path, plan: dict, overwrite: bool) -> None:
     """Note what is drawn into a new folder; UserError where one holds images of something else."""
     note = folder / PLAN_NAME
     if note.exists() and json.loads(note.read_text()) != plan:
-        drawn = [path for path in folder.glob("*.png") if path.stem.isdigit()]
+        drawn = samples_in(folder)
         if drawn and not overwrite:
             raise UserError(
                 f"{folder} holds samples of another model or other options: give another folder, or"
@@ -224,17 +291,34 @@ def begin(folder: Path, plan: dict, overwrite: bool) -> None:
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
 
 
-def name_of(folder: Path, number: int) -> Path:
-    return folder / f"{number:06}.png"
+def name_of(folder: Path, number: int, name: Optional[str] = None) -> Path:
+    """Where an image lies; name: its class, where each has a folder."""
+    return (folder / name if name else folder) / f"{number:06}.png"
 
 
-def read_png(path: Path) -> np.ndarray:
-    """uint8 (C, H, W) of a PNG that was written here."""
-    from PIL import Image
+def samples_in(folder: Path) -> list[Path]:
+    """The images that were drawn into a folder, also in the folders of classes."""
+    paths = [*folder.glob("*.png"), *folder.glob("*/*.png")]
+    return [path for path in paths if path.stem.isdigit()]
 
-    with Image.open(path) as image:
-        pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+def is_whole(path: Path) -> bool:
+    """Whether a PNG is there to its end; a power cut may leave an empty file with its name."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(PNG_END), 2)
+            return file.read() == PNG_END
+    except OSError:
+        return False
+
+
+def write_table(path: Path, folder: Path, paths: dict, classes: list, options) -> None:
+    """samples.csv: of each image its file, class (empty for none) and seed."""
+    with atomic_write(path) as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["file", "class", "seed"])
+        for (_, image), name in zip(paths.items(), classes, strict=True):
+            rows.writerow([image.relative_to(folder).as_posix(), name or "", options.seed])
 
 
 def sampling(model, options: SampleOptions, numbers: List[int]) -> dict:
@@ -255,13 +339,13 @@ def sampling(model, options: SampleOptions, numbers: List[int]) -> dict:
 def labels_of(model, options: SampleOptions, numbers: List[int]) -> Optional[List[int]]:
     """Class index of each number: the one asked for, else all in turn; None for a model without."""
     if options.label is None:
-        return model.classes_in_turn(numbers)
+        return None if options.edits else model.classes_in_turn(numbers)
     return [model.class_index(options.label)] * len(numbers)
 
 
 def drawer(model, options: SampleOptions, numbers: List[int]):
     """draw(numbers) → batches of (numbers, uint8 images); UserError at once for what cannot be drawn."""
-    if options.interpolate or options.inpaint:
+    if options.edits:
         model.check_classes(options.label is not None, options.guidance)
     if options.interpolate:
         from diffusion_ext.editing import interpolation
@@ -270,42 +354,17 @@ def drawer(model, options: SampleOptions, numbers: List[int]):
     if options.inpaint:
         from diffusion_ext.editing import inpainting
 
-        return inpainting(model, options)
+        return inpainting(model, options, numbers)
+    if options.image:
+        from diffusion_ext.editing import variation
+
+        return variation(model, options, numbers)
 
     def draw(chosen):
         return model.batches(chosen, **sampling(model, options, chosen))
 
     draw([])
     return draw
-
-
-class Stages(NamedTuple):
-    """strip: uint8 (C, H', W'), a row an image, as it is after the first step to after the last; animation:
-    list of grids of all images."""
-
-    strip: np.ndarray
-    animation: list[np.ndarray]
-
-
-def stages_of(model, options: dict, numbers: list[int]) -> Stages:
-    """Draw these images once more, looking on; options as of `DiffusionModel.batches`."""
-    frames = []
-
-    def watch(i, x, x0):
-        frames.append(to_uint8(x))
-
-    for _ in model.batches(numbers, **{**options, "batch_size": len(numbers)}, watch=watch):
-        pass
-    rows = [
-        frames[stage][row] for row in range(len(numbers)) for stage in spread(len(frames), STAGES)
-    ]
-    strip = grid(np.stack(rows), columns=min(STAGES, len(frames)))
-    return Stages(strip, [grid(frames[k]) for k in spread(len(frames), FRAMES)])
-
-
-def spread(total: int, count: int) -> list[int]:
-    """At most `count` of the numbers 0 … total − 1, evenly, with the first and the last."""
-    return [round(k) for k in np.linspace(0, total - 1, min(count, total))]
 
 
 if __name__ == "__main__":

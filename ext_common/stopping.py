@@ -1,0 +1,171 @@
+"""A training that is told to stop keeps what it has, and one that goes on is saved by the clock, too.
+
+Without: Ctrl-C and SIGTERM lose all since the last checkpoint, which comes with the end of an epoch. Here
+the update that is being made is finished, `checkpoint_last.pt` written, and the exit code is 130 (Ctrl-C) or
+143 (SIGTERM); a second Ctrl-C stops at once. Of several processes all stop after the same update, whichever
+was told. `--save-minutes` writes `checkpoint_last.pt` so often whatever the epochs.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from fairseq import checkpoint_utils
+from fairseq.distributed import utils as distributed_utils
+
+from ext_common.compat import messages
+from ext_common.compat.command import in_training_command
+from ext_common.compat.patching import after, replace
+
+logger = logging.getLogger(__name__)
+
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+# Seconds after a Ctrl-C in which another is the same one: launchers pass on what a terminal has sent already.
+SAME = 1.0
+
+
+class Wishes:
+    """What this process was asked for since a training began: `asked` is a signal's number, 0 for none."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._at = 0.0
+        self._pid = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Take Ctrl-C and SIGTERM from now on; again changes nothing, and what is ignored stays so."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        for number, handler in usual.items():
+            if signal.getsignal(number) == handler:
+                self._before[number] = signal.signal(number, self.take)
+
+    def stop_listening(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def take(self, number: int, _frame: FrameType | None) -> None:
+        """The handler. A loading worker has inherited it, and is ended by the training itself."""
+        if os.getpid() != self._pid:
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self._at = number, now
+            again = "; Ctrl-C once more stops at once" if number == signal.SIGINT else ""
+            text = f"\n{NAMES[signal.Signals(number)]}: finishing this update and saving{again}\n"
+            # not print: the signal may have come in the middle of another one
+            os.write(2, text.encode())
+        elif number == signal.SIGINT and now - self._at > SAME:
+            raise KeyboardInterrupt
+
+
+_wishes: Wishes | None = None
+_saved_at = 0.0
+
+
+def apply() -> None:
+    """Let trainings stop in order; calling it again changes nothing."""
+    in_training_command(_watch)
+    after(checkpoint_utils, "save_checkpoint", _note_saved, ("checkpoint_conds",))
+    replace(distributed_utils, "call_main", _listening, ("distributed_no_spawn", "spawn("))
+
+
+def _watch(train: ModuleType) -> None:
+    replace(train, "train", _begin, ("trainer.train_step(samples)",))
+    replace(train, "validate_and_save", _stoppable, ("should_stop_early(",))
+
+
+def _listening(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call_main(*args: Any, **kwargs: Any) -> Any:
+        global _wishes
+        try:
+            return original(*args, **kwargs)
+        finally:
+            if _wishes:
+                _wishes.stop_listening()
+            _wishes = None
+
+    return call_main
+
+
+def _begin(original: Callable[..., Any]) -> Callable[..., Any]:
+    def train(*args: Any, **kwargs: Any) -> Any:
+        global _wishes, _saved_at
+        if _wishes is None:
+            _wishes, _saved_at = Wishes(), time.monotonic()
+        _wishes.listen()
+        return original(*args, **kwargs)
+
+    return train
+
+
+def _note_saved(*_args: Any, **_kwargs: Any) -> None:
+    global _saved_at
+    _saved_at = time.monotonic()
+
+
+def _stoppable(original: Callable[..., Any]) -> Callable[..., Any]:
+    def validate_and_save(
+        cfg: Any, trainer: Any, task: Any, epoch_itr: Any, subsets: Any, end_of_epoch: bool
+    ) -> Any:
+        before = _saved_at
+        losses, stop = original(cfg, trainer, task, epoch_itr, subsets, end_of_epoch)
+        saved = _saved_at != before
+        due = is_due(getattr(cfg.task, "save_minutes", 0.0), time.monotonic() - _saved_at)
+        number, due = agreed(_wishes.asked if _wishes else 0, due and not stop, trainer.device)
+        if (number or due) and not saved:
+            checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+        if number and not stop:
+            end(number, cfg, trainer)
+        return losses, stop
+
+    return validate_and_save
+
+
+def is_due(minutes: float, seconds: float) -> bool:
+    """Whether a checkpoint is due `seconds` after the last one; minutes: 0 for never."""
+    return 0 < 60 * minutes <= seconds
+
+
+def agreed(number: int, due: bool, device: Any) -> tuple[int, bool]:
+    """What all processes do: the signal that any of them got, a checkpoint where the first one's is due."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return number, due
+    wishes = torch.tensor([number, int(due and dist.get_rank() == 0)], device=device)
+    dist.all_reduce(wishes, dist.ReduceOp.MAX)
+    number, any_due = wishes.tolist()
+    return number, bool(any_due)
+
+
+def end(number: int, cfg: Any, trainer: Any) -> NoReturn:
+    """Say where it has stopped and exit, once all processes are here: none is ended while another writes."""
+    agreed(number, False, trainer.device)
+    path = Path(cfg.checkpoint.save_dir) / f"checkpoint_last{cfg.checkpoint.checkpoint_suffix}.pt"
+    kept = not cfg.checkpoint.no_save and path.exists()
+    if distributed_utils.is_master(cfg.distributed_training):
+        logger.info(
+            f"stopped by {NAMES[signal.Signals(number)]} after update {trainer.get_num_updates():,}: "
+            + (
+                f"{path} holds it, and the same command goes on"
+                if kept
+                else "nothing is kept (--no-save)"
+            )
+        )
+    for action in messages.before_an_error:
+        action()
+    sys.exit(128 + number)
