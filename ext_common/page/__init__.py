@@ -34,6 +34,12 @@ class Settings:
         default=None,
         metadata={"help": "prepared images or a folder of them: samples get their nearest ones"},
     )
+    gallery: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "file of a gallery of speakers, made where it is not there: people are enrolled"
+        },
+    )
     device: str = field(default="cpu", metadata={"help": "of the models: cpu, cuda, cuda:1"})
     host: str = field(
         default="127.0.0.1",

@@ -54,7 +54,7 @@ def client(paths, tmp_path_factory):
     """Somebody who looks at a page with all three."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        settings = Settings(port=0)
+        settings = Settings(port=0, gallery=str(tmp_path_factory.mktemp("people") / "people.npz"))
         page = build(find(paths.values())[0], settings)
         yield Client(listen(page, settings), verbose=False, download_files=False)
         page.close(verbose=False)
@@ -81,6 +81,20 @@ def test_who_speaks_as_the_api_says(client, paths, voices):
         assert said == f"## {found.speaker}"
         assert scores["data"] == [[m.speaker, f"{m.score:.3f}"] for m in found.candidates]
         assert "What the model hears" in picture
+
+
+def test_people_are_enrolled_and_known_again(client, paths, voices):
+    path = paths["speaker"]
+    with pytest.raises(AppError, match="nobody is enrolled yet"):
+        client.predict(path, handle_file(str(voices[0])), api_name="/recognise")
+    for name, voice in zip(("ann", "bob"), voices, strict=False):
+        said = client.predict(path, handle_file(str(voice)), name, api_name="/enrol")
+    assert said == "bob is one of 2 people: ann, bob"
+    said, rows = client.predict(path, handle_file(str(voices[1])), api_name="/recognise")
+    assert said.startswith("## bob") and "gallery calibrate" in said
+    assert rows["data"][0] == ["bob", "1.000"] and len(rows["data"]) == 2
+    with pytest.raises(AppError, match="a name without white space"):
+        client.predict(path, handle_file(str(voices[1])), "two words", api_name="/enrol")
 
 
 def test_translates_and_shows_where_it_looked(client, paths):
