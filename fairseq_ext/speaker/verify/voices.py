@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Optional, Protocol
+from typing import IO, NamedTuple, Optional, Protocol
 
 import numpy as np
 
@@ -41,6 +41,11 @@ class Runner:
     def sha256(self) -> str:
         """Of the model, "" without one."""
         return "" if self.model is None else self.model.sha256
+
+    @property
+    def backend(self) -> Optional[IO[bytes]]:
+        """The file of a backend that came with the model, or None."""
+        return None if self.model is None else self.model.backend
 
     def needed(self, source: str) -> SpeakerModel:
         """The model; UsageError where there is none."""
