@@ -132,7 +132,7 @@ def test_a_person_of_several_recordings():
     np.testing.assert_allclose(left @ right.T, [[1.0, np.sqrt(0.5)]])
 
 
-@pytest.mark.parametrize("people, tests, pairs", [(3, 4, 500), (3, 4, 2), (40, 50, 20), (9, 7, 40)])
+@pytest.mark.parametrize("people, tests, pairs", [(3, 4, 500), (40, 50, 20), (9, 7, 40)])
 def test_pairs_are_the_same_however_they_are_computed(people, tests, pairs, monkeypatch):
     monkeypatch.setattr("fairseq_ext.speaker.verify.scores.MATRIX", 14)
     rng = np.random.default_rng(8)

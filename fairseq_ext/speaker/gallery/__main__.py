@@ -90,9 +90,10 @@ def enrol(path, inputs, options) -> int:
 
 def new_backend(path, runner) -> Backend:
     """What a new gallery compares with."""
-    if not path:
+    given, path = path or runner.backend, path or runner.path
+    if not given:
         return Backend.unfitted("cosine", 0, runner.sha256)
-    backend = Backend.load(path)
+    backend = Backend.load(given)
     backend.check_model(runner.sha256, path)
     if "duration" in backend.qualities:
         raise UserError(

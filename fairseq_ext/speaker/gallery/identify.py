@@ -11,7 +11,7 @@ import numpy as np
 
 from ext_common.cli import UsageError, UserError
 from ext_common.manifest import atomic_json, atomic_write, beside
-from fairseq_ext.speaker.features import load_audio
+from fairseq_ext.speaker.audio import load_audio
 from fairseq_ext.speaker.gallery.open_set import open_set_curve, open_set_rates, posteriors
 from fairseq_ext.speaker.gallery.options import GalleryIdentifyOptions, load_runner
 from fairseq_ext.speaker.gallery.store import Gallery

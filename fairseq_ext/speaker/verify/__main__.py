@@ -182,13 +182,15 @@ def load_runner(options) -> Runner:
 
 
 def load_backend(options, runner: Runner) -> Backend:
-    """That of --backend, or a score that needs none."""
-    if not options.backend:
+    """That of --backend, or of an exported model, or a score that needs none."""
+    carried = None if options.score or options.norm != "none" else runner.backend
+    given = options.backend or carried
+    if not given:
         if options.norm != "none":
             raise UsageError(f"--norm {options.norm} needs a cohort: --fit with it makes a backend")
         return Backend.unfitted(options.score or "cosine", 0, runner.sha256)
-    backend = Backend.load(options.backend)
-    backend.check_model(runner.sha256, options.backend)
+    backend = Backend.load(given)
+    backend.check_model(runner.sha256, options.backend or options.path)
     return backend
 
 

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Optional, Self
+from typing import IO, Any, Optional, Self
 
 import numpy as np
 
@@ -314,8 +314,8 @@ class Backend:
         write_arrays(path, self.arrays())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """The backend in a file; UserError where it is none."""
+    def load(cls, path: str | os.PathLike[str] | IO[bytes]) -> Self:
+        """The backend in a file, by its path or open; UserError where it is none."""
         arrays = read_arrays(path, "a backend: verify --fit makes one")
         try:
             return cls.from_arrays(arrays)
@@ -329,7 +329,7 @@ def write_arrays(path: str | os.PathLike[str], arrays: dict[str, np.ndarray]) ->
         np.savez(file, **dict(sorted(arrays.items())))  # type: ignore[arg-type]
 
 
-def read_arrays(path: str | os.PathLike[str], what: str) -> dict[str, np.ndarray]:
+def read_arrays(path: str | os.PathLike[str] | IO[bytes], what: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz; UserError, which asks for `what`, where it is none."""
     try:
         with np.load(path) as file:

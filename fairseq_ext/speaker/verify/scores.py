@@ -16,8 +16,10 @@ from fairseq_ext.speaker.verify.plda import Plda, fit_lda, fit_plda, scale_to_sp
 
 SCORES = Registry("score")
 # Scores that are held at a time as a matrix of all rows with all columns, and pairs in one go
-MATRIX = 1 << 24
+MATRIX = 1 << 25
 PAIRS = 1 << 16
+# A score of a matrix costs so much less than one of two rows that are fetched
+CHEAPER = 50
 
 Arrays = dict[str, np.ndarray]
 Sides = tuple[np.ndarray, np.ndarray]
@@ -46,8 +48,10 @@ class Cosine:
 
     def sides(self, arrays: Arrays, people: Sequence[np.ndarray], tests: np.ndarray) -> Sides:
         mean = arrays.get("mean", np.zeros(1))
-        people = [unit(np.asarray(one, dtype=np.float64) - mean) for one in people]
-        return unit(_means(people)), unit(np.asarray(tests, dtype=np.float64) - mean)
+        together, counts = _together(people)
+        return unit(_means(unit(together - mean), counts)), unit(
+            np.asarray(tests, dtype=np.float64) - mean
+        )
 
 
 @SCORES.register("mean_cosine")
@@ -94,8 +98,8 @@ class PldaScore:
 
     def sides(self, arrays: Arrays, people: Sequence[np.ndarray], tests: np.ndarray) -> Sides:
         plda = Plda(*(arrays[name] for name in ("plda_mean", "plda_transform", "psi")))
-        means = _means([plda.project(self._prepared(arrays, one)) for one in people])
-        counts = np.array([len(one) for one in people])
+        together, counts = _together(people)
+        means = _means(plda.project(self._prepared(arrays, together)), counts)
         return plda.sides(means, counts, plda.project(self._prepared(arrays, tests)))
 
     def _prepared(self, arrays: Arrays, x: np.ndarray) -> np.ndarray:
@@ -111,8 +115,16 @@ def unit(x: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def _means(people: Sequence[np.ndarray]) -> np.ndarray:
-    return np.stack([one.mean(0) for one in people])
+def _together(people: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """All recordings, float64 (sum of n, D), and how many each person has, int64 (M,)."""
+    counts = np.array([len(one) for one in people])
+    return np.concatenate(list(people)).astype(np.float64), counts
+
+
+def _means(rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    starts = np.cumsum(counts) - counts
+    means: np.ndarray = np.add.reduceat(rows, starts, axis=0) / counts[:, None]
+    return means
 
 
 def pair_scores(
@@ -124,24 +136,24 @@ def pair_scores(
     """
     left, right = (np.ascontiguousarray(side, dtype=np.float32) for side in (left, right))
     found = np.empty(len(first), dtype=np.float32)
+    if len(left) * len(right) > CHEAPER * len(first):
+        for start in range(0, len(first), PAIRS):
+            part = slice(start, start + PAIRS)
+            np.einsum("nk,nk->n", left[first[part]], right[second[part]], out=found[part])
+        return found
     rows = max(1, MATRIX // len(right))
     pieces = -(-len(left) // rows)
-    if pieces == 1 and len(left) * len(right) <= 16 * len(first):
+    if pieces == 1:
         matrix = left @ right.T
         for start in range(0, len(first), 1 << 20):
             part = slice(start, start + (1 << 20))
             found[part] = matrix[first[part], second[part]]
         return found
-    if len(left) * len(right) <= 4 * len(first):
-        # each piece of rows with its own pairs, in their order
-        order = np.argsort(first // rows, kind="stable")
-        edges = np.searchsorted(first[order] // rows, np.arange(pieces + 1))
-        for piece in range(pieces):
-            chosen = order[edges[piece] : edges[piece + 1]]
-            matrix = left[piece * rows : (piece + 1) * rows] @ right.T
-            found[chosen] = matrix[first[chosen] - piece * rows, second[chosen]]
-        return found
-    for start in range(0, len(first), PAIRS):
-        part = slice(start, start + PAIRS)
-        np.einsum("nk,nk->n", left[first[part]], right[second[part]], out=found[part])
+    # each piece of rows with its own pairs, in their order
+    order = np.argsort(first // rows, kind="stable")
+    edges = np.searchsorted(first[order] // rows, np.arange(pieces + 1))
+    for piece in range(pieces):
+        chosen = order[edges[piece] : edges[piece + 1]]
+        matrix = left[piece * rows : (piece + 1) * rows] @ right.T
+        found[chosen] = matrix[first[chosen] - piece * rows, second[chosen]]
     return found

@@ -6,13 +6,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Optional, Protocol
+from typing import IO, NamedTuple, Optional, Protocol
 
 import numpy as np
 
 from ext_common.cli import UsageError, UserError, progress
 from ext_common.manifest import sha256_file
-from fairseq_ext.speaker.features import AudioError, FeatureSpec, load_audio
+from fairseq_ext.speaker.audio import load_audio
+from fairseq_ext.speaker.containers import AudioError
+from fairseq_ext.speaker.features import FeatureSpec
 from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
 from fairseq_ext.speaker.inputs import PreparedSplit
 from fairseq_ext.speaker.verify.backend import read_arrays
@@ -39,6 +41,11 @@ class Runner:
     def sha256(self) -> str:
         """Of the model, "" without one."""
         return "" if self.model is None else self.model.sha256
+
+    @property
+    def backend(self) -> Optional[IO[bytes]]:
+        """The file of a backend that came with the model, or None."""
+        return None if self.model is None else self.model.backend
 
     def needed(self, source: str) -> SpeakerModel:
         """The model; UsageError where there is none."""

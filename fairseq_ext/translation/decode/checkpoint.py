@@ -87,6 +87,20 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
+def with_ema(state: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A state whose weights are the averaged ones that --store-ema kept; UserError where there are none."""
+    extra = state.get("extra_state") or {}
+    if "ema" not in extra:
+        raise UserError(
+            f"{path} holds no averaged weights (it was trained without --store-ema): leave --ema out"
+        )
+    averaged = {**extra["ema"], **extra.get("ema_fp32_params", {})}
+    return {
+        **state,
+        "model": {key: averaged.get(key, value) for key, value in state["model"].items()},
+    }
+
+
 def why_no_translation_model(state: Any) -> str | None:
     """The second half of a sentence about a checkpoint's content; None for a translation model."""
 

@@ -22,6 +22,7 @@ from fairseq_ext.translation.decode.checkpoint import (
     read_state,
     split_paths,
     vocabulary_of,
+    with_ema,
 )
 from fairseq_ext.translation.decode.options import (
     Backend,
@@ -91,26 +92,28 @@ class Translator:
         compute_type: str | None = None,
         user_dir: str | None = None,
         threads: int | None = None,
+        ema: bool = False,
     ) -> "Translator":
         """The model in a checkpoint of fairseq-train, or the ensemble of several.
 
         path: "a.pt", "a.pt:b.pt" or a list. backend: "fairseq" or "ctranslate2" (converted once and
         kept beside the checkpoint). compute_type: float32, float16, bfloat16; int8 too with ctranslate2.
-        user_dir: folder of the plugin with the model, in place of the one it was trained with.
+        user_dir: folder of the plugin with the model, in place of the one it was trained with. ema: the
+        averaged weights of `--store-ema`, in place of the last ones.
         UserError, in one sentence, where it fails.
         """
         paths = split_paths(path)
         if backend == "ctranslate2":
             from fairseq_ext.translation.decode.ctranslate import open_model
 
-            return cls(*open_model(paths, device, compute_type, user_dir, threads))
+            return cls(*open_model(paths, device, compute_type, user_dir, threads, ema))
         if backend != "fairseq":
             raise UserError(f"unknown backend {backend!r}: there are {', '.join(BACKENDS)}")
         from ext_common.checkpoints import usable_device
 
         models, vocabularies = [], {}
         for one in paths:
-            state = read_state(one)
+            state = with_ema(read_state(one), one) if ema else read_state(one)
             vocabularies[one] = vocabulary_of(state, one)
             check_alike(vocabularies)
             models.append(build_model(state, one, user_dir))

@@ -97,7 +97,7 @@ _COUNTRIES = dict(
 def language(code: str) -> str:
     """The code that a language is known by here: `zh` for zh-Hant-TW, zh_CN and cmn."""
     base = regex.split("[-_]", code.lower(), maxsplit=1)[0]
-    return _THREE.get(base, base)
+    return str(_THREE.get(base, base))
 
 
 def check_code(code: str, flag: str) -> None:

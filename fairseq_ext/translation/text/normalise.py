@@ -16,7 +16,7 @@ import regex
 from ext_common.cli import UsageError, UserError
 from ext_common.registry import Registry
 from fairseq_ext.translation.text.files import raw_lines
-from fairseq_ext.translation.text.languages import language
+from fairseq_ext.translation.text.languages import language as language
 
 CONVENTIONS = Registry("normalisation")
 """name → function(text, lang) → text. Both ends of a system use the one its data were made with."""
