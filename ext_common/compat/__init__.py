@@ -9,6 +9,7 @@ must stand in fairseq's source: where they do not, the gap is left open with a w
     imports       (no fairseq) what fairseq imports for other tasks comes when it is used
     checkpoints   reading under weights_only, whole files whenever the process dies
     resume        going on at the same place of the data, not beyond the end
+    launchers     SLURM's tasks, torchrun's restarts
     processes     several processes: torchrun and spawning on CPU, gloo, buffers, gathers
     training      EMA, bf16, log file, data folder, the end
     patching      how a function is replaced;  command: where fairseq_cli.train is
@@ -27,9 +28,9 @@ def apply() -> None:
         return
     # Set first: the imports below can come back here through another plugin.
     _applied = True
-    from ext_common.compat import checkpoints, messages, processes, resume, training
+    from ext_common.compat import checkpoints, launchers, messages, processes, resume, training
 
     processes.at_start[:] = [apply]
-    for room in (messages, checkpoints, processes, training, resume):
+    for room in (messages, checkpoints, launchers, processes, training, resume):
         for close_gap in room.GAPS:
             close_gap()

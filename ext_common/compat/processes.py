@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ext_common.cli import UsageError, UserError
 from ext_common.compat.command import in_training_command
+from ext_common.compat.launchers import refuse_one_task_each
 from ext_common.compat.messages import before_an_error, tell
 from ext_common.compat.patching import after, as_expected, before, replace
 from ext_common.given import given
@@ -259,20 +260,6 @@ def arrange(cfg: Any) -> int:
             "--nnodes N --nproc_per_node M --no-python fairseq-train … --cpu"
         )
     return options.distributed_world_size
-
-
-def refuse_one_task_each(options: Any) -> None:
-    """UserError in one of several tasks of SLURM that each see one GPU, or none, and know of no other.
-
-    fairseq then trains once in each, all into one folder.
-    """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
-    group = options.distributed_init_method is not None or options.distributed_port > 0
-    if tasks > 1 and options.distributed_world_size == 1 and not group:
-        raise UserError(
-            f"this is one of {tasks} tasks of a SLURM step, and each would train alone into the same folder:"
-            " use python -m ext_common.launch, or srun --ntasks-per-node=1 torchrun …"
-        )
 
 
 def started_on_gpus(options: Any) -> int:

@@ -133,9 +133,9 @@ def test_every_gap_finds_fairseq_as_expected_and_applying_again_changes_nothing(
 
 def gaps():
     """(name, function) of every gap there is."""
-    from ext_common.compat import checkpoints, messages, processes, resume, training
+    from ext_common.compat import checkpoints, launchers, messages, processes, resume, training
 
-    rooms = (messages, checkpoints, processes, resume, training)
+    rooms = (messages, checkpoints, launchers, processes, resume, training)
     return [gap for room in rooms for gap in room.GAPS]
 
 

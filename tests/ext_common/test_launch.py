@@ -116,7 +116,7 @@ def test_and_where_they_begin_too(monkeypatch):
     """srun --ntasks 4 fairseq-train: each task sees one GPU, and believes itself alone."""
     from types import SimpleNamespace
 
-    from ext_common.compat.processes import refuse_one_task_each
+    from ext_common.compat.launchers import refuse_one_task_each
 
     alone = SimpleNamespace(
         distributed_world_size=1, distributed_init_method=None, distributed_port=-1

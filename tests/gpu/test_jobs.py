@@ -135,7 +135,7 @@ COMMANDS = {
     "identify": "-m fairseq_ext.speaker.identify speaker/data --path speaker/checkpoint.pt --output who.csv",
     "embed": "-m fairseq_ext.speaker.embed speaker/data --path speaker/checkpoint.pt --output e.npz",
     "translate": "-m fairseq_ext.translation.translate lines.en out.zh --path translation/checkpoint.pt",
-    "sample": "-m diffusion_ext.sample samples --path diffusion/checkpoint.pt --num 4 --steps 3",
+    "sample": "-m diffusion_ext.sample samples --path diffusion/checkpoint.pt --num 8 --steps 2",
     "evaluate": "-m diffusion_ext.evaluate --real samples --fake samples --extractor classifier:updates=2",
     "export": "-m diffusion_ext.export diffusion/checkpoint.pt exported --format diffusers",
 }
@@ -150,7 +150,7 @@ def test_commands(train, device):
         words += [] if name == "export" else ["--device", device]
         run_command(words, train.folder, PYTHONPATH=str(ROOT))
     assert (train.folder / "out.zh").read_text("utf-8").count("\n") == 2
-    assert len(list((train.folder / "samples").glob("0*.png"))) == 4
+    assert len(list((train.folder / "samples").glob("0*.png"))) == 8
 
 
 @cuda
