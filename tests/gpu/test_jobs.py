@@ -35,7 +35,7 @@ def train(tmp_path):
     for package in ("ext_common", "fairseq_ext", "diffusion_ext"):
         (tmp_path / package).symlink_to(ROOT / package)
 
-    def train(job, device, *flags, name="checkpoints", before=(), code=0):
+    def train(job, device, *flags, name="checkpoints", before=(), program=None, code=0):
         folder = f"{job}/{name}"
         words = (
             FLAGS[job]
@@ -45,7 +45,8 @@ def train(tmp_path):
         words = words if device == "cpu" else words.replace(" --cpu", "")
         # dropout is drawn by each device's own generator
         words += " --log-format json" + ("" if job == "diffusion" else " --dropout 0")
-        command = [*before, golden.BIN / "fairseq-train", words, *flags]
+        program = [golden.BIN / "fairseq-train"] if program is None else program
+        command = [*before, *program, words, *flags]
         log = run_command(command, tmp_path, code, PYTHONPATH=str(ROOT))
         return log, tmp_path / folder / "checkpoint_last.pt"
 
@@ -101,13 +102,43 @@ def test_a_resume_has_the_same_bits(train, job, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("job", ["speaker", "diffusion"])
 def test_two_processes_on_one_device_train_as_one(train, job, device):
-    """By gloo; half the batch each. Losses as of one process with the whole."""
+    """By gloo. Losses as of one process that takes two batches for an update."""
     torchrun = [golden.BIN / "torchrun", "--nproc_per_node", "2", "--no-python"]
     gloo = ["--distributed-backend", "gloo", "--batch-size", "2"]
     both, _ = train(job, device, *gloo, name="two", before=torchrun)
-    one, _ = train(job, device, name="one")
+    one, _ = train(job, device, "--batch-size", "2", "--update-freq", "2", name="one")
     for update, loss in traced(one, "loss").items():
         assert float(traced(both, "loss")[update]) == pytest.approx(float(loss), rel=5e-3)
+
+
+NO_NUMBER = """
+import sys
+import torch
+from fairseq import trainer
+import fairseq_cli.train
+step = trainer.Trainer.train_step
+def train_step(self, *args, **kwargs):
+    if self.get_num_updates() == 3 and self.data_parallel_rank == 1:
+        with torch.no_grad():
+            next(self.model.parameters()).fill_(torch.nan)
+    return step(self, *args, **kwargs)
+trainer.Trainer.train_step = train_step
+fairseq_cli.train.cli_main()
+"""
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_process_that_finds_no_number_ends_all(train, device):
+    """In seconds, with its sentence once, and no time-out of those who waited."""
+    program = train.folder / "no_number.py"
+    program.write_text(NO_NUMBER)
+    torchrun = [golden.BIN / "torchrun", "--nproc_per_node", "2", program]
+    gloo = ["--distributed-backend", "gloo", "--batch-size", "2"]
+    log, _ = train("diffusion", device, *gloo, before=torchrun, program=(), code=1)
+    assert (
+        log.count("error: training stops: the loss of 2 of 2 images is not finite at update 4") == 1
+    )
+    assert "imed out" not in log
 
 
 @cuda
@@ -136,7 +167,7 @@ COMMANDS = {
     "embed": "-m fairseq_ext.speaker.embed speaker/data --path speaker/checkpoint.pt --output e.npz",
     "translate": "-m fairseq_ext.translation.translate lines.en out.zh --path translation/checkpoint.pt",
     "sample": "-m diffusion_ext.sample samples --path diffusion/checkpoint.pt --num 8 --steps 2",
-    "evaluate": "-m diffusion_ext.evaluate --real samples --fake samples --extractor classifier:updates=2",
+    "evaluate": "-m diffusion_ext.evaluate --real diffusion/data --fake samples --extractor classifier:updates=2",
     "export": "-m diffusion_ext.export diffusion/checkpoint.pt exported --format diffusers",
 }
 
