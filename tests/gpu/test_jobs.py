@@ -167,7 +167,8 @@ COMMANDS = {
     "embed": "-m fairseq_ext.speaker.embed speaker/data --path speaker/checkpoint.pt --output e.npz",
     "translate": "-m fairseq_ext.translation.translate lines.en out.zh --path translation/checkpoint.pt",
     "sample": "-m diffusion_ext.sample samples --path diffusion/checkpoint.pt --num 8 --steps 2",
-    "evaluate": "-m diffusion_ext.evaluate --real diffusion/data --fake samples --extractor classifier:updates=2",
+    "evaluate": "-m diffusion_ext.evaluate --real diffusion/data --fake samples"
+    " --extractor classifier:updates=2",
     "export": "-m diffusion_ext.export diffusion/checkpoint.pt exported --format diffusers",
 }
 
