@@ -176,6 +176,7 @@ class DdpmCriterion(FairseqCriterion):
 
     def check_finite(self, loss: Tensor, t: Tensor) -> None:
         """UserError with timestep and loss where training has left the numbers."""
+        loss = loss.detach()
         bad = ~torch.isfinite(loss)
         if bad.any():
             at = ", ".join(

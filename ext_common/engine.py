@@ -13,7 +13,7 @@ and a learning-rate schedule may ask which model it is for: `trained_model`.
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Optional
 
 from fairseq import checkpoint_utils, scoring, trainer
@@ -21,6 +21,7 @@ from fairseq.distributed import utils as distributed_utils
 from omegaconf import open_dict
 
 from ext_common import compat, screen, stopping, threads
+from ext_common.checkpoints import refuse_other_wing
 from ext_common.compat import resume
 from ext_common.compat.patching import after, replace
 from ext_common.given import given
@@ -110,6 +111,12 @@ def _ask_before_resuming() -> None:
 
 def _ask_the_task(state: dict, *_args: Any, **_kwargs: Any) -> None:
     now = resume.resuming()
+    if now and isinstance(state.get("cfg"), Mapping):
+        task = getattr(getattr(now.trainer.cfg, "task", None), "_name", None)
+        if task:
+            refuse_other_wing(
+                state, "the checkpoint", task, "give another one, or a new --save-dir"
+            )
     if now and hasattr(now.trainer.task, "check_resume"):
         now.trainer.task.check_resume(state, now.same_run)
 

@@ -77,7 +77,14 @@ def checkpoint_of(folder: Path) -> tuple[dict[str, Any], UNet, Any]:
             "common": {},
         },
         "model": model.state_dict(),
-        "optimizer_history": [{"num_updates": 0}],
+        "optimizer_history": [
+            {
+                "criterion_name": "DdpmCriterion",
+                "optimizer_name": "FairseqAdam",
+                "lr_scheduler_state": {},
+                "num_updates": 0,
+            }
+        ],
         "task_state": {"spec": spec, "stream": STREAM},
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}, "val_loss": None},
         "last_optimizer_state": {},
