@@ -30,6 +30,7 @@ from fairseq.tasks import TASK_REGISTRY
 from omegaconf import open_dict
 
 from ext_common import checkpoints, compat, screen, stopping, threads
+from ext_common.checkpoints import refuse_other_wing
 from ext_common.cli import UsageError, UserError
 from ext_common.compat import messages, resume
 from ext_common.compat.patching import after, replace
@@ -123,6 +124,12 @@ def _ask_before_resuming() -> None:
 
 def _ask_the_task(state: dict, *_args: Any, **_kwargs: Any) -> None:
     now = resume.resuming()
+    if now and isinstance(state.get("cfg"), Mapping):
+        task = getattr(getattr(now.trainer.cfg, "task", None), "_name", None)
+        if task:
+            refuse_other_wing(
+                state, "the checkpoint", task, "give another one, or a new --save-dir"
+            )
     if now and hasattr(now.trainer.task, "check_resume"):
         now.trainer.task.check_resume(state, now.same_run)
 

@@ -6,13 +6,15 @@ the update that is being made is finished, `checkpoint_last.pt` written, and the
 was told. `--save-minutes` writes `checkpoint_last.pt` so often whatever the epochs.
 """
 
+import atexit
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, NoReturn
@@ -79,7 +81,8 @@ _saved_at = 0.0
 
 
 def apply() -> None:
-    """Let trainings stop in order; calling it again changes nothing."""
+    """Let trainings stop in order, and leave no empty folders; calling it again changes nothing."""
+    replace(checkpoint_utils, "verify_checkpoint_directory", _noting_folders, ("os.makedirs(",))
     in_training_command(_watch)
     after(checkpoint_utils, "save_checkpoint", _note_saved, ("checkpoint_conds",))
     replace(distributed_utils, "call_main", _listening, ("distributed_no_spawn", "spawn("))
@@ -88,6 +91,26 @@ def apply() -> None:
 def _watch(train: ModuleType) -> None:
     replace(train, "train", _begin, ("trainer.train_step(samples)",))
     replace(train, "validate_and_save", _stoppable, ("should_stop_early(",))
+
+
+def _noting_folders(original: Callable[..., Any]) -> Callable[..., Any]:
+    """fairseq makes the folder before it has built anything: a start that fails then leaves it empty."""
+
+    def verify_checkpoint_directory(save_dir: str) -> Any:
+        folder = Path(save_dir).resolve()
+        made = [place for place in (folder, folder.parent) if not place.exists()]
+        if made:
+            atexit.register(remove_empty, made)
+        return original(save_dir)
+
+    return verify_checkpoint_directory
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove those that are empty, in this order."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _listening(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -46,7 +46,8 @@ def draw_pictures(
     numbers = list(paths)
     picture = beside(folder.resolve(), "grid.png")
     title = (
-        f"seed {options.seed}, {numbers[0]} to {numbers[-1]}, {options.steps} × {options.sampler}"
+        f"seed {options.seed}, images {numbers[0]} to {numbers[-1]}, {options.steps} steps of"
+        f" {options.sampler}"
     )
     if options.edits:
         image, shown = edited(model, options, paths, title, scale)
