@@ -156,8 +156,7 @@ def main(argv):
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="DATA TRIALS, DATA, or two files"
     )
-    add_dataclass(parser, VerifyOptions, skip=("fit",))
-    parser.add_argument("--fit", action="store_true", help="fit a backend on DATA")
+    add_dataclass(parser, VerifyOptions)
     args = parser.parse_args(argv)
     options = from_args(VerifyOptions, args)
     if options.fit or options.calibrate or options.make_trials:

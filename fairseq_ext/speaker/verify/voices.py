@@ -212,7 +212,8 @@ def open_voices(given: Sequence[str], split: str | None = None) -> Voices:
         return PreparedVoices(first, split)
     for path in given:
         if not os.path.isfile(path):
-            raise UserError(f"{path} is no audio file: give audio files, one folder, or one .npz")
+            why = "is a folder among files" if os.path.isdir(path) else "does not exist"
+            raise UserError(f"{path} {why}: give audio files, one folder, or one .npz")
     return AudioVoices(given)
 
 
