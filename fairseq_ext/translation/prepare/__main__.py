@@ -38,7 +38,7 @@ from fairseq_ext.translation.text.spm import COVERAGE, KINDS, check_symbols
 RUN_ONLY = ("workers", "overwrite")
 GIVEN = ("valid", "test")
 # Options that were not there from the first.
-LATER = ("character_coverage", "detokenise")
+LATER = ("character_coverage", "check_language", "detokenise")
 EPILOG = """
 INPUT is one tab-separated file, or two parallel files, the source first; .gz and .zst are unpacked.
 Nothing in valid and test occurs in train on either side. The folder trains both directions
@@ -73,6 +73,10 @@ class PrepareOptions:
         metadata={
             "help": "convert the Chinese side with OpenCC: t2s (to simplified), s2t, tw2s, …"
         },
+    )
+    check_language: bool = field(
+        default=True,
+        metadata={"help": "refuse text that is of another language than is said (extra langid)"},
     )
     detokenise: bool = field(
         default=False,

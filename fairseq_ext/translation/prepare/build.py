@@ -26,6 +26,7 @@ from fairseq_ext.translation.prepare.steps import (
     survey,
     write_splits,
 )
+from fairseq_ext.translation.text.identify import check_language
 from fairseq_ext.translation.text.moses import looks_tokenised
 from fairseq_ext.translation.text.normalise import read_lines, read_pairs
 from fairseq_ext.translation.text.spm import Codec, train_model
@@ -56,7 +57,13 @@ def fill(
     }
     check_columns(inputs, options.columns)
     total, drawn = survey(inputs, options.columns, cleaner, options.seed)
-    for lang, side in zip(options.languages, zip(*drawn, strict=True), strict=False):
+    for lang, other, side in zip(
+        options.languages, options.languages[::-1], zip(*drawn, strict=True), strict=False
+    ):
+        if options.check_language:
+            name = f"the {'source' if lang == options.source_lang else 'target'}"
+            remedy = "; --no-check-language where it is of that language all the same"
+            check_language(side, lang, name, other, remedy)
         why = looks_tokenised(side, lang)
         if why:
             warn(
