@@ -288,7 +288,10 @@ def make_plan(
         "nbest": options.nbest,
         "guard": guard.sha256 if guard else None,
         "chunk_lines": options.chunk_lines,
-        "model_options": {name: getattr(options, name) for name in names},
+        # a folder of before `split` was there goes on
+        "model_options": {
+            n: getattr(options, n) for n in names if n != "split" or not options.split
+        },
     }
 
 
