@@ -19,7 +19,7 @@ from diffusion_ext.variational import PosteriorTables, bound
 from diffusion_ext.weightings import WEIGHTINGS, loss_weights
 from ext_common.checkpoints import last_checkpoint
 from ext_common.cli import UserError
-from ext_common.engine import sums
+from ext_common.devices import sums
 
 QUARTERS = 4
 PRECISIONS = ("auto", "bf16", "fp32")

@@ -18,6 +18,7 @@ from diffusion_ext.prepare.arrays import is_array, read_array, rows_last
 from diffusion_ext.prepare.build import read_meta
 from diffusion_ext.prepare.images import ImageFiles, formats
 from ext_common.presets import Choice, Machine, TaskPresets, cosine, shared_batch
+from ext_common.store import parts_of
 
 SIDES = (16, 32, 64)
 # Image files whose header is read for the size and the colours of all.
@@ -97,6 +98,10 @@ def read(data: str, asked: Mapping[str, Any]) -> Facts:
 
     Nothing is looked at where --image-size says the size and no --minutes ask for a plan.
     """
+    if len(parts := parts_of(data)) > 1:
+        each = [read(part, asked) for part in parts]
+        count, classes = sum(one.count for one in each), max(one.classes for one in each)
+        return replace(each[0], count=count, classes=classes)
     given = list(asked.get("image_size") or [])
     if given and not asked.get("minutes"):
         return Facts(given[0], given[-1], size="given")

@@ -239,6 +239,8 @@ def arrange(cfg: Any) -> int:
     launch = launched()
     if launch and not options.distributed_no_spawn:
         join_launch(options, launch, on_cpu)
+    elif not launch:
+        refuse_one_task_each(options)
     if on_cpu and options.distributed_backend == "nccl":
         options.distributed_backend = "gloo"
     by_hand = options.distributed_no_spawn or options.distributed_world_size == 1
@@ -257,6 +259,20 @@ def arrange(cfg: Any) -> int:
             "--nnodes N --nproc_per_node M --no-python fairseq-train … --cpu"
         )
     return options.distributed_world_size
+
+
+def refuse_one_task_each(options: Any) -> None:
+    """UserError in one of several tasks of SLURM that each see one GPU, or none, and know of no other.
+
+    fairseq then trains once in each, all into one folder.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    group = options.distributed_init_method is not None or options.distributed_port > 0
+    if tasks > 1 and options.distributed_world_size == 1 and not group:
+        raise UserError(
+            f"this is one of {tasks} tasks of a SLURM step, and each would train alone into the same folder:"
+            " use python -m ext_common.launch, or srun --ntasks-per-node=1 torchrun …"
+        )
 
 
 def started_on_gpus(options: Any) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ext_common.cli import UsageError, UserError, progress
 from ext_common.manifest import check_writable, known_sha256, sha256_file, versions
+from ext_common.store import parts_of
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.features import AudioError, FeatureSpec, audio_features
 from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
@@ -79,8 +80,8 @@ class PreparedSplit:
 
     def inputs(self) -> dict[str, str]:
         """Files and their SHA-256."""
-        path = self.corpus.path / "corpus.json"
-        return {str(path): sha256_file(path)}
+        paths = [Path(part) / "corpus.json" for part in parts_of(self.corpus.path)]
+        return {str(path): sha256_file(path) for path in paths}
 
 
 class AudioFiles:

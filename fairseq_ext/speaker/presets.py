@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ext_common.presets import Choice, Machine, TaskPresets, cosine, shared_batch
+from ext_common.store import parts_of
 from fairseq_ext.speaker.balance import is_uneven
 from fairseq_ext.speaker.corpus import described, read_table
 
@@ -60,23 +61,29 @@ HOURS = Size("large, many hours", 128, 200, "0.002", 1000, 70000, 200, margin_en
 
 def read(data: str, asked: Mapping[str, Any]) -> Facts:
     """UserError where DATA is no folder made by speaker.prepare."""
-    meta = described(Path(data))
-    hours = meta["frames"] / FRAMES_PER_HOUR
-    frames = trained_frames(Path(data))
-    known = (min(frames), max(frames), is_uneven(frames)) if frames else ()
-    return Facts(hours, len(meta["speakers"]), meta["utterances"], *known)
-
-
-def trained_frames(data: Path) -> list[int]:
-    """Frames that each speaker has in train."""
-    if not (data / "utterances.csv").exists():
-        return []
-    table = read_table(data / "utterances.csv")
+    folders = [Path(part) for part in parts_of(data)]
+    metas = [described(folder) for folder in folders]
+    hours = sum(meta["frames"] for meta in metas) / FRAMES_PER_HOUR
+    speakers = {name for meta in metas for name in meta["speakers"]}
+    utterances = sum(meta["utterances"] for meta in metas)
     frames: Counter[str] = Counter()
+    for folder in folders:
+        frames += trained_frames(folder)
+    each = list(frames.values())
+    known = (min(each), max(each), is_uneven(each)) if each else ()
+    return Facts(hours, len(speakers), utterances, *known)
+
+
+def trained_frames(data: Path) -> Counter[str]:
+    """Frames that each speaker has in train."""
+    frames: Counter[str] = Counter()
+    if not (data / "utterances.csv").exists():
+        return frames
+    table = read_table(data / "utterances.csv")
     for speaker, split, n in zip(table["speaker"], table["split"], table["length"], strict=True):
         if split == "train" and speaker:
             frames[speaker] += int(n)
-    return list(frames.values())
+    return frames
 
 
 def duration(hours: float) -> str:
