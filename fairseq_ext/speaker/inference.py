@@ -19,7 +19,7 @@ import numpy as np
 
 from ext_common.checkpoints import build_network, read_state, usable_device, why_unfit
 from ext_common.cli import UserError
-from fairseq_ext.speaker.batching import batches_by_frames, pad
+from fairseq_ext.speaker.batching import CHUNK_FRAMES, batches_by_frames, pad
 from fairseq_ext.speaker.export.exported import ExportedNetwork, exported_in
 from fairseq_ext.speaker.features import FeatureSpec, audio_features
 
@@ -152,17 +152,27 @@ class SpeakerModel:
 
     def _predict_window(self, window, batch_size, max_frames):
         sizes = np.array([self._frames(features) for _, features in window], dtype=np.int64)
-        for batch in batches_by_frames(sizes, max_frames, batch_size):
+        whole = np.flatnonzero(sizes <= CHUNK_FRAMES)
+        batches = [
+            whole[batch] for batch in batches_by_frames(sizes[whole], max_frames, batch_size)
+        ]
+        for batch in [*batches, *np.flatnonzero(sizes > CHUNK_FRAMES)[:, None]]:
             yield [window[i][0] for i in batch], self._run([window[i][1] for i in batch])
 
     def _run(self, batch: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """Embeddings (B, D) and scores (B, C), float32, of utterances side by side."""
+        """Embeddings (B, D) and scores (B, C), float32, of utterances side by side; a long one is alone."""
         import torch
 
-        source, padding_mask = pad([torch.from_numpy(features) for features in batch])
+        from fairseq_ext.speaker.chunks import forward_long
+
+        tensors = [torch.from_numpy(features) for features in batch]
         with torch.inference_mode():
-            mask = None if padding_mask is None else padding_mask.to(self.device)
-            out = self.network(source.to(self.device), mask)
+            if len(batch[0]) > CHUNK_FRAMES:
+                out = forward_long(self.network, tensors[0], device=self.device)
+            else:
+                source, mask = pad(tensors)
+                mask = None if mask is None else mask.to(self.device)
+                out = self.network(source.to(self.device), mask)
             scores = out["logits"].float()
             if self.score_kind == "log-probability":
                 scores = scores.log_softmax(1)
