@@ -62,7 +62,8 @@ def main(argv):
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="one folder made by fairseq_ext.speaker.prepare, or audio files",
+        help="one folder made by fairseq_ext.speaker.prepare; or audio files, a folder or a list of them"
+        " (.txt: a path a line; .scp), or - for audio on standard input",
     )
     add_dataclass(parser, EmbedOptions)
     args = parser.parse_args(argv)
@@ -78,7 +79,7 @@ def embed(inputs, options):
         check_output(path, [*inputs, options.path])
     if options.format == "ark":
         import_kaldiio()
-    source = open_inputs(inputs, options.subset)
+    source = open_inputs(inputs, options.subset, options.channel)
     if options.format == "ark":
         check_kaldi_ids(getattr(source, "paths", source.ids))
     model = load_model(source, options)

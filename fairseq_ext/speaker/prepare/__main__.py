@@ -36,6 +36,7 @@ from fairseq_ext.speaker.prepare.steps import (
     divide,
     gather,
     make_plan,
+    noticed,
     ready_spec,
     usable_records,
 )
@@ -198,10 +199,12 @@ def fill(dest, found, plan, options, spec):
             )
         report_duplicates(duplicates)
         rows, speakers, warnings = divide(found, kept, options)
-        for text in found.warnings + warnings:
+        heard, narrow = noticed(found, writer.done, spec.sample_rate)
+        warnings = found.warnings + warnings + heard
+        for text in warnings:
             warn(text)
-        record["warnings"] = found.warnings + warnings
-        write_corpus(dest, writer.part, rows, speakers, spec)
+        record |= {"warnings": warnings, "narrow": narrow}
+        write_corpus(dest, writer.part, rows, speakers, spec, narrow)
         save_manifest(dest, found, options, spec, record | {"status": "done"})
         writer.finish()
 
@@ -291,10 +294,10 @@ def extract_missing(found, writer, options, spec):
             if outcome.bad:
                 writer.skip(key, {"bad": list(outcome.bad)})
             elif outcome.digest in seen:
-                writer.skip(key, {"digest": outcome.digest})
+                writer.skip(key, {"digest": outcome.digest} | outcome.note)
             else:
                 seen.add(outcome.digest)
-                writer.append(key, outcome.features, {"digest": outcome.digest})
+                writer.append(key, outcome.features, {"digest": outcome.digest} | outcome.note)
         bar.update(len(task))
     bar.close()
 

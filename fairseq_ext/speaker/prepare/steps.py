@@ -10,6 +10,7 @@ from unicodedata import normalize
 
 from ext_common.cli import UsageError, UserError
 from ext_common.store import Entry
+from fairseq_ext.speaker.bandwidth import is_narrow, mixture
 from fairseq_ext.speaker.features import FeatureSpec
 from fairseq_ext.speaker.prepare.layouts import Bad, Record, Source
 from fairseq_ext.speaker.prepare.splits import (
@@ -129,6 +130,25 @@ def gather(
             ids.add(record.record_id)
             kept.append((record, *spans[digest]))
     return kept, duplicates, bad
+
+
+def noticed(
+    found: Source, entries: Sequence[Entry], sample_rate: int
+) -> tuple[list[str], int | None]:
+    """(warnings on what recordings are like, how many of them are narrow or None where nobody listened)."""
+    said: dict[str, list[str]] = {}
+    heard = [entry for entry in entries if "hertz" in entry.note]
+    for entry in heard:
+        if "said" in entry.note:
+            record = found.records[int(entry.record_id)]
+            said.setdefault(entry.note["said"], []).append(record.record_id)
+    texts = [f"{len(ids)} utterances: {text} (e.g. {ids[0]})" for text, ids in said.items()]
+    hertz = [entry.note["hertz"] for entry in heard]
+    text = mixture(hertz, sample_rate)
+    if text:
+        remedy = "" if text.startswith(f"{len(heard)} of") else ": train with --augment bandwidth"
+        texts.append(text + remedy)
+    return texts, sum(is_narrow(each, sample_rate) for each in hertz) if heard else None
 
 
 def divide(
