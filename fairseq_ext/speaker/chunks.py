@@ -40,8 +40,7 @@ def windows(frames: int, chunk: int = CHUNK_FRAMES, step: int = 1) -> List[Windo
     margin = min(MARGIN_FRAMES, chunk // 4)
     count = 1 + -(-(frames - chunk) // (chunk - 2 * margin))
     places = [i * (frames - chunk) / (count - 1) for i in range(count)]
-    starts = [-(-place // step) * step for place in places]
-    starts = [int(start) for start in starts]
+    starts = [int(-(-place // step)) * step for place in places]
     ends = [*(start + chunk for start in starts[:-1]), frames]
     cuts = [
         (end + start) // (2 * step) * step for end, start in zip(ends, starts[1:], strict=False)

@@ -129,7 +129,8 @@ class SpeakerNetwork(nn.Module):
     @property
     def step(self) -> int:
         """Frames of the features that the encoder takes as one."""
-        return int(self.input.step)
+        step: int = self.input.step  # type: ignore[assignment]
+        return step
 
     def frames(
         self, x: Tensor, padding_mask: Optional[Tensor] = None

@@ -71,7 +71,7 @@ def trained_frames(data: Path) -> list[int]:
     """Frames that each speaker has in train."""
     if not (data / "utterances.csv").exists():
         return []
-    table = read_table(data / "utterances.csv")
+    table = read_table(data / "utterances.csv")  # type: ignore[no-untyped-call]
     frames: Counter[str] = Counter()
     for speaker, split, n in zip(table["speaker"], table["split"], table["length"], strict=True):
         if split == "train" and speaker:
