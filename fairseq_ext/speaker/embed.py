@@ -29,9 +29,10 @@ float32, in source order:
   found = numpy.load("embeddings.npz"); found["ids"], found["embeddings"]
 
 Format ark is Kaldi's: OUTPUT holds the vectors, and the file of the same name with the ending .scp
-their index. Ids are source paths (path#start-end for a cut). Embeddings are not scaled to a length:
+their index. Ids are those of the data: source paths (path#start-end for a cut), or Kaldi's.
+Embeddings are not scaled to a length:
 compare them by cosine. The plot shows the two directions of largest variance (PCA) of embeddings
-scaled to length 1.
+scaled to length 1, with the names of the speakers, or of the files.
 
 Exit codes: 0 done, 1 failed (also where an audio file was left out), 2 bad usage.
 """
@@ -99,7 +100,9 @@ def embed(inputs, options):
     if options.plot:
         from ext_common.plots import scatter_2d
 
-        shown = [name or "unlabelled" for name in speakers]
+        # without speakers the files' own names say which is which
+        shown = speakers if any(speakers) else [Path(name).stem for name in source.ids]
+        shown = [name or "unlabelled" for name in shown]
         scatter_2d(project(embeddings), shown, options.plot, source.name)
         print(f"projection in {options.plot}")
     return 1 if source.bad else 0

@@ -86,7 +86,9 @@ def make_plan(found: Source, options: Any, spec: FeatureSpec) -> dict[str, Any]:
             stats[record.path] = (status.st_size, status.st_mtime_ns)
         nowhere: Any = None  # where the file lies is no matter
         line = (record._replace(path=nowhere, where=None), stats[record.path])
-        inventory.update(repr(line).encode("utf-8", "backslashreplace"))
+        # folders that were made before there was this field are still known
+        text = repr(line).replace(", recording=None)", ")")
+        inventory.update(text.encode("utf-8", "backslashreplace"))
     inventory.update(json.dumps(found.speakers).encode())
     inventory.update(json.dumps(sorted(item[:2] for item in found.bad)).encode())
     chosen = {k: v for k, v in asdict(options).items() if k not in RUN_ONLY}
@@ -219,6 +221,7 @@ def group_of(record: Record, group_by: str) -> str | None:
         return record.group
     is_cut = record.start is not None or record.end is not None
     path = record.record_id.rpartition("#")[0] if is_cut else record.record_id
+    path = record.recording or path
     if group_by == "recording":
         return path
     return str(PurePosixPath(path).parent) if group_by == "directory" else None
