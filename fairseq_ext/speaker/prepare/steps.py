@@ -12,6 +12,7 @@ from ext_common.cli import UsageError, UserError
 from ext_common.store import Entry
 from fairseq_ext.speaker.bandwidth import is_narrow, mixture
 from fairseq_ext.speaker.features import FeatureSpec
+from fairseq_ext.speaker.prepare.before import Before
 from fairseq_ext.speaker.prepare.layouts import Bad, Record, Source
 from fairseq_ext.speaker.prepare.splits import (
     TRAIN,
@@ -22,7 +23,7 @@ from fairseq_ext.speaker.prepare.splits import (
 )
 
 # What may differ between two runs that write the same bytes.
-RUN_ONLY = ("workers", "max_bad", "overwrite")
+RUN_ONLY = ("workers", "max_bad", "overwrite", "add")
 Kept = tuple[Record, int, int]  # with offset and length in the store
 
 
@@ -154,10 +155,12 @@ def noticed(
 
 
 def divide(
-    found: Source, kept: Sequence[Kept], options: Any
+    found: Source, kept: Sequence[Kept], options: Any, before: Before | None = None
 ) -> tuple[list[tuple[Any, ...]], list[str], list[str]]:
     """(rows for write_corpus, speakers, warnings): splits given and drawn, and what is odd about
     them.
+
+    before: what was prepared earlier; where the data says nothing, it stays in its split.
     """
     records = [record for record, _, _ in kept]
     paths, starts, ends = zip(*((r.path, r.start, r.end) for r in records), strict=True)
@@ -165,6 +168,8 @@ def divide(
     given = [record.split for record in records]
     fractions = {"valid": options.valid_fraction, "test": options.test_fraction}
     fractions = {name: part for name, part in fractions.items() if name not in given}
+    if before:
+        given = [record.split or before.split(record) for record in records]
     units = overlapping_groups(paths, starts, ends, groups)
     speakers: list[Any] = [record.speaker for record in records]
     splits = assign_splits(speakers, units, given, fractions, options.seed)
