@@ -37,7 +37,7 @@ class Before:
     """The utterances that a folder held, by what they were made from."""
 
     def __init__(self, folder: Path) -> None:
-        corpus = Corpus.open(folder)
+        corpus = Corpus.open(folder)  # type: ignore[no-untyped-call]
         self.store = open_store(folder)
         with open(folder / SOURCES, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
