@@ -14,4 +14,6 @@ if "fairseq" in sys.modules:
 
     engine.apply()
     presets.apply()
+    from ext_common import muon  # noqa: F401
+
     from . import criterion, model, task  # noqa: F401

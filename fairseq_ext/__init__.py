@@ -14,6 +14,9 @@ if "fairseq" in sys.modules:
 
     engine.apply()
     presets.apply()
+    from ext_common import muon  # noqa: F401
+
     from . import noam  # noqa: F401
     from .speaker import criterion, model, task  # noqa: F401
+    from .translation import model as translation_model  # noqa: F401
     from .translation import task as translation_task  # noqa: F401
