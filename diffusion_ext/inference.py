@@ -17,10 +17,10 @@ from torch import Tensor
 
 from diffusion_ext.denoiser import Denoiser
 from diffusion_ext.network import network_of
+from diffusion_ext.objectives import OBJECTIVES, schedule_of, shown
 from diffusion_ext.pictures import to_uint8
 from diffusion_ext.randomness import BEFORE, ImageNoise
 from diffusion_ext.samplers import SAMPLERS, trajectory
-from diffusion_ext.schedules import NoiseSchedule, build_schedule
 from ext_common.checkpoints import build_network, read_state, usable_device, why_unfit
 from ext_common.cli import UserError
 from ext_common.random import STREAM
@@ -51,7 +51,8 @@ class DiffusionModel:
         self.spec = dict(spec)
         self.schedule = schedule_of(cfg)
         self.objective = cfg["objective"]
-        known = range(len(model.ema.half_lives))
+        self.levels = torch.stack([self.schedule.alpha, self.schedule.sigma]).float().to(device)
+        known = range(len(model.ema.weights))
         if average is not None and average not in known:
             raise UserError(
                 f"--ema {average} is not there: the model has the averages {', '.join(map(str, known))}"
@@ -121,8 +122,10 @@ class DiffusionModel:
         self, label: Tensor | None = None, guidance: float = 1.0, clip=True, bf16=False
     ) -> Denoiser:
         """What a sampler asks, for one batch on its one way to images; see `Denoiser`."""
+        objective = OBJECTIVES.get(self.objective)
 
         def network(x, t, label, x0):
+            x, t = shown(objective, x, t, *self.levels[:, t, None, None, None])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 return self.model(x, t, label, x0, average=self.average)
 
@@ -193,11 +196,6 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if why:
         raise UserError(f"{path} {why}: give a checkpoint of diffusion_ext.train")
     return state
-
-
-def schedule_of(cfg: Mapping) -> NoiseSchedule:
-    """The noise schedule that the options of a task describe; UserError for one that is not known."""
-    return build_schedule(cfg["beta_schedule"], cfg["timesteps"], cfg["zero_terminal_snr"])
 
 
 def why_no_diffusion_model(state: Any) -> str | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from diffusion_ext.ema import WeightAverages
+from diffusion_ext.ema.posthoc import TRACKS
 from diffusion_ext.unet import UNet, UNetOptions, divisor
 from ext_common.checkpoints import name_of
 from ext_common.cli import UserError
@@ -34,6 +35,13 @@ class NetworkOptions(UNetOptions):
         default=0.05,
         metadata={"help": "no half-life is longer than this share of the images seen so far"},
     )
+    ema_snapshots: int = field(
+        default=0,
+        metadata={
+            "help": "updates between two snapshots in SAVE_DIR/ema, of which diffusion_ext.ema makes averages"
+            " of any length afterwards (8 bytes a parameter each, about 20 in a training); 0: none"
+        },
+    )
 
 
 class AveragedUNet(nn.Module):
@@ -55,7 +63,9 @@ class AveragedUNet(nn.Module):
             len(spec["classes"]),
             spec["condition_size"],
         )
-        self.ema = WeightAverages(self.net, options.ema_half_life, options.ema_ramp_up)
+        self.snapshots = options.ema_snapshots
+        tracks = TRACKS if options.ema_snapshots else ()
+        self.ema = WeightAverages(self.net, options.ema_half_life, options.ema_ramp_up, tracks)
 
     def forward(
         self,
@@ -115,6 +125,8 @@ def check_options(options: UNetOptions, cfg: Any, height: int, width: int) -> No
         raise UserError(f"--dropout {options.dropout} is not in [0, 1)")
     if not cfg.ema_half_life or min(cfg.ema_half_life) < 0 or cfg.ema_ramp_up <= 0:
         raise UserError("--ema-half-life is at least 0 images, and --ema-ramp-up is above 0")
+    if cfg.ema_snapshots < 0:
+        raise UserError(f"--ema-snapshots {cfg.ema_snapshots} must be at least 0 updates")
     n = divisor(options)
     if min(height, width) <= n // 2:
         raise UserError(

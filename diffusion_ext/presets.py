@@ -155,6 +155,12 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
     schedule = {"--lr-scheduler": "fixed", "--warmup-updates": str(size.warmup)}
     if small:
         schedule = cosine(updates, size.warmup, asked)
+    # the path of flow ends in noise, and edm's own weighting is none
+    own = asked.get("objective") in ("flow", "edm")
+    weighting = "none" if own else size.weighting
+    objective = (
+        "with noise levels of its own" if own else "v is predicted, with the sigmoid schedule"
+    )
     intervals = {"--epoch-updates": str(size.epoch), "--sample-interval": str(size.grids)}
     planned = CPU_MINUTES if small and not machine.gpu and not machine.minutes else 0
     seen = f"{facts.count:,} images, " if facts.count else ""
@@ -165,8 +171,8 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
         Choice("arch", {"--arch": "ddpm_unet", **network}, f"for {facts.height} × {facts.width}"),
         Choice(
             "criterion",
-            {"--criterion": "ddpm", "--loss-weighting": size.weighting},
-            "v is predicted, with the sigmoid schedule",
+            {"--criterion": "ddpm", "--loss-weighting": weighting},
+            objective,
         ),
         Choice("optimizer", {"--optimizer": "adam", "--adam-betas": "(0.9, 0.99)"}, ""),
         Choice("rate", {"--lr": size.lr}, f"for {size.batch} images an update"),

@@ -15,14 +15,15 @@ from omegaconf import II, MISSING
 
 from diffusion_ext.augment import AUGMENTATIONS, build_augmentations
 from diffusion_ext.dataset import ImageDataset
+from diffusion_ext.ema.snapshots import write_snapshot
 from diffusion_ext.model import unwrapped
 from diffusion_ext.network import options_of
-from diffusion_ext.objectives import OBJECTIVES
+from diffusion_ext.objectives import OBJECTIVES, schedule_of
 from diffusion_ext.prepare.build import is_prepared
 from diffusion_ext.prepare.options import ImageOptions, SplitOptions
 from diffusion_ext.presets import PRESETS
 from diffusion_ext.preview import Preview
-from diffusion_ext.schedules import SCHEDULES, build_schedule
+from diffusion_ext.schedules import SCHEDULES
 from diffusion_ext.store import Images, check_outside, open_images
 from ext_common.checkpoints import refuse_foreign
 from ext_common.cli import UserError
@@ -42,10 +43,18 @@ class DiffusionConfig(PresetOptions, ImageOptions, SplitOptions, FairseqDataclas
     data: str = field(
         default=MISSING, metadata={"help": "folder of images, or one made by diffusion_ext.prepare"}
     )
-    timesteps: int = field(default=1000, metadata={"help": "noise levels T of the schedule"})
+    timesteps: int = field(
+        default=1000,
+        metadata={
+            "help": "noise levels T of the schedule; flow and edm divide their path into so many"
+        },
+    )
     beta_schedule: str = field(
         default="sigmoid",
-        metadata={"help": f"{', '.join(SCHEDULES.names())}, with options as sigmoid:tau=0.9"},
+        metadata={
+            "help": f"{', '.join(SCHEDULES.names())}, with options as sigmoid:tau=0.9; --objective flow and"
+            " edm bring their own"
+        },
     )
     zero_terminal_snr: bool = field(
         default=False, metadata={"help": "rescale the schedule so that timestep T is pure noise"}
@@ -111,8 +120,8 @@ class DiffusionTask(OwnBatches, FairseqTask):
     def __init__(self, cfg: DiffusionConfig, from_checkpoint: bool = False):
         super().__init__(cfg)
         check_previews(cfg)
-        self.schedule = build_schedule(cfg.beta_schedule, cfg.timesteps, cfg.zero_terminal_snr)
-        OBJECTIVES.get(cfg.objective)
+        self.schedule = schedule_of(cfg)
+        check_schedule(cfg)
         self.augmentations = build_augmentations(
             pipeline_of(cfg.hflip, list(cfg.color_jitter), cfg.augment)
         )
@@ -273,6 +282,8 @@ class DiffusionTask(OwnBatches, FairseqTask):
         model = unwrapped(model)
         # as if all updates had been like this one: only the ramp-up of the half-life asks
         model.ema.update(model.net, done * images, images)
+        if model.snapshots and done % model.snapshots == 0:
+            write_snapshot(self.cfg.save_dir, model.ema, done)
         interval = self.cfg.sample_interval
         if interval and (done % interval == 0 or not self.being_measured and self.preview.is_due()):
             self.preview.draw(model, done)
@@ -321,6 +332,16 @@ def loss_scale(optimizer) -> float:
     """By what `--amp` multiplies the loss; it falls when an update is skipped. 1 without --amp."""
     scaler = getattr(optimizer, "scaler", None)
     return scaler.get_scale() if hasattr(scaler, "get_scale") else 1.0
+
+
+def check_schedule(cfg) -> None:
+    """UserError for another --beta-schedule than the usual one beside an objective with its own path."""
+    usual = DiffusionConfig.__dataclass_fields__["beta_schedule"].default
+    if hasattr(OBJECTIVES.get(cfg.objective), "schedule") and cfg.beta_schedule != usual:
+        raise UserError(
+            f"--objective {cfg.objective} has noise levels of its own: leave out --beta-schedule"
+            f" {cfg.beta_schedule}"
+        )
 
 
 def check_previews(cfg) -> None:

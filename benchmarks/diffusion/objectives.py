@@ -1,0 +1,106 @@
+"""What is predicted, in how many steps, with which average: `python -m benchmarks.diffusion.objectives [GROUP …]`.
+
+Digits, configs/diffusion/digits.yaml with 500 updates, 3 seeds; sets of 500 samples by DPM-Solver++, judged as in
+benchmarks.diffusion.tables. One line of benchmarks/results/diffusion_objectives.jsonl a training and group, written
+when it is done, and not done again. One process, one thread.
+
+    objectives   v, flow and edm × 2, 5, 10 and 20 steps × the usual average and that of diffusion_ext.ema, whose
+                 length is chosen on the held-out images
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.diffusion.tables import CONFIGS, DIGITS, SAMPLER_SET, SEEDS, prepare, python, today
+from benchmarks.recorded import RESULTS, ROOT, Results, changed_recipe, digest_of, run, train_by
+
+RECORDED = Results(RESULTS / "diffusion_objectives.jsonl")
+OBJECTIVES = ("v", "flow", "edm")
+STEPS = (2, 5, 10, 20)
+CHANGES = {
+    "optimization.max_update": 500,
+    "model.ema_snapshots": 25,
+    "task.epoch_updates": 250,
+    "task.sample_interval": 0,
+}
+
+
+def trained(objective: str, seed: int, work: Path) -> tuple[Path, str, float]:
+    """(folder, digest of the recipe, CPU seconds) of a training, which is done unless it was."""
+    changes = {**CHANGES, "task.objective": objective, "common.seed": seed}
+    config = changed_recipe(CONFIGS / "digits.yaml", changes)
+    digest = digest_of(config, DIGITS.name, DIGITS.size, SAMPLER_SET)
+    folder = work / f"{objective}-{seed}"
+    command = [*python("train"), work / DIGITS.name, "--config", folder / "recipe.yaml"]
+    command += ["--save-dir", folder / "checkpoints"]
+    seconds = train_by(command, config, digest, folder)["cpu_seconds"]
+    # a fifth of a gigabyte that only the average needs is made into that
+    average = folder / "average.pt"
+    if not average.exists():
+        last = folder / "checkpoints" / "checkpoint_last.pt"
+        run([*python("ema"), last, "--output", average], folder / "ema.log")
+        shutil.rmtree(folder / "checkpoints" / "ema")
+    return folder, digest, seconds
+
+
+def judged(checkpoint: Path, store: Path, **options) -> dict:
+    """500 samples, and what stands in the tables of them."""
+    from diffusion_ext.evaluate import EvaluationOptions, evaluate
+    from diffusion_ext.inference import DiffusionModel
+
+    model = DiffusionModel.from_checkpoint(checkpoint, "cpu")
+    numbers = range(SAMPLER_SET)
+    images = model.sample(SAMPLER_SET, labels=model.classes_in_turn(numbers), **options)
+    found = evaluate(str(store), images, EvaluationOptions(extractor="classifier"), str(store))
+    near = found["memorisation"]["pixels"]
+    metrics = {name: found["metrics"][name]["value"] for name in ("precision", "recall")}
+    frechet = found["metrics"]["frechet"]
+    nearest = near["median"] / near["median_held_out"]
+    return {"frechet": frechet["value"], "ratio": frechet["ratio"], **metrics, "nearest": nearest}
+
+
+def objectives(work: Path) -> None:
+    for seed in SEEDS:
+        for objective in OBJECTIVES:
+            name = f"objective_{objective}-{seed}"
+            folder, digest, seconds = trained(objective, seed, work)
+            if RECORDED.has(name, digest):
+                print(f"{name}: done before", flush=True)
+                continue
+            averages = {"usual": folder / "checkpoints" / "checkpoint_last.pt"}
+            averages["posthoc"] = folder / "average.pt"
+            cells = {}
+            for average, checkpoint in averages.items():
+                for steps in STEPS:
+                    found = judged(checkpoint, work / DIGITS.name, steps=steps)
+                    cells[f"{average}-{steps}"] = found
+                    print(f"{name}, {average}, {steps} steps: {found['ratio']:.2f}", flush=True)
+            length = torch.load(averages["posthoc"], weights_only=False)["posthoc_ema"]["sigma_rel"]
+            record = {"run": name, **today(), "recipe_sha256": digest, "cpu_seconds": seconds}
+            RECORDED.put({**record, "sigma_rel": length, "cells": cells})
+
+
+GROUPS = {"objectives": objectives}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], help="which (default: all)")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "diffusion_objectives")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.work.mkdir(parents=True, exist_ok=True)
+    prepare(DIGITS, args.work)
+    for group in args.groups or GROUPS:
+        GROUPS[group](args.work)
+    print(f"{RECORDED.path} has {len(RECORDED.all())} records", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
