@@ -1,11 +1,11 @@
-"""What is predicted, in how many steps, with which average: `python -m benchmarks.diffusion.objectives [GROUP …]`.
+"""What is predicted, in how many steps, with which average: `python -m benchmarks.diffusion.objectives`.
 
-Digits, configs/diffusion/digits.yaml with 500 updates, 3 seeds; sets of 500 samples by DPM-Solver++, judged as in
-benchmarks.diffusion.tables. One line of benchmarks/results/diffusion_objectives.jsonl a training and group, written
-when it is done, and not done again. One process, one thread.
+Digits, configs/diffusion/digits.yaml with 400 updates, 3 seeds; sets of 500 samples by DPM-Solver++, judged as
+in benchmarks.diffusion.tables. A line of benchmarks/results/diffusion_objectives.jsonl a training and group,
+written when it is done, and not done again. One process, one thread.
 
-    objectives   v, flow and edm × 2, 5, 10 and 20 steps × the usual average and that of diffusion_ext.ema, whose
-                 length is chosen on the held-out images
+    objectives   v, flow and edm × 2, 5, 10 and 20 steps × the usual average and that of diffusion_ext.ema,
+                 whose length is chosen on the held-out images
 """
 
 import argparse
@@ -22,9 +22,9 @@ RECORDED = Results(RESULTS / "diffusion_objectives.jsonl")
 OBJECTIVES = ("v", "flow", "edm")
 STEPS = (2, 5, 10, 20)
 CHANGES = {
-    "optimization.max_update": 500,
-    "model.ema_snapshots": 25,
-    "task.epoch_updates": 250,
+    "optimization.max_update": 400,
+    "model.ema_snapshots": 20,
+    "task.epoch_updates": 200,
     "task.sample_interval": 0,
 }
 
