@@ -1,7 +1,7 @@
 """What is predicted, in how many steps, with which average: `python -m benchmarks.diffusion.objectives`.
 
-Digits, configs/diffusion/digits.yaml with 400 updates, 3 seeds; sets of 500 samples by DPM-Solver++, judged as
-in benchmarks.diffusion.tables. A line of benchmarks/results/diffusion_objectives.jsonl a training and group,
+Digits, configs/diffusion/digits.yaml with 400 updates, 3 seeds; sets of 500 samples by DPM-Solver++, judged
+as in benchmarks.diffusion.tables. A line of benchmarks/results/diffusion_objectives.jsonl a training and group,
 written when it is done, and not done again. One process, one thread.
 
     objectives   v, flow and edm × 2, 5, 10 and 20 steps × the usual average and that of diffusion_ext.ema,
