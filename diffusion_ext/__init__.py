@@ -15,3 +15,4 @@ if "fairseq" in sys.modules:
     engine.apply()
     presets.apply()
     from . import criterion, model, task  # noqa: F401
+    from .distill import criterion as consistency  # noqa: F401

@@ -7,7 +7,7 @@ import contextlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ DEEPEST = 16  # pixels; a network that ends above would attend over too many of 
 
 @dataclass(frozen=True)
 class Facts:
-    """height, width in pixels; count 0 where nobody looked; size: "read", "given" or "prepared"."""
+    """height, width in pixels; count 0 where nobody looked; size: "read", "given" or "prepared"; start: flags
+    of the checkpoint of --init-from.
+    """
 
     height: int
     width: int
@@ -38,6 +40,7 @@ class Facts:
     count: int = 0
     classes: int = 0
     size: str = "read"
+    start: Mapping[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,20 @@ SMALL = {
 
 
 def read(data: str, asked: Mapping[str, Any]) -> Facts:
+    """What is in the images, of the size of the checkpoint that --init-from names."""
+    if not asked.get("init_from"):
+        return look(data, asked)
+    from diffusion_ext.inference import read_checkpoint
+    from diffusion_ext.init_from import flags_of
+
+    state = read_checkpoint(asked["init_from"])
+    spec = state["task_state"]["spec"]
+    size = asked.get("image_size") or [spec["height"], spec["width"]]
+    found = look(data, {"minutes": 1, **asked, "image_size": size})
+    return replace(found, channels=spec["channels"], start=flags_of(state))
+
+
+def look(data: str, asked: Mapping[str, Any]) -> Facts:
     """A prepared folder says all; of others the names are listed and the headers of a few files read.
 
     Nothing is looked at where --image-size says the size and no --minutes ask for a plan.
@@ -148,6 +165,7 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
     sizes = sizes_for(facts, machine)
     small, patient = sizes is SMALL, is_patient(facts, machine)
     size, network = fitted(facts, sizes, asked)
+    network |= facts.start
     least = max(size.updates, math.ceil(facts.count * size.passes / size.batch))
     updates = asked.get("max_update", least)
     batch, _, together = shared_batch(size.batch, machine.processes)
@@ -156,7 +174,8 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
     if small:
         schedule = cosine(updates, size.warmup, asked)
     # the path of flow ends in noise, and edm's own weighting is none
-    own = asked.get("objective") in ("flow", "edm")
+    predicted = asked.get("objective") or facts.start.get("--objective")
+    own = predicted in ("flow", "edm")
     weighting = "none" if own else size.weighting
     objective = (
         "with noise levels of its own" if own else "v is predicted, with the sigmoid schedule"
@@ -166,9 +185,10 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
     seen = f"{facts.count:,} images, " if facts.count else ""
     kinds = f", {facts.classes} classes (sub-folders)" if facts.classes else ""
     data = f"{seen}{facts.height} × {facts.width} pixels{kinds}"
+    whose = "those of --init-from" if facts.start else f"for {facts.height} × {facts.width}"
     return [
         Choice("data", {} if patient else data_flags(facts), data),
-        Choice("arch", {"--arch": "ddpm_unet", **network}, f"for {facts.height} × {facts.width}"),
+        Choice("arch", {"--arch": "ddpm_unet", **network}, whose),
         Choice(
             "criterion",
             {"--criterion": "ddpm", "--loss-weighting": weighting},

@@ -16,6 +16,8 @@ from omegaconf import II, MISSING
 from diffusion_ext.augment import AUGMENTATIONS, build_augmentations
 from diffusion_ext.dataset import ImageDataset
 from diffusion_ext.ema.snapshots import write_snapshot
+from diffusion_ext.inference import read_checkpoint
+from diffusion_ext.init_from import initialise
 from diffusion_ext.model import unwrapped
 from diffusion_ext.network import options_of
 from diffusion_ext.objectives import OBJECTIVES, schedule_of
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 GRID_SHARE = 0.05
 SPLITS = ("train", "valid")
+LAST = "checkpoint_last.pt"
 OWN = ("diffusion_ext",)
 
 
@@ -80,6 +83,13 @@ class DiffusionConfig(PresetOptions, ImageOptions, SplitOptions, FairseqDataclas
         default=False,
         metadata={
             "help": "do not tell the network how an image was changed, so that samples are changed too"
+        },
+    )
+    init_from: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "checkpoint whose weights the training begins with, on other images or classes; its"
+            " network and its noise are then the presets'"
         },
     )
     epoch_updates: int = field(
@@ -222,7 +232,11 @@ class DiffusionTask(OwnBatches, FairseqTask):
 
     def build_model(self, cfg, from_checkpoint=False):
         refuse_foreign(cfg, ARCH_MODEL_REGISTRY | MODEL_REGISTRY, "--arch", OWN, "ddpm_unet")
-        return super().build_model(cfg, from_checkpoint)
+        model = super().build_model(cfg, from_checkpoint)
+        path = self.cfg.init_from
+        if path and not from_checkpoint and not (Path(self.cfg.save_dir) / LAST).exists():
+            initialise(unwrapped(model), self.spec, read_checkpoint(path), path)
+        return model
 
     def build_criterion(self, cfg, from_checkpoint=False):
         refuse_foreign(cfg, CRITERION_REGISTRY, "--criterion", OWN, "ddpm")
@@ -301,7 +315,7 @@ class DiffusionTask(OwnBatches, FairseqTask):
 
     def next_command(self, save_dir: str, checkpoint: str) -> str:
         """What a user does with a trained model; the last one has the longest average."""
-        last = Path(save_dir) / "checkpoint_last.pt"
+        last = Path(save_dir) / LAST
         words = ["python", "-m", "diffusion_ext.sample", str(Path(save_dir) / "drawn"), "--path"]
         return shlex.join([*words, str(last if last.exists() else checkpoint), "--num", "64"])
 

@@ -222,6 +222,7 @@ def register() -> None:
     engine.apply()
     presets.apply()
     from diffusion_ext import criterion, model, task  # noqa: F401
+    from diffusion_ext.distill import criterion as consistency  # noqa: F401
 
 
 if __name__ == "__main__":

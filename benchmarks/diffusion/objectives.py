@@ -1,11 +1,13 @@
 """What is predicted, in how many steps, with which average: `python -m benchmarks.diffusion.objectives`.
 
-Digits, configs/diffusion/digits.yaml with 400 updates, 3 seeds; sets of 500 samples by DPM-Solver++, judged
-as in benchmarks.diffusion.tables. A line of benchmarks/results/diffusion_objectives.jsonl a training and group,
+Digits, configs/diffusion/digits.yaml with 300 updates, 3 seeds; sets of 500 samples by DPM-Solver++, judged
+as in benchmarks.diffusion.tables. A line of benchmarks/results/diffusion_objectives.jsonl a training,
 written when it is done, and not done again. One process, one thread.
 
     objectives   v, flow and edm × 2, 5, 10 and 20 steps × the usual average and that of diffusion_ext.ema,
                  whose length is chosen on the held-out images
+    guidance     v, 10 steps: by the class, everywhere and in an interval of noise; by a model of 100 updates
+    distilled    v, 150 updates more by diffusion_ext.distill, 1 and 2 steps
 """
 
 import argparse
@@ -21,20 +23,31 @@ from benchmarks.recorded import RESULTS, ROOT, Results, changed_recipe, digest_o
 RECORDED = Results(RESULTS / "diffusion_objectives.jsonl")
 OBJECTIVES = ("v", "flow", "edm")
 STEPS = (2, 5, 10, 20)
+EARLY = 100
+GUIDANCE = {
+    "none": {},
+    "class 1.5": {"guidance": 1.5},
+    "class 1.5, 0.3 to 3": {"guidance": 1.5, "interval": (0.3, 3.0)},
+    "worse 1.5": {"guidance": 1.5},
+    "worse 2": {"guidance": 2.0},
+}
 CHANGES = {
-    "optimization.max_update": 400,
-    "model.ema_snapshots": 20,
-    "task.epoch_updates": 200,
+    "optimization.max_update": 300,
+    "model.ema_snapshots": 15,
+    "task.epoch_updates": 150,
     "task.sample_interval": 0,
 }
 
 
-def trained(objective: str, seed: int, work: Path) -> tuple[Path, str, float]:
+def trained(
+    objective: str, seed: int, work: Path, updates: int = CHANGES["optimization.max_update"]
+) -> tuple[Path, str, float]:
     """(folder, digest of the recipe, CPU seconds) of a training, which is done unless it was."""
     changes = {**CHANGES, "task.objective": objective, "common.seed": seed}
+    changes["optimization.max_update"] = updates
     config = changed_recipe(CONFIGS / "digits.yaml", changes)
     digest = digest_of(config, DIGITS.name, DIGITS.size, SAMPLER_SET)
-    folder = work / f"{objective}-{seed}"
+    folder = work / f"{objective}-{updates}-{seed}"
     command = [*python("train"), work / DIGITS.name, "--config", folder / "recipe.yaml"]
     command += ["--save-dir", folder / "checkpoints"]
     seconds = train_by(command, config, digest, folder)["cpu_seconds"]
@@ -42,7 +55,7 @@ def trained(objective: str, seed: int, work: Path) -> tuple[Path, str, float]:
     average = folder / "average.pt"
     if not average.exists():
         last = folder / "checkpoints" / "checkpoint_last.pt"
-        run([*python("ema"), last, "--output", average], folder / "ema.log")
+        run([*python("ema"), last, "--output", average, "--draws", 4], folder / "ema.log")
         shutil.rmtree(folder / "checkpoints" / "ema")
     return folder, digest, seconds
 
@@ -84,7 +97,48 @@ def objectives(work: Path) -> None:
             RECORDED.put({**record, "sigma_rel": length, "cells": cells})
 
 
-GROUPS = {"objectives": objectives}
+def guidance(work: Path) -> None:
+    from diffusion_ext.inference import DiffusionModel
+
+    for seed in SEEDS:
+        name = f"guidance_v-{seed}"
+        folder, digest, _ = trained("v", seed, work)
+        early, _, _ = trained("v", seed, work, EARLY)
+        if RECORDED.has(name, digest):
+            print(f"{name}: done before", flush=True)
+            continue
+        last = "checkpoints/checkpoint_last.pt"
+        guide = DiffusionModel.from_checkpoint(early / last, "cpu")
+        cells = {}
+        for way, options in GUIDANCE.items():
+            if way.startswith("worse"):
+                options = {**options, "guide": guide}
+            cells[way] = judged(folder / last, work / DIGITS.name, steps=10, **options)
+            print(f"{name}, {way}: {cells[way]['ratio']:.2f}", flush=True)
+        RECORDED.put({"run": name, **today(), "recipe_sha256": digest, "cells": cells})
+
+
+def distilled(work: Path) -> None:
+    for seed in SEEDS:
+        name = f"distilled_v-{seed}"
+        folder, digest, _ = trained("v", seed, work)
+        if RECORDED.has(name, digest):
+            print(f"{name}: done before", flush=True)
+            continue
+        fast = folder / "distilled"
+        shutil.rmtree(fast, ignore_errors=True)
+        command = [*python("distill"), folder / "checkpoints" / "checkpoint_last.pt"]
+        seconds = run([*command, "--save-dir", fast], folder / "distill.log")
+        cells = {}
+        for steps in (1, 2):
+            last = fast / "checkpoint_last.pt"
+            cells[f"{steps}"] = judged(last, work / DIGITS.name, steps=steps)
+            print(f"{name}, {steps} steps: {cells[f'{steps}']['ratio']:.2f}", flush=True)
+        record = {"run": name, **today(), "recipe_sha256": digest, "cpu_seconds": seconds}
+        RECORDED.put({**record, "cells": cells})
+
+
+GROUPS = {"objectives": objectives, "guidance": guidance, "distilled": distilled}
 
 
 def main() -> None:

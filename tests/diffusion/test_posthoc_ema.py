@@ -1,4 +1,4 @@
-"""Averages made after the training: profiles, their products, and what stands in the checkpoint that is written."""
+"""Averages made after the training: profiles, their products, and what stands in the checkpoint."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_products_are_the_integrals(a, b):
 
 
 def test_a_track_weighs_its_updates_by_the_power_function():
-    """Update k of n has the weight (k/n)^(γ+1) − ((k−1)/n)^(γ+1), the integral of the profile over its share."""
+    """Update k of n has the weight (k/n)^(γ+1) − ((k−1)/n)^(γ+1), the integral of the profile there."""
     gamma, n = gamma_of(0.1), 30
     values, module = walk(n), Weights()
     tracks = WeightAverages(module, [100.0], 0.05, [0.1])
