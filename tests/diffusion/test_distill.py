@@ -85,7 +85,7 @@ def exact_map(schedule):
 
 @pytest.mark.parametrize("objective", ["v", "flow", "edm"])
 def test_what_is_learnt_of_gaussian_data_approaches_the_exact_map(objective):
-    """The gain of the last level: within 6 % at the sixth stage, 2 % at the eighth, about half as far a stage."""
+    """The gain of the last level: within 6 % at the sixth stage, 2 % at the eighth, half as far a stage."""
     schedule = levels_of(objective, 4000)
     gain, _ = exact_map(schedule)
     errors = []
