@@ -36,8 +36,8 @@ class DiffusionModel:
     """A network with one of its averages of weights, and how it was trained.
 
     average: number of the average (order of --ema-half-life), None for the weights themselves;
-    label_dropout: what it was trained with, None where that is not known; stream: see `randomness`; distilled:
-    whether each of its guesses is an image (`diffusion_ext.distill`).
+    label_dropout: what it was trained with, None where that is not known; stream: see `randomness`;
+    distilled: whether each of its guesses is an image (`diffusion_ext.distill`).
     """
 
     def __init__(

@@ -51,7 +51,9 @@ class HeldOut:
             ids = list(range(start, min(start + BATCH, count * draws)))
             rows = self.rows[[k % count for k in ids]]
             x0 = to_float(torch.from_numpy(self.images.pixels[rows])).to(model.device)
-            t, noise = validation_draws(ids, x0.shape[1:], model.schedule.timesteps, model.device)
+            t, noise = validation_draws(
+                ids, x0.shape[1:], model.schedule.timesteps, model.device, model.stream
+            )
             a, s = model.levels[:, t, None, None, None]
             label = None
             if model.classes:
