@@ -100,7 +100,7 @@ def read(data: str, asked: Mapping[str, Any]) -> Facts:
     if not asked.get("init_from"):
         return look(data, asked)
     from diffusion_ext.inference import read_checkpoint
-    from diffusion_ext.init_from import flags_of
+    from diffusion_ext.network import flags_of
 
     state = read_checkpoint(asked["init_from"])
     spec = state["task_state"]["spec"]

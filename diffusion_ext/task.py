@@ -17,9 +17,8 @@ from diffusion_ext.augment import AUGMENTATIONS, build_augmentations
 from diffusion_ext.dataset import ImageDataset
 from diffusion_ext.ema.snapshots import write_snapshot
 from diffusion_ext.inference import read_checkpoint
-from diffusion_ext.init_from import initialise
 from diffusion_ext.model import unwrapped
-from diffusion_ext.network import options_of
+from diffusion_ext.network import initialise, options_of
 from diffusion_ext.objectives import OBJECTIVES, schedule_of
 from diffusion_ext.prepare.build import is_prepared
 from diffusion_ext.prepare.options import ImageOptions, SplitOptions

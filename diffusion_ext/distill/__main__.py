@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
 def command_of(checkpoint: str, options: DistillOptions, rest: list[str]) -> list[str]:
     """The line of fairseq-train; UserError for a checkpoint that cannot be distilled."""
     from diffusion_ext.inference import read_checkpoint
-    from diffusion_ext.init_from import flags_of, size_flags
+    from diffusion_ext.network import flags_of, size_flags
     from diffusion_ext.presets import PRESETS
     from diffusion_ext.train import PLUGIN
 

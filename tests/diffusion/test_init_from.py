@@ -5,8 +5,7 @@ import torch
 
 pytest.importorskip("fairseq")
 
-from diffusion_ext.init_from import flags_of, initialise
-from diffusion_ext.network import AveragedUNet, NetworkOptions
+from diffusion_ext.network import AveragedUNet, NetworkOptions, flags_of, initialise
 from ext_common.cli import UserError
 
 SPEC = dict(height=8, width=8, channels=1, condition_size=0)
