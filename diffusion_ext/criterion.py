@@ -218,6 +218,10 @@ class DdpmCriterion(FairseqCriterion):
         for q in range(1, QUARTERS + 1):
             if count := total[f"count_{q}"]:
                 metrics.log_scalar(f"mse_q{q}", total[f"sum_{q}"] / count, count, round=5)
+                if trained := total.get(f"train_sum_{q}"):
+                    # how far the loss on held-out images is above that on training images
+                    gap = total[f"sum_{q}"] / trained - 1
+                    metrics.log_scalar(f"gap_q{q}", gap, count, round=4)
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:

@@ -25,6 +25,8 @@ SAMPLED = 200
 CPU_MINUTES = 30
 GRAY = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L"}
 MUCH_PADDING = 1.3  # times the pixels of the images
+# Fewer images than these are soon learnt by heart.
+FEW = 1000
 DEEPEST = 16  # pixels; a network that ends above would attend over too many of them in its middle
 
 
@@ -185,6 +187,9 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
     seen = f"{facts.count:,} images, " if facts.count else ""
     kinds = f", {facts.classes} classes (sub-folders)" if facts.classes else ""
     data = f"{seen}{facts.height} × {facts.width} pixels{kinds}"
+    few = 0 < facts.count < FEW
+    if few and not facts.start:
+        network["--dropout"] = "0.1"
     whose = "those of --init-from" if facts.start else f"for {facts.height} × {facts.width}"
     return [
         Choice("data", {} if patient else data_flags(facts), data),
@@ -194,6 +199,7 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
             {"--criterion": "ddpm", "--loss-weighting": weighting},
             objective,
         ),
+        Choice("few images", few_flags(facts) if few else {}, "soon learnt by heart"),
         Choice("optimizer", {"--optimizer": "adam", "--adam-betas": "(0.9, 0.99)"}, ""),
         Choice("rate", {"--lr": size.lr}, f"for {size.batch} images an update"),
         Choice("schedule", schedule, "falls to 0 in the end" if small else "the average falls"),
@@ -244,6 +250,12 @@ def data_flags(facts: Facts) -> dict[str, str | None]:
         size = [facts.height] + [facts.width] * (facts.height != facts.width)
         flags |= {"--image-size": ",".join(map(str, size)), "--channels": str(facts.channels)}
     return flags | ({"--class-labels": None} if facts.classes else {})
+
+
+def few_flags(facts: Facts) -> dict[str, str | None]:
+    """Against learning by heart: 15 % of the images changed (Karras et al. 2022), an end where it begins."""
+    jitter = ";color_jitter:p=0.15" if facts.channels == 3 else ""
+    return {"--augment": f"hflip:p=0.15{jitter}", "--stop-at-copies": None}
 
 
 def fitted(
