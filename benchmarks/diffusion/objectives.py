@@ -15,6 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.diffusion.tables import CONFIGS, DIGITS, SAMPLER_SET, SEEDS, prepare, python, today
@@ -141,6 +142,22 @@ def distilled(work: Path) -> None:
 GROUPS = {"objectives": objectives, "guidance": guidance, "distilled": distilled}
 
 
+def picture() -> None:
+    """docs/pictures/objectives.png: steps against distance, a line an objective and average; means."""
+    from ext_common.plots import curves
+
+    found = [record for record in RECORDED.all() if record["run"].startswith("objective_")]
+    named = {}
+    for objective in OBJECTIVES:
+        own = [record for record in found if record["run"].startswith(f"objective_{objective}-")]
+        for average, title in (("usual", ""), ("posthoc", ", length chosen")) if own else ():
+            ratios = [[r["cells"][f"{average}-{n}"]["ratio"] for n in STEPS] for r in own]
+            named[f"{objective}{title}"] = (np.array(STEPS), np.mean(ratios, 0))
+    if named:
+        labels = ("steps of DPM-Solver++", "Fréchet distance, × floor")
+        curves(named, ROOT / "docs" / "pictures" / "objectives.png", "digits", labels)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -153,6 +170,7 @@ def main() -> None:
     prepare(DIGITS, args.work)
     for group in args.groups or GROUPS:
         GROUPS[group](args.work)
+    picture()
     print(f"{RECORDED.path} has {len(RECORDED.all())} records", file=sys.stderr)
 
 
