@@ -29,6 +29,7 @@ from ext_common.random import STREAM
 PARTS = tuple(
     f"diffusion_ext.{name}" for name in ("criterion", "distill.criterion", "model", "task")
 )
+ONE_BATCH = 4096  # pixels
 SPEC = {"height", "width", "channels", "classes", "condition_size"}
 
 
@@ -161,6 +162,10 @@ class DiffusionModel:
 
         return network
 
+    def _is_small(self, label: Tensor) -> bool:
+        """Whether both halves of guidance are faster as one batch: 1.4 times for few on a CPU, 0.9 for many."""
+        return label.device.type != "cpu" or len(label) * math.prod(self.shape[1:]) <= ONE_BATCH
+
     def denoiser(
         self,
         label: Tensor | None = None,
@@ -181,7 +186,7 @@ class DiffusionModel:
             self_condition=self.model.self_condition,
             guide=None if guide is None else guide.network(bf16),
             interval=interval,
-            none_label=len(self.classes) or None,
+            none_label=len(self.classes) if label is not None and self._is_small(label) else None,
         )
 
     def batches(

@@ -62,7 +62,10 @@ def test_the_update_from_which_copies_are_drawn_is_said_and_may_end_the_training
         cumulative_training_time=lambda: 1.0,
         task=SimpleNamespace(),
     )
-    cfg = SimpleNamespace(optimization=SimpleNamespace(max_update=500, stop_time_hours=0))
+    cfg = SimpleNamespace(
+        optimization=SimpleNamespace(max_update=500, stop_time_hours=0),
+        checkpoint=SimpleNamespace(patience=-1),
+    )
     for update, samples in ((100, pictures(20, 4)), (200, train[:20]), (300, train[:20])):
         watch.look(samples, images, options, update)
         assert watch.since == (None if update == 100 else 200)
