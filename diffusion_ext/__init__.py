@@ -20,6 +20,7 @@ def register() -> None:
     from ext_common import muon  # noqa: F401
 
     from . import criterion, model, task  # noqa: F401
+    from .distill import criterion as consistency  # noqa: F401
 
 
 if "fairseq" in sys.modules:

@@ -3,6 +3,7 @@
 A task of any plugin may have, and is asked for, where it does:
 
     best_metric                      (name, larger is better) of what selects checkpoints, or None
+    is_done                          why a training ends before its length, or None
     check_resume(state, same_run)    UserError where a checkpoint is another run's
     compare_anew                     why metrics of before a resume are no longer comparable, or empty
     target dictionary's scorer()     what `fairseq-generate` ends with, in place of BLEU of words

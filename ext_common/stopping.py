@@ -156,15 +156,19 @@ def _stoppable(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         before = _saved_at
         losses, stop = original(cfg, trainer, task, epoch_itr, subsets, end_of_epoch)
+        done = 0
+        if hasattr(task, "is_done"):
+            # a task may end its training, and only the first process may know it
+            done, _ = agreed(int(bool(task.is_done)), False, trainer.device)
         saved = _saved_at != before
         due = is_due(getattr(cfg.task, "save_minutes", 0.0), time.monotonic() - _saved_at)
         asked = (_wishes.asked if _wishes else 0) or asked_by_file(cfg)
         number, due = agreed(asked, due and not stop, trainer.device)
-        if (number or due) and not saved:
+        if (number or due or done and not stop) and not saved:
             checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
         if number and not stop:
             end(number, cfg, trainer)
-        return losses, stop
+        return losses, stop or bool(done)
 
     return validate_and_save
 
