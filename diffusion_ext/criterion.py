@@ -17,8 +17,7 @@ from diffusion_ext.objectives import OBJECTIVES, check_combination, shown
 from diffusion_ext.pictures import to_float
 from diffusion_ext.randomness import coin, training_draws, validation_draws
 from diffusion_ext.schedules import TIME_SAMPLINGS
-from diffusion_ext.variational import PosteriorTables, bound
-from diffusion_ext.weightings import WEIGHTINGS, loss_weights
+from diffusion_ext.weightings import WEIGHTINGS, PosteriorTables, bound, loss_weights
 from ext_common.checkpoints import last_checkpoint
 from ext_common.cli import UserError
 from ext_common.devices import sums

@@ -66,7 +66,7 @@ class JoinedRows:
         self.shape = (int(self.first[-1]), *parts[0].shape[1:])
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return int(self.first[-1])
 
     def __getitem__(self, rows: int | slice) -> np.ndarray:
         start = rows.start if isinstance(rows, slice) else rows

@@ -272,7 +272,7 @@ def plan_of(options: SampleOptions) -> dict:
 
 def number_of(options: SampleOptions) -> int:
     """How many images: those asked for, or one for each file of a folder that they are made from."""
-    from diffusion_ext.editing import files_of
+    from diffusion_ext.sample.editing import files_of
 
     if options.num is not None:
         return options.num
@@ -282,7 +282,7 @@ def number_of(options: SampleOptions) -> int:
 
 def hash_of(path: str) -> str:
     """SHA-256 of a file, or of the names and hashes of a folder's images."""
-    from diffusion_ext.editing import files_of
+    from diffusion_ext.sample.editing import files_of
 
     if Path(path).is_dir():
         known = [[Path(name).name, sha256_file(name)] for name in files_of(path)]
@@ -370,15 +370,15 @@ def drawer(model, options: SampleOptions, numbers: List[int]):
     if options.edits:
         model.check_classes(options.label is not None, options.guidance)
     if options.interpolate:
-        from diffusion_ext.editing import interpolation
+        from diffusion_ext.sample.editing import interpolation
 
         return interpolation(model, options, numbers)
     if options.inpaint:
-        from diffusion_ext.editing import inpainting
+        from diffusion_ext.sample.editing import inpainting
 
         return inpainting(model, options, numbers)
     if options.image:
-        from diffusion_ext.editing import variation
+        from diffusion_ext.sample.editing import variation
 
         return variation(model, options, numbers)
 

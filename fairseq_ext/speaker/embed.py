@@ -13,7 +13,7 @@ import numpy as np
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
 from ext_common.manifest import MANIFEST_NAME, atomic_json, atomic_write, beside
-from fairseq_ext.speaker.inputs import (
+from fairseq_ext.speaker.inference.inputs import (
     PredictOptions,
     check_output,
     load_model,

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ext_common.cli import UserError
-from fairseq_ext.speaker.audio import CHANNELS as CHANNELS
-from fairseq_ext.speaker.audio import Recording as Recording
-from fairseq_ext.speaker.audio import Source, resample
-from fairseq_ext.speaker.audio import load_audio as load_audio
-from fairseq_ext.speaker.bandwidth import bandwidth
-from fairseq_ext.speaker.containers import AudioError as AudioError
+from fairseq_ext.speaker.audio.bandwidth import bandwidth
+from fairseq_ext.speaker.audio.containers import AudioError as AudioError
+from fairseq_ext.speaker.audio.recording import CHANNELS as CHANNELS
+from fairseq_ext.speaker.audio.recording import Recording as Recording
+from fairseq_ext.speaker.audio.recording import Source, resample
+from fairseq_ext.speaker.audio.recording import load_audio as load_audio
 
 if TYPE_CHECKING:
     from torchaudio.transforms import MelSpectrogram

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fairseq_ext.speaker.audio import resample, to_mono
-from fairseq_ext.speaker.bandwidth import bandwidth, is_narrow, mixture
+from fairseq_ext.speaker.audio.bandwidth import bandwidth, is_narrow, mixture
+from fairseq_ext.speaker.audio.recording import resample, to_mono
 
 RATE = 16000
 

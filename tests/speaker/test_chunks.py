@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fairseq_ext.speaker import inference
-from fairseq_ext.speaker.chunks import forward_long, windows
+from fairseq_ext.speaker.inference.chunks import forward_long, windows
 from fairseq_ext.speaker.network import NamedNetwork, NetworkOptions, SpeakerNetwork
 from fairseq_ext.speaker.pooling import POOLINGS, MeanPooling
 

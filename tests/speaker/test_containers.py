@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from fairseq_ext.speaker.audio import load_audio
-from fairseq_ext.speaker.containers import AudioError, mp3_frames
+from fairseq_ext.speaker.audio.containers import AudioError, mp3_frames
+from fairseq_ext.speaker.audio.recording import load_audio
 
 RATE = 16000
 SECONDS = 4

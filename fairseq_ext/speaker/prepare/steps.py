@@ -10,7 +10,7 @@ from unicodedata import normalize
 
 from ext_common.cli import UsageError, UserError
 from ext_common.store import Entry
-from fairseq_ext.speaker.bandwidth import is_narrow, mixture
+from fairseq_ext.speaker.audio.bandwidth import is_narrow, mixture
 from fairseq_ext.speaker.features import FeatureSpec
 from fairseq_ext.speaker.prepare.before import Before
 from fairseq_ext.speaker.prepare.layouts import Bad, Record, Source

@@ -13,7 +13,7 @@ import numpy as np
 from ext_common.cli import UsageError, UserError, progress
 from ext_common.manifest import check_writable, known_sha256, sha256_file, versions
 from ext_common.store import parts_of
-from fairseq_ext.speaker.bandwidth import mixture
+from fairseq_ext.speaker.audio.bandwidth import mixture
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.features import CHANNELS, AudioError, FeatureSpec, Recording, hear
 from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel

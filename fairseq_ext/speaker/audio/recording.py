@@ -9,7 +9,7 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from fairseq_ext.speaker.containers import (
+from fairseq_ext.speaker.audio.containers import (
     MP3_SLACK,
     UNKNOWN_FRAMES,
     AudioError,

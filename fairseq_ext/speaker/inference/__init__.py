@@ -20,7 +20,7 @@ import numpy as np
 
 from ext_common.checkpoints import build_network, read_state, usable_device, why_unfit
 from ext_common.cli import UserError
-from fairseq_ext.speaker.audio import to_mono
+from fairseq_ext.speaker.audio.recording import to_mono
 from fairseq_ext.speaker.batching import CHUNK_FRAMES, batches_by_frames, pad
 from fairseq_ext.speaker.export.exported import ExportedNetwork, exported_in
 from fairseq_ext.speaker.features import FeatureSpec, audio_features, samples_features
@@ -174,7 +174,7 @@ class SpeakerModel:
         """Embeddings (B, D) and scores (B, C), float32, of utterances side by side; a long one is alone."""
         import torch
 
-        from fairseq_ext.speaker.chunks import forward_long
+        from fairseq_ext.speaker.inference.chunks import forward_long
 
         tensors = [torch.from_numpy(features) for features in batch]
         with torch.inference_mode():
