@@ -2,6 +2,7 @@
 
 import math
 import os
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -83,6 +84,7 @@ def sheet(
     of the images is drawn; letters are not enlarged. Gray where all images are.
     """
     images = [image for row in rows for image in row if image is not None]
+    title, beside, above = in_ascii(title), [*map(in_ascii, beside)], [*map(in_ascii, above)]
     channels, height, width = images[0].shape
     mode, white = ("RGB", (255, 255, 255)) if channels == 3 else ("L", 255)
     font = ImageFont.load_default(TEXT)
@@ -114,6 +116,11 @@ def sheet(
                 place = (left + column * cell_w + GAP * scale, y)
                 canvas.paste(pil_image(image, scale), place)
     return canvas
+
+
+def in_ascii(name: str) -> str:
+    """A name in the letters that Pillow's own font has: é as e, others as ?."""
+    return unicodedata.normalize("NFKD", name).encode("ascii", "replace").decode()
 
 
 def shortened(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

@@ -137,6 +137,25 @@ def check_registered(state: Mapping[str, Any], path: str | os.PathLike[str], hin
             )
 
 
+def refuse_other_wing(
+    state: Mapping[str, Any], path: str | os.PathLike[str], task: str, remedy: str
+) -> None:
+    """UserError for a training's checkpoint whose task is another wing's, or is not known here.
+
+    task: of the training that is to go on from it; remedy: what to do instead.
+    """
+    from fairseq.tasks import TASK_REGISTRY
+
+    theirs = name_of(state, "task")
+    wings = [
+        getattr(TASK_REGISTRY.get(name or ""), "__module__", "").split(".")[:2]
+        for name in (theirs, task)
+    ]
+    foreign = wings[0] == [""] or all(w[0] in OUR_PLUGINS for w in wings) and wings[0] != wings[1]
+    if theirs and theirs != task and foreign:
+        raise UserError(f"{path} is of a training with --task {theirs}, not {task}: {remedy}")
+
+
 def refuse_foreign(
     cfg: Any,
     registry: Mapping[str, type],

@@ -3,6 +3,7 @@
 A task of any plugin may have, and is asked for, where it does:
 
     best_metric                      (name, larger is better) of what selects checkpoints, or None
+    is_done                          why a training ends before its length, or None
     check_resume(state, same_run)    UserError where a checkpoint is another run's
     compare_anew                     why metrics of before a resume are no longer comparable, or empty
     target dictionary's scorer()     what `fairseq-generate` ends with, in place of BLEU of words
@@ -18,7 +19,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 from fairseq import checkpoint_utils, options, scoring, trainer, utils
@@ -27,6 +28,7 @@ from fairseq.tasks import TASK_REGISTRY
 from omegaconf import open_dict
 
 from ext_common import checkpoints, compat, devices, screen, stopping, threads
+from ext_common.checkpoints import refuse_other_wing
 from ext_common.cli import UsageError, UserError
 from ext_common.compat import resume
 from ext_common.compat.patching import after, replace
@@ -119,6 +121,12 @@ def _ask_before_resuming() -> None:
 
 def _ask_the_task(state: dict, *_args: Any, **_kwargs: Any) -> None:
     now = resume.resuming()
+    if now and isinstance(state.get("cfg"), Mapping):
+        task = getattr(getattr(now.trainer.cfg, "task", None), "_name", None)
+        if task:
+            refuse_other_wing(
+                state, "the checkpoint", task, "give another one, or a new --save-dir"
+            )
     if now and hasattr(now.trainer.task, "check_resume"):
         now.trainer.task.check_resume(state, now.same_run)
 

@@ -8,13 +8,15 @@ the training. It becomes SAVE_DIR/stopped, and the exit code is 0. `--save-minut
 `checkpoint_last.pt` so often whatever the epochs.
 """
 
+import atexit
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, NoReturn
@@ -87,7 +89,8 @@ _looked_at = 0.0
 
 
 def apply() -> None:
-    """Let trainings stop in order; calling it again changes nothing."""
+    """Let trainings stop in order, and leave no empty folders; calling it again changes nothing."""
+    replace(checkpoint_utils, "verify_checkpoint_directory", _noting_folders, ("os.makedirs(",))
     in_training_command(_watch)
     after(checkpoint_utils, "save_checkpoint", _note_saved, ("checkpoint_conds",))
     replace(distributed_utils, "call_main", _listening, ("distributed_no_spawn", "spawn("))
@@ -96,6 +99,26 @@ def apply() -> None:
 def _watch(train: ModuleType) -> None:
     replace(train, "train", _begin, ("trainer.train_step(samples)",))
     replace(train, "validate_and_save", _stoppable, ("should_stop_early(",))
+
+
+def _noting_folders(original: Callable[..., Any]) -> Callable[..., Any]:
+    """fairseq makes the folder before it has built anything: a start that fails then leaves it empty."""
+
+    def verify_checkpoint_directory(save_dir: str) -> Any:
+        folder = Path(save_dir).resolve()
+        made = [place for place in (folder, folder.parent) if not place.exists()]
+        if made:
+            atexit.register(remove_empty, made)
+        return original(save_dir)
+
+    return verify_checkpoint_directory
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove those that are empty, in this order."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _listening(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,15 +156,19 @@ def _stoppable(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         before = _saved_at
         losses, stop = original(cfg, trainer, task, epoch_itr, subsets, end_of_epoch)
+        done = 0
+        if hasattr(task, "is_done"):
+            # a task may end its training, and only the first process may know it
+            done, _ = agreed(int(bool(task.is_done)), False, trainer.device)
         saved = _saved_at != before
         due = is_due(getattr(cfg.task, "save_minutes", 0.0), time.monotonic() - _saved_at)
         asked = (_wishes.asked if _wishes else 0) or asked_by_file(cfg)
         number, due = agreed(asked, due and not stop, trainer.device)
-        if (number or due) and not saved:
+        if (number or due or done and not stop) and not saved:
             checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
         if number and not stop:
             end(number, cfg, trainer)
-        return losses, stop
+        return losses, stop or bool(done)
 
     return validate_and_save
 

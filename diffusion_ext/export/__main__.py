@@ -2,8 +2,11 @@
 
     python -m diffusion_ext.export CKPT/checkpoint_last.pt digits --format diffusers
     python -m diffusion_ext.export CKPT/checkpoint_last.pt digits --format safetensors
+    python -m diffusion_ext.export PIPELINE digits.pt --format checkpoint
 
-What was written is read back and must compute what the model does.
+The last reads a pipeline of diffusers, of this command or any other whose UNet2DModel has a counterpart, as a
+checkpoint to sample from, or to go on from with --finetune-from-model. What was written is read back and must
+compute what the model does.
 """
 
 import contextlib
@@ -22,7 +25,13 @@ from diffusion_ext.export.exported import import_safetensors, load_exported, wri
 from diffusion_ext.unet import UNet
 from ext_common.cli import Parser, UserError, add_dataclass, from_args, run
 from ext_common.folders import making, refuse_file, refuse_strangers
-from ext_common.manifest import MANIFEST_NAME, write_manifest
+from ext_common.manifest import (
+    MANIFEST_NAME,
+    atomic_json,
+    atomic_write,
+    check_writable,
+    write_manifest,
+)
 
 __all__ = ["ExportOptions", "export", "load_exported"]
 
@@ -30,8 +39,8 @@ EPILOG = """
 diffusers     DDPMPipeline.from_pretrained(OUTPUT): a UNet2DModel, and a DDPMScheduler that samples as
               `diffusion_ext.sample --sampler ddpm`, at the same timesteps where their number divides T.
               Calling the pipeline draws images, but it knows no classes: of a model with classes call
-              pipeline.unet with class_labels, of which the last means none. Not for models with
-              --self-condition or --learned-variance.
+              pipeline.unet with class_labels, of which the last means none; classes.json has their names.
+              Not for models with --self-condition or --learned-variance.
 safetensors   model.safetensors and config.json: the network of any model, with its schedule;
               diffusion_ext.export.__main__.load_exported(OUTPUT) builds it.
 
@@ -44,6 +53,7 @@ OWN_FILES = {
     "scheduler",
     "model.safetensors",
     "config.json",
+    counterpart.CLASSES,
     MANIFEST_NAME,
 }
 
@@ -52,7 +62,9 @@ OWN_FILES = {
 class ExportOptions:
     """What to write."""
 
-    format: str = field(metadata={"help": "see below", "choices": ["diffusers", "safetensors"]})
+    format: str = field(
+        metadata={"help": "see below", "choices": ["diffusers", "safetensors", "checkpoint"]}
+    )
     ema: int = field(
         default=0,
         metadata={"help": "which average of the weights, counted from 0; -1: none of them"},
@@ -70,12 +82,54 @@ class ExportOptions:
 def main(argv: Sequence[str]) -> None:
     """The command."""
     parser = Parser(prog="python -m diffusion_ext.export", description=__doc__, epilog=EPILOG)
-    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint of diffusion_ext.train")
-    parser.add_argument("output", metavar="OUTPUT", help="folder to write")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CKPT",
+        help="checkpoint of diffusion_ext.train; or a pipeline's folder",
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write; or the checkpoint")
     add_dataclass(parser, ExportOptions)
     args = parser.parse_args(argv)
     options = from_args(ExportOptions, args)
+    if options.format == "checkpoint":
+        import_pipeline(args.checkpoint, args.output, options.overwrite)
+        return
     export(args.checkpoint, args.output, options)
+
+
+def import_pipeline(source: str | os.PathLike, output: str | os.PathLike, overwrite: bool) -> None:
+    """Write the checkpoint `output` from the pipeline in the folder `source`; raises UserError."""
+    from diffusion_ext.export.imported import checkpoint_of
+
+    counterpart.import_diffusers()
+    folder, dest = Path(source), Path(output)
+    check_writable(dest)
+    if dest.exists() and not overwrite:
+        raise UserError(f"{output} exists: use --overwrite to replace it, or another file")
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"{source} is no pipeline of diffusers: give a folder with model_index.json"
+        )
+    state, net, theirs = checkpoint_of(folder)
+    spec = state["task_state"]["spec"]
+    probe = Probe(
+        torch.randn(3, spec["channels"], spec["height"], spec["width"]),
+        torch.tensor([0, 300, 999]) % state["cfg"]["task"]["timesteps"],
+        torch.tensor([0, 1, net.n_classes]) % (net.n_classes + 1) if net.n_classes else None,
+    )
+    difference = largest_difference(
+        net, lambda x, t, label: theirs(x, t, class_labels=label).sample, probe
+    )
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"{source} has no counterpart here: its outputs differ by up to {difference:.1e} of the largest,"
+            f" {TOLERANCE:.0e} is accepted"
+        )
+    with atomic_write(dest, "wb") as file:
+        torch.save(state, file)
+    print(
+        f"{output}: its outputs differ from the pipeline's by at most {difference:.1e} of the largest"
+    )
 
 
 def export(
@@ -128,7 +182,7 @@ def export(
     if model.classes and options.format == "diffusers":
         print(
             f"DDPMPipeline knows no classes: call pipeline.unet(x, t, class_labels) with 0 to"
-            f" {net.n_classes - 1} for a class, {net.n_classes} for none"
+            f" {net.n_classes - 1} for a class, {net.n_classes} for none; {counterpart.CLASSES} names them"
         )
     return difference
 
@@ -159,6 +213,8 @@ def check_counterpart(checkpoint: str | os.PathLike, model, net: UNet) -> None:
 def write_diffusers(model, net: UNet, folder: Path) -> Callable:
     """Fill the folder; returns the network that is read back, as a function of x, t and label."""
     counterpart.write_pipeline(folder, net, model.shape[1:], model.schedule, model.objective)
+    if model.classes:
+        atomic_json(folder / counterpart.CLASSES, {"classes": model.classes})
     pipeline = counterpart.read_pipeline(folder)
     counterpart.check_table(model.schedule, pipeline.scheduler.alphas_cumprod)
     return lambda x, t, label: pipeline.unet(x, t, label).sample

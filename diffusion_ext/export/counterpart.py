@@ -22,6 +22,8 @@ PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 # Of the noise at any timestep; float32 is off by 3e-4 of it in a cosine schedule of 1,000 timesteps.
 SIGMA_TOLERANCE = 0.05
 DROPPED = "condition."
+# Beside a pipeline: the names of its classes, {"classes": [...]}, of which diffusers keeps none.
+CLASSES = "classes.json"
 # Beginnings of names, then the rest of them, ours → theirs.
 _PLACES = (
     (r"time_([12])\.", r"time_embedding.linear_\1."),

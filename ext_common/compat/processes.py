@@ -8,7 +8,6 @@ fairseq-train DATA --cpu --distributed-world-size 2 …                   (witho
 
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -29,6 +28,7 @@ from ext_common.compat.launchers import refuse_one_task_each
 from ext_common.compat.messages import before_an_error, tell
 from ext_common.compat.patching import after, as_expected, before, replace
 from ext_common.given import given
+from ext_common.parallel import free_port
 
 
 def form_one_group() -> None:
@@ -251,7 +251,7 @@ def arrange(cfg: Any) -> int:
         return started_on_gpus(options)
     method = options.distributed_init_method
     if method is None:
-        port = options.distributed_port if options.distributed_port > 0 else _free_port()
+        port = options.distributed_port if options.distributed_port > 0 else free_port()
         options.distributed_init_method = f"tcp://127.0.0.1:{port}"
     elif not method.startswith(("tcp://localhost:", "tcp://127.0.0.1:", "file://")):
         raise UserError(
@@ -321,12 +321,6 @@ def average_buffers(trainer: Any) -> None:
 def _slurm_does_it(options: Any) -> bool:
     in_slurm = "SLURM_STEP_NODELIST" in os.environ or "SLURM_JOB_NODELIST" in os.environ
     return in_slurm and options.distributed_init_method is None and options.distributed_port > 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _spawn(count: int, main: Callable, cfg: Any, kwargs: dict) -> None:

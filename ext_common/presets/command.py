@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from ext_common.checkpoints import refuse_other_wing
 from ext_common.cli import UserError
 from ext_common.given import NAMES, given_by, remember, whole_parser
 from ext_common.presets.choices import Choice, Machine, Plan, plan
@@ -62,7 +63,10 @@ def complete(parser: Any, words: Sequence[str]) -> tuple[list[str], Plan | None]
     check(asked)
     words = [*words, *place(asked, task)]
     args, unknown = whole.parse_known_args(list(words))
-    state = None if "restore_file" in asked else peek(Path(args.save_dir) / LAST)
+    last = Path(args.save_dir) / LAST
+    state = None if "restore_file" in asked else peek(last)
+    if state is not None:
+        refuse_other_wing(state, last, task, "give another --save-dir")
     machine = machine_of(args, asked)
     if not wanted(asked):
         return same_length(state, parser, words, asked, machine)

@@ -161,12 +161,13 @@ def joined(parts, path):
     )
 
 
-def write_corpus(path, features_file, rows, speakers, spec):
+def write_corpus(path, features_file, rows, speakers, spec, narrow=None):
     """Write utterances.csv and corpus.json for features that lie in `features_file` (raw
     float32).
 
-    rows: list of (id, speaker or None, split, group or None, offset, length). The features
-    themselves are renamed into place by the caller, last.
+    rows: list of (id, speaker or None, split, group or None, offset, length); narrow: how many of the
+    recordings have less than their rate could hold (`bandwidth`). The features themselves are renamed
+    into place by the caller, last.
     """
     path = Path(path)
     with atomic_write(path / "utterances.csv") as file:
@@ -186,6 +187,7 @@ def write_corpus(path, features_file, rows, speakers, spec):
             "format": FORMAT,
             "utterances": len(rows),
             "frames": frames,
+            **({} if narrow is None else {"narrow": narrow}),
             "splits": splits,
             "spec": spec.to_dict(),
             "speakers": speakers,

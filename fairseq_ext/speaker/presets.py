@@ -20,11 +20,15 @@ WORDS = 0.8
 # Hours from which the speakers of a course's size are expected.
 MANY_HOURS = 10
 TOTAL_BATCH = 64
+# From this share of narrow recordings on there is a mixture to be learnt.
+MIXED = 0.02
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What corpus.json says of all splits together; least, most: frames of a speaker in train."""
+    """What corpus.json says of all splits together; least, most: frames of a speaker in train;
+    narrow: share of the recordings that lack high frequencies (`bandwidth`).
+    """
 
     hours: float
     speakers: int
@@ -32,6 +36,7 @@ class Facts:
     least: int = 0
     most: int = 0
     uneven: bool = False
+    narrow: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -70,8 +75,9 @@ def read(data: str, asked: Mapping[str, Any]) -> Facts:
     for folder in folders:
         frames += trained_frames(folder)
     each = list(frames.values())
-    known = (min(each), max(each), is_uneven(each)) if each else ()
-    return Facts(hours, len(speakers), utterances, *known)
+    known = (min(each), max(each), is_uneven(each)) if each else (0, 0, False)
+    narrow = sum(meta.get("narrow", 0) for meta in metas) / max(1, utterances)
+    return Facts(hours, len(speakers), utterances, *known, narrow)
 
 
 def trained_frames(data: Path) -> Counter[str]:
@@ -112,6 +118,7 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
     return [
         Choice("data", {"--crop-frames": str(size.crop), "--epoch-updates": str(size.epoch)}, data),
         balance_of(facts),
+        *augmentation_of(facts),
         Choice("arch", {"--arch": "conformer_speaker"}, "the best encoder of the ablation"),
         Choice("criterion", {"--criterion": "am_softmax"} | margin, "earns 6 points over softmax"),
         Choice(
@@ -150,6 +157,14 @@ def balance_of(facts: Facts) -> Choice:
     return Choice(
         "balance", {"--balance": "speaker"}, f"as many crops of each: they have {least} to {most}"
     )
+
+
+def augmentation_of(facts: Facts) -> list[Choice]:
+    """Crops narrowed as the narrow recordings are, where there are some and not only these."""
+    if not MIXED <= facts.narrow <= 1 - MIXED:
+        return []
+    about = f"{100 * facts.narrow:.0f} % of the recordings hold nothing above 5 kHz"
+    return [Choice("augmentation", {"--augment": "bandwidth;channel;specaugment"}, about)]
 
 
 PRESETS = TaskPresets(

@@ -39,9 +39,10 @@ KEPT = 2000
 RUN_ONLY = ("path", "threads", "device", "max_tokens", "user_dir")
 EPILOG = """
 INPUT is UTF-8 text (.gz and .zst are unpacked), - the standard input: lines that are typed are translated
-at once, those of a pipe in batches. Only a newline ends a line. An empty line stays empty. A line longer
-than the model can hold is split at the ends of sentences, then at commas, then between words, and its
-parts are joined again; such lines are counted on stderr.
+at once, those of a pipe in batches. Only a newline ends a line. An empty line stays empty. A line of several
+sentences is translated one by one, where the training had single ones or the line is longer than 99 of 100
+of its lines; one longer than the model can hold is split at the ends of sentences, then at commas, then
+between words. Parts are joined again, and such lines counted on stderr.
 
 OUTPUT is text, one line for each line of INPUT. With --nbest above 1 or --scores it is a table with
 tabs: number of the line (from 1), score, text; nbest rows for each line, best first, one for an empty
@@ -227,8 +228,8 @@ class Counts:
         """One for everything that a reader of the output should know."""
         if self.split:
             yield (
-                f"{self.split:,} of {self.lines:,} lines were too long for the model, and translated in"
-                " parts that were joined again"
+                f"{self.split:,} of {self.lines:,} lines were translated in parts, sentences or what the"
+                " model can hold, that were joined again"
             )
         if self.cut:
             yield (

@@ -207,7 +207,8 @@ def test_a_number_that_is_none_stops_training_in_one_sentence(train, tmp_path):
     errors = [line for line in log.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in log, log[-2000:]
     assert re.search(r"not finite at update \d+ \((nan|inf) at t = \d+", errors[0])
-    assert "no checkpoint was written yet" in errors[0]
+    assert "no checkpoint was written yet" in errors[0] and "Warning" not in log
+    assert not (tmp_path / "x").exists()
 
 
 def one_error(log):

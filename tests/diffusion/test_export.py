@@ -3,6 +3,7 @@ import math
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -355,6 +356,67 @@ class TestCommand:
         assert counts["weights"] - counts["written"] == 9 * 32
         unet = counterpart.read_pipeline(tmp_path / "out").unet
         assert unet.config.num_class_embeds == 3
+
+    def test_a_pipeline_comes_back_as_a_checkpoint(self, variant, tmp_path, capsys):
+        """With its classes; it draws the same."""
+        from diffusion_ext.inference import DiffusionModel
+
+        path = variant(["cat", "dog"])
+        export(path, tmp_path / "out", "--format", "diffusers")
+        export(tmp_path / "out", tmp_path / "back.pt", "--format", "checkpoint")
+        assert "differ from the pipeline's by at most" in capsys.readouterr().out
+        ours, back = (
+            DiffusionModel.from_checkpoint(p, "cpu") for p in (path, tmp_path / "back.pt")
+        )
+        assert back.classes == ["cat", "dog"] and back.shape == ours.shape
+        options = dict(steps=3, labels=[0, 1], guidance=2.0)
+        a, b = (model.sample(2, **options).astype(int) for model in (ours, back))
+        assert np.abs(a - b).max() <= 1
+        (tmp_path / "out" / "classes.json").unlink()
+        with pytest.raises(UserError, match="classes.json does not name the 2 classes"):
+            export(tmp_path / "out", tmp_path / "again.pt", "--format", "checkpoint")
+        assert not (tmp_path / "again.pt").exists()
+
+    def test_pipelines_of_others(self, tmp_path):
+        """As the example of diffusers trains them, but smaller; and one that pads in another way."""
+        unet = diffusers.UNet2DModel(
+            sample_size=16,
+            in_channels=3,
+            out_channels=3,
+            layers_per_block=2,
+            block_out_channels=(32, 32, 64),
+            norm_num_groups=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        )
+        for parameter in unet.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+        diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "theirs")
+        export(tmp_path / "theirs", tmp_path / "x.pt", "--format", "checkpoint")
+        state = torch.load(tmp_path / "x.pt", weights_only=True)
+        said = state["cfg"]["task"]
+        assert (said["objective"], said["beta_schedule"], said["timesteps"]) == (
+            "eps",
+            "linear",
+            1000,
+        )
+        assert state["cfg"]["model"]["attention_resolutions"] == [8]
+        unet.register_to_config(downsample_padding=0, freq_shift=1)
+        diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "odd")
+        with pytest.raises(
+            UserError, match="freq_shift is 1, here 0; downsample_padding is 0, here 1"
+        ):
+            export(tmp_path / "odd", tmp_path / "y.pt", "--format", "checkpoint")
+
+    def test_a_size_that_the_network_pads_is_refused_with_the_nearest(self, variant, tmp_path):
+        path = variant()
+        state = torch.load(path, weights_only=True)
+        state["task_state"]["spec"].update(height=15, width=18)
+        torch.save(state, path)
+        with pytest.raises(UserError, match="pads its images of 15 × 18 .* fits is 16 × 20"):
+            export(path, tmp_path / "out", "--format", "diffusers")
+        export(path, tmp_path / "safe", "--format", "safetensors")
 
     @pytest.mark.parametrize("option", ["self_condition", "learned_variance"])
     def test_no_counterpart(self, variant, tmp_path, option):

@@ -9,7 +9,7 @@ from fairseq import trainer
 from omegaconf import OmegaConf
 
 from ext_common import engine
-from ext_common.cli import UsageError
+from ext_common.cli import UsageError, UserError
 
 engine.apply()
 
@@ -110,6 +110,7 @@ from pathlib import Path
 spec = importlib.util.spec_from_file_location("toy_parts", {path!r})
 sys.modules["toy_parts"] = toy = importlib.util.module_from_spec(spec)
 from ext_common import engine
+from ext_common.cli import UserError
 from tests.trainings import read
 engine.apply()
 spec.loader.exec_module(toy)
@@ -256,3 +257,29 @@ def test_another_task_than_that_of_the_checkpoint_is_refused(trained, tmp_path):
     with pytest.raises(UsageError, match="--task translation is not what .* give --task transl"):
         generation(tmp_path, "--path", trained, "--task", "translation")
     assert generation(tmp_path, "--path", tmp_path / "none.pt").task == "translation"
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, refused",
+    [
+        (
+            "speaker_id",
+            "diffusion",
+            True,
+        ),  # of a plugin that is not loaded here, or of another wing
+        ("diffusion", "diffusion", False),
+        ("translation", "translation_spm", False),  # fairseq's own, which ours is made from
+        (None, "diffusion", False),
+    ],
+)
+def test_a_checkpoint_of_another_wing_is_told_by_its_task(theirs, ours, refused):
+    """And not by lists of weights that do not fit."""
+    from ext_common.checkpoints import refuse_other_wing
+
+    state = {"cfg": {"task": {"_name": theirs}}}
+    if not refused:
+        return refuse_other_wing(state, "x.pt", ours, "give another")
+    with pytest.raises(
+        UserError, match="x.pt is of a training with --task speaker_id, not diffusion"
+    ):
+        refuse_other_wing(state, "x.pt", ours, "give another")

@@ -121,6 +121,25 @@ def test_saved_by_the_clock(train_here, monkeypatch):
     assert_same_run(clocked, whole)
 
 
+def test_a_start_that_fails_leaves_no_empty_folder(tmp_path, monkeypatch):
+    engine.apply()
+    noted = []
+    monkeypatch.setattr(stopping.atexit, "register", lambda *call: noted.append(call))
+    place = tmp_path / "checkpoints" / "run"
+    checkpoint_utils.verify_checkpoint_directory(str(place))
+    (action, *arguments), *more = noted
+    assert not more and place.is_dir()
+    action(*arguments)
+    assert not list(tmp_path.iterdir())
+    # one with a checkpoint stays, and so does one that was there
+    place.mkdir(parents=True)
+    checkpoint_utils.verify_checkpoint_directory(str(place))
+    assert len(noted) == 1
+    (place / "x.pt").touch()
+    action(*arguments)
+    assert place.is_dir()
+
+
 TOLD = """
 import os, signal, sys
 from fairseq import trainer

@@ -17,7 +17,7 @@ import numpy as np
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
 from ext_common.manifest import MANIFEST_NAME, atomic_json, beside, known_sha256, versions
 from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
-from fairseq_ext.speaker.inputs import check_output
+from fairseq_ext.speaker.inference.inputs import check_output
 from fairseq_ext.speaker.verify import report
 from fairseq_ext.speaker.verify.backend import QUALITIES, Backend, Side
 from fairseq_ext.speaker.verify.compared import Compared, asked_threshold, measured
@@ -156,8 +156,7 @@ def main(argv):
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="DATA TRIALS, DATA, or two files"
     )
-    add_dataclass(parser, VerifyOptions, skip=("fit",))
-    parser.add_argument("--fit", action="store_true", help="fit a backend on DATA")
+    add_dataclass(parser, VerifyOptions)
     args = parser.parse_args(argv)
     options = from_args(VerifyOptions, args)
     if options.fit or options.calibrate or options.make_trials:

@@ -132,7 +132,7 @@ def pictures(
     least = 0.5 / max(int((~targets).sum()), 1), 0.5 / max(int(targets.sum()), 1)
     x = np.clip(accepts[shown], least[0], 1 - least[0])
     y = np.clip(misses[shown], least[1], 1 - least[1])
-    marks = [0.001, 0.01, 0.05, 0.2, 0.5, 0.8]
+    marks = [0.001, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99]
     ticks = [(float(ndtri(mark)), f"{100 * mark:g}") for mark in marks]
     curves(
         {score: (ndtri(x), ndtri(y))},

@@ -20,7 +20,7 @@ from typing import Any
 from ext_common.cli import UserError
 from ext_common.folders import making
 from ext_common.manifest import known_sha256, user_cache
-from fairseq_ext.translation.decode.checkpoint import Vocabulary
+from fairseq_ext.translation.decode.checkpoint import Vocabulary, lines_of
 from fairseq_ext.translation.decode.ctranslate_backend import (
     DESCRIPTION,
     VERSION,
@@ -215,7 +215,12 @@ def read_vocabulary(folder: Path, description: dict[str, Any]) -> Vocabulary:
         for side in ("source", "target")
     )
     return Vocabulary(
-        source, target, saved["source_lang"], saved["target_lang"], saved["convention"]
+        source,
+        target,
+        saved["source_lang"],
+        saved["target_lang"],
+        saved["convention"],
+        lines_of(saved),
     )
 
 

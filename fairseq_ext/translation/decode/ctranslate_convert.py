@@ -232,6 +232,7 @@ def write_description(
             "source_lang": vocabulary.source_lang,
             "target_lang": vocabulary.target_lang,
             "convention": vocabulary.convention,
+            "lines": vocabulary.lines._asdict() if vocabulary.lines else None,
             "extra_symbols": vocabulary.source.extra_symbols,
         },
         "check": asdict(check),

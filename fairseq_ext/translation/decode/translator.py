@@ -182,8 +182,16 @@ class Translator:
         text = self.vocabulary.clean(line)
         if not text:
             return []
-        limit = min(self.backend.max_source, options.max_source or self.backend.max_source)
         ids = self.vocabulary.encode(text)
+        sentences = self.vocabulary.sentences(text, ids) if options.split else [text]
+        if len(sentences) == 1:
+            return self._held(text, ids, options)
+        encode = self.vocabulary.encode
+        return [part for one in sentences for part in self._held(one, encode(one), options)]
+
+    def _held(self, text: str, ids: list[int], options: DecodeOptions) -> list[tuple[int, ...]]:
+        """The ids of a text in parts that the model can hold."""
+        limit = min(self.backend.max_source, options.max_source or self.backend.max_source)
         if len(ids) <= limit:
             return [tuple(ids)]
         parts = split_line(text, lambda part: len(self.vocabulary.encode(part)), limit)
@@ -246,14 +254,20 @@ class Translator:
         hypotheses, broken = [], False
         for rank in range(min(map(len, parts))):
             chosen = [candidates[rank] for candidates in parts]
-            # every part counts as much as it is long
-            weights = [len(c.ids) + 1 for c in chosen]
-            score = sum(c.score * w for c, w in zip(chosen, weights, strict=True)) / sum(weights)
+            score = mean_score(chosen)
             texts = [self.vocabulary.text(c.ids) for c in chosen]
             broken |= any(BROKEN in text for text in texts)
             text = self.vocabulary.join(list(map(repaired, texts)))
             hypotheses.append(Hypothesis(text, score))
         return Translation(tuple(hypotheses), len(parts), any(c[0].cut for c in parts), broken)
+
+
+def mean_score(parts: Sequence[Candidate]) -> float:
+    """The score of a line of several parts, each of which counts as much as it is long."""
+    if len(parts) == 1:
+        return parts[0].score
+    weights = [len(part.ids) + 1 for part in parts]
+    return sum(part.score * w for part, w in zip(parts, weights, strict=True)) / sum(weights)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

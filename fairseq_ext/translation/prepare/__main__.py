@@ -38,9 +38,12 @@ from fairseq_ext.translation.text.spm import COVERAGE, KINDS, check_symbols
 RUN_ONLY = ("workers", "overwrite")
 GIVEN = ("valid", "test")
 # Options that were not there from the first.
-LATER = ("character_coverage", "detokenise")
+LATER = ("character_coverage", "check_language", "detokenise", "fields")
 EPILOG = """
-INPUT is one tab-separated file, or two parallel files, the source first; .gz and .zst are unpacked.
+INPUT is one file with both languages, or two parallel files, the source first; .gz and .zst are unpacked.
+One file is, by its ending, a CSV (.csv, separated by comma, semicolon or tab), JSON Lines (.jsonl), a
+translation memory (.tmx), a catalogue of gettext (.po), or else a table with tabs, in which quotes are text
+unless a spreadsheet wrote them all.
 Nothing in valid and test occurs in train on either side. The folder trains both directions
 (fairseq-train -s zh -t en).
 
@@ -61,6 +64,13 @@ class PrepareOptions:
         default_factory=lambda: [1, 2],
         metadata={"help": "columns of source and target in a tab-separated INPUT, counted from 1"},
     )
+    fields: Optional[List[str]] = field(
+        default=None,
+        metadata={
+            "help": "names of source and target in JSON Lines (none: the languages, also inside "
+            '"translation"), or of two columns in the first row of a table'
+        },
+    )
     normalise: str = field(
         default="standard",
         metadata={
@@ -73,6 +83,10 @@ class PrepareOptions:
         metadata={
             "help": "convert the Chinese side with OpenCC: t2s (to simplified), s2t, tw2s, …"
         },
+    )
+    check_language: bool = field(
+        default=True,
+        metadata={"help": "refuse text that is of another language than is said (extra langid)"},
     )
     detokenise: bool = field(
         default=False,
@@ -159,6 +173,8 @@ class PrepareOptions:
             raise OptionError(f"source and target are both {self.source_lang}: give two languages")
         if len(self.columns) != 2 or min(self.columns) < 1:
             raise OptionError(f"columns {self.columns} must be two numbers from 1")
+        if self.fields is not None and len(self.fields) != 2:
+            raise OptionError(f"fields {self.fields} must be two names")
         if self.workers is not None and self.workers < 1:
             raise OptionError(f"workers must be at least 1, got {self.workers}")
         if self.seed < 0:

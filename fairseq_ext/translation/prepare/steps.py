@@ -22,7 +22,8 @@ from fairseq_ext.translation.prepare.hashes import key_hash
 from fairseq_ext.translation.prepare.leaks import EQUAL, LeakGuard
 from fairseq_ext.translation.prepare.splits import SPLITS
 from fairseq_ext.translation.text.moses import detokeniser
-from fairseq_ext.translation.text.normalise import length, normalise, read_pairs
+from fairseq_ext.translation.text.normalise import length, normalise
+from fairseq_ext.translation.text.tables import Layout, read_pairs
 
 BATCH = 2000
 
@@ -127,14 +128,14 @@ class Cleaner:
 
 
 def survey(
-    inputs: Sequence[Path], columns: Sequence[int], cleaner: Cleaner, seed: int
+    inputs: Sequence[Path], layout: Layout, cleaner: Cleaner, seed: int
 ) -> tuple[int, list[tuple[str, str]]]:
     """(number of pairs, a cleaned random sample of them); reads the inputs once."""
     last = 0
 
     def raw() -> Iterator[tuple[str, str]]:
         nonlocal last
-        for number, source, target in progress(read_pairs(inputs, columns), "read", "pairs"):
+        for number, source, target in progress(read_pairs(inputs, layout), "read", "pairs"):
             last = number
             yield source, target
 
