@@ -107,7 +107,12 @@ def written(folder: Path, small: bool) -> dict[str, Path]:
     (folder / "pairs.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in pairs))
     prepare = [sys.executable, "-m", "fairseq_ext.translation.prepare", str(folder / "pairs.tsv")]
     prepare += [str(folder / "pairs"), "--source-lang", "en", "--target-lang", "de"]
-    prepare += ["--filters", "none", *(["--spm-size", "400"] if small else [])]
+    prepare += [
+        "--no-check-language",
+        "--filters",
+        "none",
+        *(["--spm-size", "400"] if small else []),
+    ]
     subprocess.run(prepare, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return {"speaker": place, "translation": folder / "pairs", "diffusion": folder / "images.npy"}
 

@@ -176,3 +176,25 @@ def test_of_several_processes_all_stop_after_the_same_update(new_toy, rank, whom
     assert "Traceback" not in log, log[-3000:]
     last = toy.folder / "ck" / "checkpoint_last.pt"
     assert updates_of(peek(last)) in (3, 4)
+
+
+def test_a_file_asks_for_the_same(train_here, monkeypatch):
+    """Where no signal reaches: it is obeyed after its update, with exit code 0, and the run is the same."""
+    engine.apply()
+    monkeypatch.setattr(stopping, "LOOKS", 0)
+    whole = read(train_here("whole", *FLAGS) / "checkpoint_last.pt")
+    folder, step = train_here.folder / "asked", trainer.Trainer.train_step
+
+    def train_step(self, *args, **kwargs):
+        if self.get_num_updates() == 4:
+            (folder / "stop").touch()
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "train_step", train_step)
+        with pytest.raises(SystemExit) as ended:
+            train_here("asked", *FLAGS)
+    assert ended.value.code == 0
+    assert updates_of(peek(folder / "checkpoint_last.pt")) == 5
+    assert (folder / "stopped").exists() and not (folder / "stop").exists()
+    assert_same_run(read(train_here("asked", *FLAGS) / "checkpoint_last.pt"), whole)
