@@ -81,6 +81,9 @@ def test_fitted_then_calibrated_on_others_then_used(verify, tiny_data, tiny_reco
             os.makedirs(who, exist_ok=True)
             os.symlink(tiny_recordings / name, f"{who}/{name}")
     flags = ["--score", "plda", "--norm", "as_norm:top=2", "--output", "b.npz"]
+    assert verify("--fit", "fit", *flags, "--cohort", "test") == 0
+    with np.load("b.npz") as file:
+        assert json.loads(str(file["meta"]))["cohort_speakers"] == ["carl", "dora"]
     assert verify("--fit", "fit", *flags) == 0
     assert verify("test", "--make-trials", "t.txt", path=None) == 0
     assert len(open("t.txt").readlines()) == 20 * 19 // 2

@@ -109,14 +109,21 @@ class Backend:
         """From embeddings (N, D) of `speakers` (N names); the cohort are their means."""
         NORMS.bind(norm)
         entry: Score = SCORES.bind(score)()
-        names, labels = np.unique(np.asarray(speakers, dtype=str), return_inverse=True)
         x = np.asarray(embeddings, dtype=np.float64)
+        _, labels = np.unique(np.asarray(speakers, dtype=str), return_inverse=True)
         try:
             parameters = entry.fit(x, labels)
         except ValueError as error:
             raise UserError(f"--score {score}: {error}") from None
+        backend = cls(score, norm, parameters, x[:0], (), model, notes=notes or {})
+        return backend.with_cohort(x, speakers)
+
+    def with_cohort(self, embeddings: np.ndarray, speakers: Sequence[str]) -> Self:
+        """With the mean embeddings of other people: embeddings (N, D) of `speakers` (N names)."""
+        names, labels = np.unique(np.asarray(speakers, dtype=str), return_inverse=True)
+        x = np.asarray(embeddings, dtype=np.float64)
         cohort = np.stack([x[labels == label].mean(0) for label in range(len(names))])
-        return cls(score, norm, parameters, cohort, tuple(names.tolist()), model, notes=notes or {})
+        return replace(self, cohort=cohort, cohort_speakers=tuple(names.tolist()))
 
     def recentred(self, mean: np.ndarray) -> "Backend":
         """With another mean of embeddings (D,): that of recordings like those to be compared.
