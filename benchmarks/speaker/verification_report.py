@@ -18,9 +18,9 @@ PROTOCOLS = {
     "asc20": """\
 On asc20 the gallery is 01-08, enrolled by 40 words each, and scored by PLDA; one recording each of the six
 people 09-14 (rounds 5 and 9; the mean is of round 1) gives the threshold, and 15-20 are the strangers. Six
-people can promise 1/7; what is less is refused. A rate is promised in the mean over strangers like those given:
-here these are the same six people a thousand times, and the tested ones six others, so that it can be missed
-either way.""",
+people can promise 1/7; what is less is refused. A rate is promised in the mean over strangers like those
+given: here these are the same six people a thousand times, and the tested ones six others, so that it can be
+missed either way.""",
     "libri251": """\
 On libri251 gallery, calibration and strangers are drawn anew each time from 149 people that the model was not
 trained on, and scored by cosine with the mean of training taken off. Everybody has one recording, so that
