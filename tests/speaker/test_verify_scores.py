@@ -202,7 +202,9 @@ def test_another_mean_is_as_if_all_had_been_moved(backend):
     people, tests = of_tests(1), of_tests(2)
     rows = np.arange(12)
     expected = backend.scores(people, tests, rows, rows)
-    people, tests = (Side([x + 5 for x in s.recordings], s.seconds) for s in (people, tests))
+    people, tests = (
+        Side([x + 5 for x in s.recordings], s.seconds, s.hertz) for s in (people, tests)
+    )
     np.testing.assert_allclose(moved.scores(people, tests, rows, rows), expected, rtol=1e-4)
     with pytest.raises(UserError, match="takes no mean off"):
         Backend.unfitted("cosine", 4).recentred(np.zeros(4))

@@ -149,7 +149,7 @@ def stream(
         raise UsageError("--every is for audio files: give these")
     spec, parts = runner.needed(voices.name).spec, []
     for audio, name in zip(voices.paths, voices.ids, strict=True):
-        samples = load_audio(audio, spec.sample_rate)
+        samples = load_audio(audio, spec.sample_rate, channel=spec.channel)
         cuts = list(cuts_of(samples, spec, window, options.every))
         if not cuts:
             print(f"{name}: no {window:g} s of speech on end: left out", file=sys.stderr)

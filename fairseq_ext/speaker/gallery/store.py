@@ -74,8 +74,9 @@ class Gallery:
         """float32 (T, N) of T recordings against `names`: log-likelihood ratios where calibrated."""
         if not self.members:
             raise UserError("nobody is enrolled: gallery enrol adds people")
-        # how long they were is not kept: the measure that needs it is refused at enrolment
-        people = Side([self.members[name] for name in self.names], np.ones(len(self.members)))
+        # how long they were is not kept: measures that need it are refused at enrolment
+        unknown = np.full(len(self.members), np.nan)
+        people = Side([self.members[name] for name in self.names], unknown, unknown)
         grid = np.indices((len(self.members), len(tests.recordings))).reshape(2, -1)
         first, second = grid.astype(np.int32)
         found = self.backend.scores(people, tests, first, second)

@@ -331,9 +331,8 @@ def compare(paths, options) -> int:
     runner = load_runner(options)
     backend = load_backend(options, runner)
     found = open_voices(paths).embed(runner, [0, 1])
-    one, two = (
-        Side.of_tests(found.embeddings[i : i + 1], found.seconds[i : i + 1]) for i in (0, 1)
-    )
+    parts = found.embeddings, found.seconds, found.hertz
+    one, two = (Side.of_tests(*(part[i : i + 1] for part in parts)) for i in (0, 1))
     sides = one, two, np.zeros(1, np.int32), np.zeros(1, np.int32)
     scores = backend.scores(*sides)
     calibrated = backend.calibration is not None

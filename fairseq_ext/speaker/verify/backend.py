@@ -36,16 +36,21 @@ class Side:
     """The recordings of one side of trials.
 
     recordings: float (n, D) of each of N people or tests; seconds: float (N,), of all recordings of one
-    together, NaN where not known.
+    together; hertz: float (N,), up to where there is something in the narrowest. NaN is not known.
     """
 
     recordings: Sequence[np.ndarray]
     seconds: np.ndarray
+    hertz: np.ndarray
 
     @classmethod
-    def of_tests(cls, embeddings: np.ndarray, seconds: np.ndarray) -> "Side":
-        """One recording each: embeddings (N, D), seconds (N,)."""
-        return cls([row[None] for row in np.asarray(embeddings)], np.asarray(seconds))
+    def of_tests(
+        cls, embeddings: np.ndarray, seconds: np.ndarray, hertz: np.ndarray | None = None
+    ) -> "Side":
+        """One recording each: embeddings (N, D), seconds and hertz (N,)."""
+        unknown = np.full(len(embeddings), np.nan)
+        rows = [row[None] for row in np.asarray(embeddings)]
+        return cls(rows, np.asarray(seconds), unknown if hertz is None else hertz)
 
 
 QUALITIES = Registry("quality measure")
@@ -61,6 +66,17 @@ def log_duration(side: Side, cohort: Moments) -> np.ndarray:
         )
     seconds: np.ndarray = np.log(side.seconds)
     return seconds
+
+
+@QUALITIES.register("bandwidth")
+def log_bandwidth(side: Side, cohort: Moments) -> np.ndarray:
+    """Logarithm of the highest frequency that there is something at."""
+    if np.isnan(side.hertz).any():
+        raise UserError(
+            "the quality measure bandwidth needs audio: prepared data and embeddings do not say it"
+        )
+    hertz: np.ndarray = np.log(side.hertz)
+    return hertz
 
 
 @QUALITIES.register("norm")
