@@ -239,7 +239,14 @@ def test_names_and_files_that_are_none(backend, tmp_path):
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     with pytest.raises(UserError, match="not a backend"):
         Backend.load(tmp_path / "other.npz")
+    backend.save(tmp_path / "half.npz")
+    (tmp_path / "half.npz").write_bytes((tmp_path / "half.npz").read_bytes()[:-40])
+    with pytest.raises(UserError, match="cannot be read"):
+        Backend.load(tmp_path / "half.npz")
     sides = of_tests(1), Side.of_tests(np.ones((2, 4)), np.full(2, np.nan)), np.zeros(1, int)
+    with pytest.raises(UserError, match="with --norm as_norm"):
+        plain = Backend.fit("plda", "none", x, names)
+        plain.features(np.zeros(1), *sides, np.zeros(1, int), ["cohort"])
     with pytest.raises(UserError, match="needs durations"):
         backend.features(np.zeros(1), *sides, np.zeros(1, int), ["duration"])
     assert {"cosine", "mean_cosine", "plda"} <= set(SCORES.names())

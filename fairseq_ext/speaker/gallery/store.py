@@ -22,6 +22,7 @@ from ext_common.folders import exclusive
 from fairseq_ext.speaker.verify.backend import Backend, Side, read_arrays, write_arrays
 
 FORMAT = 1
+UNKNOWN = "unknown"  # who is nobody of the gallery
 WHOLE = "whole"  # the key of the threshold for recordings as they are
 
 
@@ -57,8 +58,10 @@ class Gallery:
 
     def enrol(self, name: str, embeddings: np.ndarray) -> None:
         """Add recordings of a person, float (n, D); one that is there already is not added again."""
-        if not name or name.split() != [name]:
-            raise UserError(f"a person needs a name without white space, got {name!r}")
+        if name.split() != [name] or name == UNKNOWN:
+            raise UserError(
+                f"a person needs a name without white space, other than {UNKNOWN!r}, got {name!r}"
+            )
         new = np.asarray(embeddings, dtype=np.float32)
         before = self.members.get(name, new[:0])
         self.members[name] = np.unique(np.concatenate([before, new]), axis=0)

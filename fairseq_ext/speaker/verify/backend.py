@@ -7,6 +7,7 @@ Backend.load("backend.npz").scores(people, tests, first, second)
 
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Optional, Self
@@ -136,9 +137,12 @@ class Backend:
 
     def with_cohort(self, embeddings: np.ndarray, speakers: Sequence[str]) -> Self:
         """With the mean embeddings of other people: embeddings (N, D) of `speakers` (N names)."""
-        names, labels = np.unique(np.asarray(speakers, dtype=str), return_inverse=True)
-        x = np.asarray(embeddings, dtype=np.float64)
-        cohort = np.stack([x[labels == label].mean(0) for label in range(len(names))])
+        names, labels, counts = np.unique(
+            np.asarray(speakers, dtype=str), return_inverse=True, return_counts=True
+        )
+        sums = np.zeros((len(names), np.shape(embeddings)[1]))
+        np.add.at(sums, labels, np.asarray(embeddings, dtype=np.float64))
+        cohort = sums / counts[:, None]
         return replace(self, cohort=cohort, cohort_speakers=tuple(names.tolist()))
 
     def recentred(self, mean: np.ndarray) -> "Backend":
@@ -214,6 +218,11 @@ class Backend:
         columns = [np.asarray(scores, dtype=np.float64)[:, None]]
         if qualities:
             needs = "cohort" in qualities
+            if needs and self.norm == "none":
+                raise UserError(
+                    "the quality measure cohort is what a score normalisation compares with: fit the backend"
+                    " with --norm as_norm, or leave the measure out"
+                )
             values = []
             for side in (people, tests):
                 cohort = self.moments(side) if needs else (np.zeros(0), np.zeros(0))
@@ -359,5 +368,5 @@ def read_arrays(path: str | os.PathLike[str] | IO[bytes], what: str) -> dict[str
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give {what}") from None
-    except (OSError, ValueError, AttributeError, EOFError) as error:
+    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({error}): give {what}") from None
