@@ -19,6 +19,7 @@ from benchmarks.pages import filled, markdown, origin
 from benchmarks.recorded import RESULTS, ROOT, Results
 from benchmarks.speaker import exported as speaker_export
 from benchmarks.speaker import report as speaker
+from benchmarks.translation import compact
 from benchmarks.translation import report as translation
 from ext_common.cli import Parser, UserError, run
 from ext_common.compat.__main__ import page as gaps_page
@@ -51,7 +52,8 @@ def pages() -> dict[str, str]:
         "speaker": speaker.tables(recorded("speaker_tables")),
         "translation": translation.tables(
             recorded("translation_tables"), recorded("translation_tests")
-        ),
+        )
+        | {"compact": compact.report(recorded("translation_compact"))},
         "backtranslation": backtranslation.tables(
             recorded("backtranslation_tables"), recorded("backtranslation_tests")
         ),
