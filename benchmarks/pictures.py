@@ -4,10 +4,14 @@ speaker      the learning curve of configs/speaker_id/fsdd.yaml, a minute on one
 translation  attention of a Transformer after 2,000 updates on cmn-eng, about five minutes on one core;
                  needs a font with Chinese characters (fonts-noto-cjk)
 diffusion    of the grid that `benchmarks.diffusion.tables` recorded
+page         of the models below this folder (bash scripts/quickstart.sh page makes them), in Chromium, with a
+                 voice from --voice; needs the extra test and a font with Chinese characters
 """
 
 import argparse
+import shutil
 import sys
+import time
 from pathlib import Path
 
 from PIL import Image
@@ -54,7 +58,50 @@ def diffusion(work: Path) -> None:
     rows.save(PICTURES / "diffusion.png", optimize=True)
 
 
-JOBS = {"speaker": speaker, "translation": translation, "diffusion": diffusion}
+def page(args: argparse.Namespace) -> None:
+    """Each tab after a question was put to it."""
+    from playwright.sync_api import sync_playwright
+
+    from ext_common.page import Settings
+    from ext_common.page.__main__ import build, listen
+    from ext_common.page.find import find
+
+    settings = Settings(port=0, data=args.images)
+    shown = build(find(args.models)[0], settings)
+    address = listen(shown, settings)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        looker = browser.new_page(viewport={"width": 900, "height": 760})
+        looker.goto(address)
+
+        def take(name: str, tab: str) -> None:
+            time.sleep(2)
+            looker.screenshot(path=PICTURES / f"page-{name}.png")
+            print(PICTURES / f"page-{name}.png", tab)
+
+        looker.get_by_role("tab", name="Speaker").click()
+        looker.get_by_label("Upload file").locator("visible=true").first.click()
+        looker.locator("input[type=file][accept*=audio]").first.set_input_files(args.voice)
+        looker.locator("figure.wide img").wait_for(timeout=60_000)
+        take("speaker", "Speaker")
+        looker.get_by_role("tab", name="Translation").click()
+        looker.get_by_label("Text, a sentence a line").fill(SENTENCE)
+        looker.get_by_role("button", name="Translate", exact=True).click()
+        looker.locator(".looks .t2").hover(timeout=60_000)
+        take("translation", "Translation")
+        looker.get_by_role("tab", name="Pictures").click()
+        looker.get_by_role("button", name="Draw", exact=True).click()
+        looker.locator("#drawn img").wait_for(timeout=60_000)
+        time.sleep(20)
+        take("diffusion", "Pictures")
+        browser.close()
+    shown.close(verbose=False)
+
+
+READMES = {"speaker": speaker, "translation": translation, "diffusion": diffusion}
+JOBS = {**READMES, "page": page}
 
 
 def main() -> None:
@@ -63,12 +110,18 @@ def main() -> None:
     )
     parser.add_argument("jobs", nargs="*", choices=[*JOBS, []], help="which (default: all)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pictures")
+    parser.add_argument("--models", nargs="*", default=["."], help="page: checkpoints, folders")
+    parser.add_argument("--voice", help="page: a recording of somebody whom the model knows")
+    parser.add_argument("--images", help="page: what the diffusion model was trained on")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     PICTURES.mkdir(parents=True, exist_ok=True)
-    for job in args.jobs or JOBS:
-        JOBS[job](args.work)
-        print(PICTURES / f"{job}.png")
+    for job in args.jobs or (*READMES,):
+        if job == "page":
+            page(args)
+        else:
+            READMES[job](args.work)
+            print(PICTURES / f"{job}.png")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from benchmarks.pages import filled, markdown, origin
 from benchmarks.recorded import RESULTS, ROOT, Results
 from benchmarks.speaker import exported as speaker_export
 from benchmarks.speaker import report as speaker
+from benchmarks.speaker import verification_report as verification
 from benchmarks.translation import report as translation
 from ext_common.cli import Parser, UserError, run
 from ext_common.compat.__main__ import page as gaps_page
@@ -48,7 +49,8 @@ def main(argv):
 def pages() -> dict[str, str]:
     """Path below the repository → what has to stand there."""
     tables = {
-        "speaker": speaker.tables(recorded("speaker_tables")),
+        "speaker": speaker.tables(recorded("speaker_tables"))
+        | verification.tables(recorded("speaker_strangers"), recorded("speaker_open_set")),
         "translation": translation.tables(
             recorded("translation_tables"), recorded("translation_tests")
         ),
@@ -77,6 +79,7 @@ def pages() -> dict[str, str]:
 def speed_tables() -> dict[str, str]:
     """The tables of docs/results/speed.md."""
     found = speaker.speed_tables(recorded("speaker_speed"), recorded("speaker_prepare"))
+    found["verification"] = verification.speed_section(recorded("speaker_verification"))
     found |= translation.speed_tables(
         recorded("translation_speed"), recorded("translation_prepare")
     )

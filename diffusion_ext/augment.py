@@ -130,12 +130,15 @@ class ColorJitter(Augmentation):
         used = [op for op in range(4) if self.strengths[op] and (x.shape[1] == 3 or op < 2)]
         if not used:
             return x
-        order = torch.tensor(ORDERS, device=x.device)[params[:, ORDER].long()]
+        slots = torch.tensor(around_hue(used), device=x.device)[params[:, ORDER].long()]
         y = (x + 1) / 2
-        for place in range(4):
-            for op in used:
-                rows = (order[:, place] == op).nonzero()[:, 0]
-                y.index_copy_(0, rows, OPERATIONS[op](y[rows], params[rows, op]))
+        # no rows are picked: how many there are of each order is a question that a GPU is waited for
+        for blend in slots[:, 0].unbind(1):
+            y = blend_by(y, blend, params)
+        if HUE in used:
+            y = adjust_hue(y, params[:, HUE])
+            for blend in slots[:, 1].unbind(1):
+                y = blend_by(y, blend, params)
         changed = self.condition(params).ne(0).any(1)[:, None, None, None]
         return torch.where(changed, y * 2 - 1, x)
 
@@ -229,7 +232,32 @@ def luma(y: Tensor) -> Tensor:
     return gray
 
 
-OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+def around_hue(used: Sequence[int]) -> list[list[list[int]]]:
+    """For each of the ORDERS what of `used` comes before the turn of hue, and what after it.
+
+    Each is as long as there are other operations than hue in `used`, and filled with −1.
+    """
+    blends = len(set(used) - {HUE})
+    found = []
+    for order in ORDERS:
+        turn = order.index(HUE) if HUE in used else len(order)
+        parts = [[op for op in part if op in used] for part in (order[:turn], order[turn + 1 :])]
+        found.append([part + [-1] * (blends - len(part)) for part in parts])
+    return found
+
+
+def blend_by(y: Tensor, op: Tensor, params: Tensor) -> Tensor:
+    """y (B, C, H, W) with brightness, contrast or saturation changed, as `op` (B,) says; −1 is nothing."""
+    factor = params.gather(1, op.clamp(min=0)[:, None])[:, 0]
+    op = _per_image(op)
+    blends = {
+        BRIGHTNESS: adjust_brightness,
+        CONTRAST: adjust_contrast,
+        SATURATION: adjust_saturation,
+    }
+    for number, blend in blends.items():
+        y = torch.where(op == number, blend(y, factor), y)
+    return y
 
 
 def _blend(y: Tensor, other: Tensor, factor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 import torch
 from fairseq.criterions import FairseqCriterion, register_criterion
@@ -19,6 +19,7 @@ from diffusion_ext.variational import PosteriorTables, bound
 from diffusion_ext.weightings import WEIGHTINGS, loss_weights
 from ext_common.checkpoints import last_checkpoint
 from ext_common.cli import UserError
+from ext_common.engine import sums
 
 QUARTERS = 4
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -76,8 +77,11 @@ class DdpmCriterion(FairseqCriterion):
             "weight": weights,
         }
         self.posterior = PosteriorTables(self.schedule)
+        self.seen: List[tuple[Tensor, Tensor]] = []  # loss and t of the batches of an update
 
     def set_num_updates(self, num_updates: int) -> None:
+        if num_updates != self.num_updates:
+            self.seen.clear()
         self.num_updates = num_updates
 
     def forward(self, model, sample, reduce=True):
@@ -85,7 +89,7 @@ class DdpmCriterion(FairseqCriterion):
         batch = self.batch(sample)
         loss, plain = self.losses(model, batch)
         if self.training:
-            self.check_finite(loss, batch["t"])
+            self.seen.append((loss.detach(), batch["t"]))
         n = len(loss)
         log = {"loss": loss.detach().sum(), "mse": plain.sum(), "sample_size": n}
         log.update(nsentences=n, ntokens=n, **self.quarters(plain, batch["t"]))
@@ -174,34 +178,34 @@ class DdpmCriterion(FairseqCriterion):
             f"count_{q + 1}": counts[q] for q in range(QUARTERS)
         }
 
-    def check_finite(self, loss: Tensor, t: Tensor) -> None:
-        """UserError with timestep and loss where training has left the numbers."""
-        loss = loss.detach()
+    def why_stop(self) -> Optional[str]:
+        """A sentence with timestep and loss where training has left the numbers; asked by the engine."""
+        if not self.seen:
+            return None
+        loss, t = (torch.cat(part) for part in zip(*self.seen, strict=True))
         bad = ~torch.isfinite(loss)
-        if bad.any():
-            at = ", ".join(
-                f"{float(v):g} at t = {int(k)}"
-                for v, k in zip(loss[bad][:5], t[bad][:5], strict=True)
-            )
-            raise UserError(
-                f"training stops: the loss of {int(bad.sum())} of {len(loss)} images is not finite at update"
-                f" {self.num_updates + 1} ({at}); {last_checkpoint(self.task.cfg.save_dir)}; lower --lr or"
-                " --clip-norm, or train with --autocast fp32"
-            )
+        if not bad.any():
+            return None
+        at = ", ".join(
+            f"{float(v):g} at t = {int(k)}" for v, k in zip(loss[bad][:5], t[bad][:5], strict=True)
+        )
+        return (
+            f"training stops: the loss of {int(bad.sum())} of {len(loss)} images is not finite at update"
+            f" {self.num_updates + 1} ({at}); {last_checkpoint(self.task.cfg.save_dir)}; lower --lr or"
+            " --clip-norm, or train with --autocast fp32"
+        )
 
     @staticmethod
     def reduce_metrics(logging_outputs: List[Dict]) -> None:
-        def total(key):
-            return float(sum(log.get(key, 0) for log in logging_outputs))
-
-        n = total("sample_size")
+        total = sums(logging_outputs)
+        n = total["sample_size"]
         if not n:
             return
-        metrics.log_scalar("loss", total("loss") / n, n, round=5)
-        metrics.log_scalar("mse", total("mse") / n, n, round=5)
+        metrics.log_scalar("loss", total["loss"] / n, n, round=5)
+        metrics.log_scalar("mse", total["mse"] / n, n, round=5)
         for q in range(1, QUARTERS + 1):
-            if count := total(f"count_{q}"):
-                metrics.log_scalar(f"mse_q{q}", total(f"sum_{q}") / count, count, round=5)
+            if count := total[f"count_{q}"]:
+                metrics.log_scalar(f"mse_q{q}", total[f"sum_{q}"] / count, count, round=5)
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:

@@ -46,8 +46,7 @@ class Preview:
         was_training = model.training
         model.eval()  # dropout off; all noise comes from generators of its own
         try:
-            stream = self.task.stream
-            drawn = DiffusionModel(model, cfg, self.task.spec, device, stream=stream)
+            drawn = DiffusionModel(model, cfg, self.task.spec, device, stream=self.task.stream)
             picture = preview_of(drawn, cfg, update, uses_bf16(cfg.autocast, device))
         finally:
             model.train(was_training)

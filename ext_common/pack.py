@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, List, Optional
 
 from ext_common import packed
-from ext_common.checkpoints import name_of, read_state
+from ext_common.checkpoints import name_of, plugin_of, read_state
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
 from ext_common.folders import making, refuse_file
 from ext_common.manifest import MANIFEST_NAME, check_writable, known_sha256, versions
@@ -111,7 +111,7 @@ def pack(checkpoint: str, output: str, options: PackOptions) -> None:
         raise UserError(f"{checkpoint} is a pack: give the checkpoint it was made of")
     state = read_state(checkpoint)
     task = name_of(state, "task") if isinstance(state, Mapping) else None
-    if task is None or not isinstance(state.get("model"), Mapping):
+    if task is None or not all(isinstance(state.get(key), Mapping) for key in ("model", "cfg")):
         raise UserError(f"{checkpoint} is not a checkpoint of fairseq-train: give one")
     files: dict[str, bytes | Path] = {}
     for path in map(Path, options.include):
@@ -181,6 +181,7 @@ def model_card(
 ) -> str:
     """The card, Markdown."""
     weights = sum(value.numel() for value in state["model"].values())
+    plugin = plugin_of(state, options.user_dir)
     arch, unknown = name_of(state, "model"), "not stated by who packed it"
     history: Sequence[Mapping[str, Any]] = state.get("optimizer_history") or [{}]
     updates = history[-1].get("num_updates")
@@ -189,6 +190,7 @@ def model_card(
             f"task {about['task']}, architecture {arch}, {weights:,} weights"
             + (f", {updates:,} updates" if updates else ""),
             *said.about,
+            *([f"needs the plugin {Path(plugin).name}, given as --user-dir"] if plugin else []),
         ],
         "Data": [*described(options.data), f"licence: {options.licence or unknown}"],
         "Figures": [
@@ -230,7 +232,7 @@ def described(folder: str | None) -> list[str]:
 
 def best_of(state: Mapping[str, Any]) -> list[str]:
     """The figure that chose the checkpoint, on valid."""
-    options = state["cfg"].get("checkpoint") if isinstance(state.get("cfg"), Mapping) else None
+    options = state["cfg"].get("checkpoint")
     best = (state.get("extra_state") or {}).get("best")
     if not isinstance(options, Mapping) or not isinstance(best, int | float):
         return []

@@ -6,9 +6,10 @@ python -m ext_common.plots LOG OUT.png
 import io
 import math
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ _STYLE: Any = {
 def learning_curve(
     log: str | os.PathLike[str] | Iterable[str],
     out_png: str | os.PathLike[str],
-    metric: str = "accuracy",
+    metric: str | None = None,
 ) -> None:
     """Draw loss, `metric` and learning rate against updates from fairseq's log (path or lines).
+
+    metric: a statistic; None: the one that chose the best checkpoint, which the log names.
 
     Reads `--log-format json`, `simple` and `tqdm`, on stdout or in `--log-file`. Of an
     update logged twice (a resumed run) the last counts. Raises UserError where nothing is found.
@@ -49,8 +52,13 @@ def learning_curve(
             log = Path(log).read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError as error:
             raise UserError(f"{name} cannot be read: {error.strerror}") from error
+    log = list(log)
     curves = collect_curves(parse_log(log))
-    panels = [key for key in ("loss", metric, "lr") if curves.get(key)]
+    if metric is None:
+        metric = next(
+            (key.removeprefix("best_") for key in curves if key.startswith("best_")), "loss"
+        )
+    panels = [key for key in dict.fromkeys(("loss", metric, "lr")) if curves.get(key)]
     if not panels:
         raise UserError(
             f"{name} holds no training line of fairseq: give the output of fairseq-train,"
@@ -60,20 +68,31 @@ def learning_curve(
         figure = Figure(figsize=(8, 2.6 * len(panels) + 0.4), layout="constrained")
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axis, key in zip(axes, panels, strict=True):
-            _draw_curves(axis, key, curves[key])
+            best = {subset: p[-1][1] for subset, p in curves.get(f"best_{key}", {}).items()}
+            _draw_curves(axis, key, curves[key], best)
         axes[-1].set_xlabel("updates")
         _save(figure, out_png)
 
 
-def _draw_curves(axis: Axes, key: str, subsets: dict[str, list[tuple[int, float]]]) -> None:
+def _that_chooses(log: Iterable[str], curves: Iterable[str]) -> str:
+    """The metric that chose the best checkpoint; fairseq names it from the second validation on."""
+    told = (re.search(r"the best checkpoint is the one with the \w+ (\w+)", line) for line in log)
+    names = [key.removeprefix("best_") for key in curves if key.startswith("best_")]
+    return next(iter([*names, *(found[1] for found in told if found)]), "loss")
+
+
+def _draw_curves(
+    axis: Axes, key: str, subsets: dict[str, list[tuple[int, float]]], chosen: dict[str, float]
+) -> None:
+    """chosen: subset → the best value by the log, which may be the least; else the largest is marked."""
     colours = {"train": "tab:blue", "valid": "tab:orange"}
     for subset, points in sorted(subsets.items()):
         x, y = zip(*points, strict=True)
         # Validation happens rarely: its points are marked so that one alone is seen too.
         marker = "o" if subset != "train" or len(x) == 1 else None
         axis.plot(x, y, marker=marker, ms=4, lw=1.4, label=subset, color=colours.get(subset))
-        if key not in ("loss", "lr") and subset != "train":
-            best = int(np.argmax(y))
+        if (chosen or key not in ("loss", "lr")) and subset != "train":
+            best = int(np.argmin(np.abs(np.subtract(y, chosen.get(subset, max(y))))))
             axis.annotate(
                 f"{y[best]:.4g}",
                 (x[best], y[best]),
@@ -237,6 +256,55 @@ def scatter_2d(
         _save(figure, out_png)
 
 
+def curves(
+    named: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    out_png: str | os.PathLike[str],
+    title: str,
+    axes: tuple[str, str],
+    ticks: Sequence[tuple[float, str]] = (),
+) -> None:
+    """Draw named (x, y) as lines; axes: names of x and y; ticks: (place, text) of both, else matplotlib's."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.5, 5), layout="constrained")
+        axis = figure.subplots()
+        for name, (x, y) in named.items():
+            axis.plot(x, y, lw=1.5, label=_short(name, 40))
+        if ticks:
+            places, texts = zip(*ticks, strict=True)
+            axis.set_xticks(places, texts)
+            axis.set_yticks(places, texts)
+        axis.set_xlabel(axes[0])
+        axis.set_ylabel(axes[1])
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+        _save(figure, out_png)
+
+
+def histograms(
+    named: Mapping[str, np.ndarray], out_png: str | os.PathLike[str], title: str = ""
+) -> None:
+    """Draw the densities of named values (N,) over each other, in the same 80 bins."""
+    ends = [float(end) for values in named.values() for end in (values.min(), values.max())]
+    bins = np.linspace(min(ends), max(ends) if max(ends) > min(ends) else min(ends) + 1, 81)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.5, 4), layout="constrained")
+        axis = figure.subplots()
+        for name, values in named.items():
+            axis.hist(
+                values,
+                bins.tolist(),
+                density=True,
+                alpha=0.6,
+                label=f"{_short(name)}, {len(values):,}",
+            )
+        axis.set_xlabel("score")
+        axis.set_yticks([])
+        axis.set_title(title)
+        axis.legend(frameon=False)
+        _save(figure, out_png)
+
+
 def _colour(index: int, count: int) -> tuple[float, float, float, float]:
     if count <= 10:
         return matplotlib.colormaps["tab10"](index)
@@ -282,7 +350,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("log", metavar="LOG", help="output of fairseq-train (a file)")
     parser.add_argument("out", metavar="OUT.png", help="picture to write (png, pdf or svg)")
     parser.add_argument(
-        "--metric", default="accuracy", help="statistic under the loss (default: accuracy)"
+        "--metric",
+        help="statistic under the loss (default: the one that chose the best checkpoint)",
     )
     args = parser.parse_args(argv)
     learning_curve(args.log, args.out, args.metric)

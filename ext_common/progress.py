@@ -133,9 +133,13 @@ class Pace:
         return statistics.median_low(self._updates) if self._updates else None
 
     def left(self, updates: int, validations: int) -> float | None:
-        """Seconds that so many more of them will take; None before the first update."""
-        one = self.update
-        return None if one is None else updates * one + validations * self._validation
+        """Seconds that so many more of them will take; None before the second update.
+
+        The first can take a hundred times as long as a usual one.
+        """
+        if len(self._updates) < 2:
+            return None
+        return updates * statistics.median_low(self._updates) + validations * self._validation
 
 
 def validations_left(done: int, total: int, every: int) -> int:

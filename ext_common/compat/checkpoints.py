@@ -36,7 +36,8 @@ _WRITE_ATTEMPTS = 3
 def allow_what_checkpoints_hold() -> None:
     """Symptom: since torch 2.6 a checkpoint of a legacy architecture ends in an UnpicklingError.
 
-    It holds the architecture's options as an argparse.Namespace; nothing else is allowed here.
+    It holds the architecture's options as an argparse.Namespace; one of `--eval-bleu` holds what
+    was logged as arrays of numbers. Nothing else is allowed here.
 
     Thread: fairseq 5610, RVC 2419; PR 5611 switches the safety off instead.
     """

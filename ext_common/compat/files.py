@@ -1,6 +1,7 @@
 """Checkpoint files without fairseq: are they whole, what do they name, how are they written."""
 
 import argparse
+import codecs
 import contextlib
 import os
 import pickle
@@ -21,11 +22,18 @@ _LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def allow_namespace() -> None:
-    """Let torch.load read argparse.Namespace under weights_only.
+    """Let torch.load read under weights_only what fairseq-train itself writes beside tensors.
 
-    It only carries attributes: building one, or filling it, calls nothing.
+    argparse.Namespace, the options of a legacy architecture, and arrays of numbers, which
+    `--eval-bleu` logs. The one only carries attributes, of the others only bytes are read: building or
+    filling them calls nothing.
     """
-    torch.serialization.add_safe_globals([argparse.Namespace])
+    numbers = [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
+    array = [np.ndarray, np.dtype, *numbers, codecs.encode]
+    # what numpy writes is `numpy.core` up to 1.26 and `numpy._core` since
+    rebuild = np.zeros(0).__reduce__()[0]
+    names = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    torch.serialization.add_safe_globals([argparse.Namespace, *array, *names])
 
 
 def is_whole(path: str | os.PathLike) -> bool:

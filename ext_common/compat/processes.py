@@ -37,7 +37,8 @@ def form_one_group() -> None:
     CPU or with one GPU it does not (infer_init_method); with `--distributed-world-size 2` it
     divides by zero GPUs, or spawns min(0, 2) processes and ends without having trained. Here a
     launcher's group is always joined, and without a launcher the asked number of processes is
-    started on CPU.
+    started here, on GPUs too: in those that fairseq starts nobody tells a mistake in words or leaves the
+    group.
 
     Thread: fairseq 2879.
     """
@@ -223,9 +224,9 @@ def launched() -> Optional[Launch]:
 
 
 def arrange(cfg: Any) -> int:
-    """Complete `cfg.distributed_training`; returns how many processes to start here on CPU.
+    """Complete `cfg.distributed_training`; returns how many processes to start here.
 
-    0 means that fairseq goes on by itself: alone, in a launcher's group, or on GPUs.
+    0 means that fairseq goes on by itself: alone, or in a launcher's group.
     """
     options = cfg.distributed_training
     if cfg.common.tpu or options.pipeline_model_parallel:
@@ -241,8 +242,10 @@ def arrange(cfg: Any) -> int:
     if on_cpu and options.distributed_backend == "nccl":
         options.distributed_backend = "gloo"
     by_hand = options.distributed_no_spawn or options.distributed_world_size == 1
-    if by_hand or not on_cpu or _slurm_does_it(options):
+    if by_hand or (on_cpu and _slurm_does_it(options)):
         return 0
+    if not on_cpu:
+        return started_on_gpus(options)
     method = options.distributed_init_method
     if method is None:
         port = options.distributed_port if options.distributed_port > 0 else _free_port()
@@ -256,6 +259,15 @@ def arrange(cfg: Any) -> int:
     return options.distributed_world_size
 
 
+def started_on_gpus(options: Any) -> int:
+    """How many processes fairseq starts on the GPUs of this machine; 0 where it starts none."""
+    if options.distributed_init_method is None:
+        distributed_utils.infer_init_method(options)
+    if options.distributed_init_method is None or options.distributed_no_spawn:
+        return 0
+    return min(torch.cuda.device_count(), int(options.distributed_world_size))
+
+
 def join_launch(options: Any, launch: Launch, on_cpu: bool) -> None:
     """Write a launcher's group into `cfg.distributed_training`."""
     with open_dict(options):
@@ -264,7 +276,9 @@ def join_launch(options: Any, launch: Launch, on_cpu: bool) -> None:
         options.distributed_world_size = launch.world_size
         options.distributed_rank = launch.rank
         options.distributed_no_spawn = True
-        options.device_id = 0 if on_cpu else launch.local_rank
+        # more processes than cards share them, which takes --distributed-backend gloo
+        cards = max(1, torch.cuda.device_count())
+        options.device_id = 0 if on_cpu else launch.local_rank % cards
 
 
 def join_late(cfg: Any) -> None:
@@ -313,11 +327,12 @@ def _free_port() -> int:
 
 
 def _spawn(count: int, main: Callable, cfg: Any, kwargs: dict) -> None:
+    first = cfg.distributed_training.distributed_rank or 0  # of the processes of this machine
     cfg.distributed_training.distributed_rank = None
     threads = max(1, torch.get_num_threads() // count)
     context = torch.multiprocessing.spawn(
         fn=_worker,
-        args=(main, cfg, {**kwargs, "start_rank": 0}, threads, tuple(at_start)),
+        args=(main, cfg, {**kwargs, "start_rank": first}, threads, tuple(at_start)),
         nprocs=count,
         join=False,
     )

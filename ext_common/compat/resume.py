@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, Optional
@@ -11,7 +12,7 @@ from fairseq import checkpoint_utils, trainer, utils
 from fairseq.data import iterators
 from omegaconf import OmegaConf
 
-from ext_common.compat.command import in_training_command
+from ext_common.compat.command import in_training_command, training_commands
 from ext_common.compat.patching import after, replace
 from ext_common.epochs import update_freq
 
@@ -70,7 +71,50 @@ def stop_before_an_update() -> None:
     after(checkpoint_utils, "load_checkpoint", _say_the_end, ("trainer.get_train_iterator(",))
 
 
-GAPS = (go_on_at_the_same_place, stop_before_an_update)
+def go_on_counting_for_patience() -> None:
+    """Symptom: `--patience 3` trains three validations longer after every resume, and one that it
+    ended trains on when it is started again.
+
+    The count is an attribute of should_stop_early and in no checkpoint; here it is kept in
+    extra_state["patience"].
+
+    Thread: none found.
+    """
+
+    def make(original: Callable) -> Callable:
+        def save_checkpoint(self, filename, extra_state):
+            for train in training_commands():
+                count = vars(train.should_stop_early)
+                if "best" in count:
+                    kept = {"best": float(count["best"]), "num_runs": int(count["num_runs"])}
+                    extra_state = {**extra_state, "patience": kept}
+            return original(self, filename, extra_state)
+
+        return save_checkpoint
+
+    replace(trainer.Trainer, "save_checkpoint", make, ('["extra_state"].update(extra_state)',))
+    after(
+        checkpoint_utils,
+        "load_checkpoint",
+        _go_on_counting,
+        ("save_checkpoint.best = extra_state",),
+    )
+
+
+def _go_on_counting(result: tuple, cfg: Any, *_args: Any, **_kwargs: Any) -> None:
+    count = (result[0] or {}).get("patience")
+    # as fairseq does with the best value
+    if count and not (cfg.reset_optimizer or cfg.reset_meters or _only_weights(cfg)):
+        for train in training_commands():
+            vars(train.should_stop_early).update(count)
+
+
+def _only_weights(cfg: Any) -> bool:
+    last = os.path.join(cfg.save_dir, "checkpoint_last.pt")
+    return bool(cfg.finetune_from_model) and not os.path.exists(last)
+
+
+GAPS = (go_on_at_the_same_place, stop_before_an_update, go_on_counting_for_patience)
 
 
 # --- what is resumed ------------------------------------------------------------------------------
@@ -308,6 +352,11 @@ def why_finished(cfg: Any, trainer: Any) -> Optional[str]:
     updates = trainer.get_num_updates()
     if updates >= (cfg.optimization.max_update or math.inf):
         return f"{updates:,} updates (--max-update {cfg.optimization.max_update} was asked for)"
+    runs = max(
+        (vars(t.should_stop_early).get("num_runs", 0) for t in training_commands()), default=0
+    )
+    if 0 < cfg.checkpoint.patience <= runs:
+        return f"{runs} validations without a better one (--patience {cfg.checkpoint.patience})"
     limit = cfg.optimization.stop_time_hours
     hours = trainer.cumulative_training_time() / 3600
     if updates and limit > 0 and hours > limit:

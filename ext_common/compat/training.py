@@ -20,7 +20,7 @@ from torch.utils.data import dataloader
 
 from ext_common.cli import UserError
 from ext_common.compat.command import in_training_command
-from ext_common.compat.patching import as_expected, before, replace
+from ext_common.compat.patching import after, as_expected, before, replace
 from ext_common.given import given
 
 # Seconds that the end of a program waits for its loading threads: longer than a batch takes.
@@ -235,6 +235,21 @@ def name_the_metrics_there_are() -> None:
     in_training_command(_know_the_metrics)
 
 
+def give_mbart_its_options() -> None:
+    """Symptom: `--task translation_from_pretrained_bart` ends in "has no attribute 'args'".
+
+    It was written when a task called its options so.
+
+    Thread: none found.
+    """
+
+    def name_them(_none: None, self, args, *_more: object) -> None:
+        self.args = args
+
+    task = TASK_REGISTRY["translation_from_pretrained_bart"]
+    after(task, "__init__", name_them, ('args.langs.split(",")',))
+
+
 GAPS = (
     average_any_model,
     bf16_without_tpu,
@@ -245,6 +260,7 @@ GAPS = (
     leave_foreign_workers_alone,
     stop_loading_before_exit,
     name_the_metrics_there_are,
+    give_mbart_its_options,
 )
 
 

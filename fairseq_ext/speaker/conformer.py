@@ -166,7 +166,9 @@ class MultiHeadAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.in_proj(x).view(B, T, 3, self.nhead, -1).permute(2, 0, 3, 1, 4)
         keep = None if padding_mask is None else ~padding_mask[:, None, None, :]
-        if self.training and self.dropout.p > 0:
+        if torch.compiler.is_exporting():
+            y = attention_of_products(q, k, v, padding_mask)
+        elif self.training and self.dropout.p > 0:
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
             if keep is not None:
                 scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
@@ -175,6 +177,22 @@ class MultiHeadAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
         out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, T, C))
         return out
+
+
+def attention_of_products(
+    q: Tensor, k: Tensor, v: Tensor, padding_mask: Optional[Tensor]
+) -> Tensor:
+    """Scaled dot-product attention over (B, heads, T, D), for graphs: two products and a softmax.
+
+    The mask is one more component of the keys, −1e9 where padded, beside a 1 of the queries: no pass over the
+    (T, T) scores is spent on it. exp(−1e9) is 0 in float32.
+    """
+    q = q * q.shape[-1] ** -0.5
+    if padding_mask is not None:
+        far = padding_mask[:, None, :, None].to(k.dtype) * -1e9
+        q = F.pad(q, (0, 1), value=1.0)
+        k = torch.cat([k, far.expand(-1, k.shape[1], -1, -1)], -1)
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
 class ConvolutionModule(nn.Module):

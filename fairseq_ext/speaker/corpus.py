@@ -240,11 +240,11 @@ def read_meta(path):
     raise UserError(f"{path} has format {found}, this version reads {FORMAT}: prepare it again")
 
 
-def read_table(path):
+def read_table(path: str | Path) -> dict[str, list[str]]:
     """utterances.csv by column."""
     with open(path, encoding="utf-8", newline="") as file:
         reader = csv.reader(file)
         next(reader)
         rows = list(reader)
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(COLUMNS)
+    columns: list[tuple[str, ...]] = list(zip(*rows, strict=True)) if rows else [()] * len(COLUMNS)
     return {name: list(column) for name, column in zip(COLUMNS, columns, strict=True)}

@@ -16,6 +16,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor
 
+from ext_common.engine import sums
 from fairseq_ext.speaker.margins import MARGINS, margin_at
 
 
@@ -75,24 +76,30 @@ class SpeakerCriterion(FairseqCriterion):
             "nsentences": n,
             "sample_size": n,
         }
+        if "weight" in sample:
+            log["speaker_correct"] = (top1 * sample["weight"]).sum()
+            log["speaker_weight"] = sample["weight"].sum()
         if self.warmup and self.training:
             log["margin_sum"] = self.current_options()["m"] * n
         return loss, n, log
 
     @staticmethod
     def reduce_metrics(logging_outputs: List[Dict]) -> None:
-        def total(key):
-            return float(sum(log.get(key, 0) for log in logging_outputs))
-
-        n = total("sample_size")
+        total = sums(logging_outputs)
+        n = total["sample_size"]
         if not n:
             return
         # weighted by n, fairseq's running average over batches is sum / count exactly
-        metrics.log_scalar("loss", total("loss") / n, n, round=4)
-        metrics.log_scalar("accuracy", 100 * total("correct") / n, n, round=3)
-        metrics.log_scalar("accuracy5", 100 * total("correct5") / n, n, round=3)
-        if any("margin_sum" in log for log in logging_outputs):
-            metrics.log_scalar("margin", total("margin_sum") / n, n, round=4)
+        metrics.log_scalar("loss", total["loss"] / n, n, round=4)
+        metrics.log_scalar("accuracy", 100 * total["correct"] / n, n, round=3)
+        metrics.log_scalar("accuracy5", 100 * total["correct5"] / n, n, round=3)
+        speakers = total["speaker_weight"] if "speaker_weight" in total else 0
+        if speakers:
+            # accuracy of each speaker, averaged over the speakers (see UtteranceDataset)
+            mean = 100 * total["speaker_correct"] / speakers
+            metrics.log_scalar("speaker_accuracy", mean, speakers, round=3)
+        if "margin_sum" in total:
+            metrics.log_scalar("margin", total["margin_sum"] / n, n, round=4)
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:

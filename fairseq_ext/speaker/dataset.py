@@ -7,6 +7,7 @@ import torch
 from fairseq.data import FairseqDataset
 
 from fairseq_ext.speaker.augment import Context, change_speed
+from fairseq_ext.speaker.balance import allocate, balanced
 from fairseq_ext.speaker.batching import batches_by_frames, pad  # noqa: F401 (public here of old)
 from fairseq_ext.speaker.corpus import Corpus
 
@@ -34,6 +35,9 @@ class UtteranceDataset(SpeakerDataset):
     def __init__(self, corpus: Corpus, rows: np.ndarray):
         self.corpus, self.rows = corpus, rows
         self.sizes = corpus.lengths[rows]
+        _, speaker, counts = np.unique(corpus.labels[rows], return_inverse=True, return_counts=True)
+        # with these every speaker weighs the same, however many utterances there are of each
+        self.weights = 1 / counts[speaker]
 
     def __getitem__(self, index: int) -> Dict:
         row = int(self.rows[index])
@@ -41,6 +45,7 @@ class UtteranceDataset(SpeakerDataset):
             "id": index,
             "source": torch.from_numpy(self.corpus.read(row)),
             "target": int(self.corpus.labels[row]),
+            "weight": float(self.weights[index]),
         }
 
     def __len__(self) -> int:
@@ -55,7 +60,8 @@ class CropDataset(SpeakerDataset):
 
     An epoch has `len(self)` crops; utterance i gets about its share of the frames, and at least one. What a
     crop holds depends on (seed, epoch, index) alone: not on workers, processes or batches. An utterance
-    shorter than a crop is taken whole. `speed` > 0 plays each crop at 1 ± speed times its speed; `steps` are
+    shorter than a crop is taken whole. `balance` < 1 gives speakers with little speech more
+    (`balance.balanced`). `speed` > 0 plays each crop at 1 ± speed times its speed; `steps` are
     augmentations (see `augment`).
     """
 
@@ -68,9 +74,11 @@ class CropDataset(SpeakerDataset):
         speed: float = 0.0,
         steps: Sequence[Callable] = (),
         context: Optional[Context] = None,
+        balance: float = 1.0,
     ):
         self.corpus, self.rows, self.crop_frames = corpus, rows, crop_frames
         self.seed, self.speed, self.steps, self.context = seed, speed, steps, context
+        self.balance = balance
         self.epoch = 1
         self.set_epoch_size(0, 1)
 
@@ -78,9 +86,7 @@ class CropDataset(SpeakerDataset):
         """Crops an epoch: enough to cover every frame once, `at_least`, and a multiple of `multiple_of`."""
         lengths = self.corpus.lengths[self.rows]
         crops = max(int(np.ceil(lengths / self.crop_frames).sum()), at_least)
-        crops = -(-crops // multiple_of) * multiple_of
-        self.utterance = np.repeat(np.arange(len(lengths)), allocate(lengths, crops))
-        self.sizes = np.minimum(lengths, self.crop_frames)[self.utterance]
+        self.crops = -(-crops // multiple_of) * multiple_of
         self._draw_places()
 
     def set_epoch(self, epoch: int) -> None:
@@ -88,6 +94,14 @@ class CropDataset(SpeakerDataset):
         self._draw_places()
 
     def _draw_places(self) -> None:
+        lengths = self.corpus.lengths[self.rows]
+        if self.balance == 1:
+            self.utterance = np.repeat(np.arange(len(lengths)), allocate(lengths, self.crops))
+        else:
+            labels = self.corpus.labels[self.rows]
+            turn = self.epoch - 1
+            self.utterance = balanced(lengths, labels, self.crops, self.balance, turn)
+        self.sizes = np.minimum(lengths, self.crop_frames)[self.utterance]
         # one generator an epoch: one a crop takes longer than reading the crop
         rng = np.random.default_rng((self.seed, self.epoch, 0, 1))
         self.places = rng.random(len(self.utterance))
@@ -127,26 +141,18 @@ class CropDataset(SpeakerDataset):
 def collate(samples: Sequence[Dict]) -> Dict:
     """Samples → a batch as fairseq wants it; {} for none (what fairseq fills uneven shards with).
 
+    `weight` (B,), where the samples have one, weighs the speakers alike.
     `net_input` holds source (B, T, n_mels) and padding_mask (B, T), True = pad, or None without padding.
     """
     if not samples:
         return {}
     source, padding_mask = pad([s["source"] for s in samples])
+    weighed = [s["weight"] for s in samples if "weight" in s]
     return {
+        **({"weight": torch.tensor(weighed)} if weighed else {}),
         "id": torch.tensor([s["id"] for s in samples]),
         "nsentences": len(samples),
         "ntokens": sum(len(s["source"]) for s in samples),
         "net_input": {"source": source, "padding_mask": padding_mask},
         "target": torch.tensor([s["target"] for s in samples]),
     }
-
-
-def allocate(lengths: np.ndarray, total: int) -> np.ndarray:
-    """`total` crops over utterances: at least one each, the rest by length (largest remainder)."""
-    total = max(total, len(lengths))
-    share = lengths / lengths.sum() * (total - len(lengths))
-    counts = np.floor(share).astype(np.int64)
-    missing = total - len(lengths) - counts.sum()
-    order = np.argsort(counts - share, kind="stable")
-    counts[order[:missing]] += 1
-    return counts + 1

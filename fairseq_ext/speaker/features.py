@@ -7,7 +7,6 @@ when first used, so that commands that only read features start at once.
 
 import functools
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Optional, Self
@@ -16,28 +15,24 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ext_common.cli import UserError
+from fairseq_ext.speaker.audio import (  # noqa: F401 (public here of old)
+    CHANNELS,
+    Recording,
+    Source,
+    load_audio,
+    resample,
+)
+from fairseq_ext.speaker.containers import AudioError
 
 if TYPE_CHECKING:
     from torchaudio.transforms import MelSpectrogram
 
 # Blocks bound the memory of a long recording: 3000 frames are 30 s, about 10 MB of spectrum.
 BLOCK_FRAMES = 3000
-DECODE_SAMPLES = 1 << 20
-RESAMPLE_VALUES = 1 << 21
+# Nobody is known by less: one rule for prepare, identify and embed.
+MIN_SECONDS = 0.1
 # Silence, relative to the loudest 25 ms: 1 % of its RMS.
 SILENCE_DB = -40.0
-
-
-class AudioError(UserError):
-    """A recording that cannot be used; `reason` is a word or two to count by."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        # pickled on its way out of a worker process, by its arguments
-        return type(self), (self.reason, str(self))
 
 
 @dataclass(frozen=True)
@@ -63,6 +58,14 @@ class FeatureSpec:
         default=False,
         metadata={"help": "cut leading and trailing silence (40 dB below the loudest 25 ms)"},
     )
+    channel: str = field(
+        default="best",
+        metadata={
+            "help": "of stereo: the mean, left (the first) or right; best: the mean, where the channels"
+            " do not cancel in it (one inverted), else the louder",
+            "choices": CHANNELS,
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("sample_rate", "n_fft", "win_length", "hop_length", "n_mels", "floor"):
@@ -77,7 +80,11 @@ class FeatureSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict, for JSON and checkpoints."""
-        return asdict(self)
+        values = asdict(self)
+        # as it was before there was a choice, so that neither older folders nor older versions differ
+        if self.channel == FeatureSpec.channel:
+            del values["channel"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -99,158 +106,40 @@ class FeatureSpec:
 
 
 def audio_features(
-    path: str | os.PathLike[str],
+    path: Source,
     spec: FeatureSpec,
     start: float | None = None,
     end: float | None = None,
+    min_seconds: float = MIN_SECONDS,
 ) -> np.ndarray:
     """Log-mel features of a recording, or of the cut from `start` to `end` (seconds) of it.
 
-    Returns float32 (T, n_mels). Raises AudioError (a UserError) where the audio cannot be used.
+    Returns float32 (T, n_mels). Raises AudioError (a UserError) where the audio cannot be used, be it
+    shorter than `min_seconds`.
     """
-    samples = load_audio(path, spec.sample_rate, start, end)
+    with Recording(path, spec.channel) as recording:
+        samples = recording.read(start, end)
+        return samples_features(samples, recording.rate, spec, recording.name, min_seconds)
+
+
+def samples_features(
+    samples: np.ndarray,
+    rate: int,
+    spec: FeatureSpec,
+    name: str = "audio",
+    min_seconds: float = MIN_SECONDS,
+) -> np.ndarray:
+    """As `audio_features`, of float32 (n,) mono samples at `rate`; `name` is for messages."""
+    found = len(samples) / rate
+    if found < min_seconds:
+        raise AudioError(
+            "too short", f"{name}: {found:.3f} s, at least {min_seconds:g} s are needed"
+        )
     if (samples == samples[0]).all():
         raise AudioError(
-            "silent", f"{path}: all samples are {samples[0]:g}: give a recording of speech"
+            "silent", f"{name}: all samples are {samples[0]:g}: give a recording of speech"
         )
-    return spec.features(samples)
-
-
-def load_audio(
-    path: str | os.PathLike[str],
-    sample_rate: int,
-    start: float | None = None,
-    end: float | None = None,
-) -> np.ndarray:
-    """Samples of a recording or a cut of it, float32 (n,) mono, nominally in [-1, 1].
-
-    Any format libsndfile reads; channels are averaged; other rates are resampled to
-    `sample_rate`, a cut after it has been cut out. Raises AudioError with reason "corrupt",
-    "empty", "nan" or "cut".
-    """
-    with Recording(path) as recording:
-        return resample(recording.read(start, end), recording.rate, sample_rate, path)
-
-
-class Recording:
-    """An open audio file that several cuts are read from. A context."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = str(path)
-        if os.path.isfile(self.path) and not os.path.getsize(self.path):
-            raise AudioError("empty", f"{path}: the file has no bytes")
-        self._open()
-
-    def _open(self) -> None:
-        import soundfile
-
-        try:
-            self._file = soundfile.SoundFile(self.path)
-        except (soundfile.SoundFileError, OSError) as error:
-            raise AudioError(
-                "corrupt", f"{self.path}: not readable as audio ({reason_of(error)})"
-            ) from None
-        self.rate = self._file.samplerate
-        self.frames = self._file.frames
-        self._block_start = 0
-        self._block = np.zeros((0, self._file.channels), dtype=np.float32)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def read(self, start: float | None = None, end: float | None = None) -> np.ndarray:
-        """float32 (n,) mono at the file's own rate; `start` and `end` in seconds."""
-        import soundfile
-
-        first, last = self._bounds(start, end)
-        try:
-            samples = self._decode(first, last)
-        except (soundfile.SoundFileError, OSError) as error:
-            raise AudioError("corrupt", f"{self.path}: {reason_of(error)}") from None
-        # A compressed stream may promise a few samples more than it holds (encoder delay).
-        if len(samples) < 0.98 * (last - first):
-            raise AudioError(
-                "corrupt",
-                f"{self.path}: cut short, {len(samples)} of {last - first} samples decoded",
-            )
-        mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
-        if not np.isfinite(mono).all():
-            raise AudioError("nan", f"{self.path}: holds NaN or infinite samples")
-        return np.ascontiguousarray(mono)
-
-    def _decode(self, first: int, last: int) -> np.ndarray:
-        """(n, channels) samples from `first` to `last`."""
-        if self._file.format != "MP3":
-            self._file.seek(first)
-            return np.asarray(self._file.read(last - first, dtype="float32", always_2d=True))
-        # Seeking in an MP3 lands near, not on, what reading through gives, and even reading in
-        # other pieces differs in the last bit: so always the same pieces from the start.
-        if first < self._block_start:
-            self._file.close()
-            self._open()
-        pieces = []
-        while True:
-            end = self._block_start + len(self._block)
-            if end > first:
-                start = self._block_start
-                pieces.append(self._block[max(first - start, 0) : last - start])
-            if end >= last or (end and len(self._block) < DECODE_SAMPLES):
-                return np.concatenate(pieces or [self._block[:0]])
-            self._block_start = end
-            self._block = self._file.read(DECODE_SAMPLES, dtype="float32", always_2d=True)
-
-    def _bounds(self, start: float | None, end: float | None) -> tuple[int, int]:
-        if self.frames <= 0:
-            raise AudioError("empty", f"{self.path}: holds no samples")
-        first = 0 if start is None else round(start * self.rate)
-        last = self.frames if end is None else round(end * self.rate)
-        # Ends given with two decimals may lie a rounding behind the last sample.
-        if last > self.frames and last - self.frames <= 0.02 * self.rate:
-            last = self.frames
-        if not 0 <= first < last <= self.frames:
-            raise AudioError(
-                "cut",
-                f"{self.path}: the cut {start or 0} to {'its end' if end is None else end} s "
-                f"does not lie in the recording of {self.frames / self.rate:.2f} s",
-            )
-        return first, last
-
-
-def resample(
-    samples: np.ndarray, rate: int, target: int, path: str | os.PathLike[str] = "audio"
-) -> np.ndarray:
-    """float32 (n,) at `rate` -> float32 (ceil(n * target / rate),), band-limited.
-
-    torchaudio's default filter: a sinc under a Hann window of 6 zeros a side, rolled off at 0.99 of the lower
-    rate. Computed here because torch is not to be needed for reading audio.
-    """
-    if rate == target:
-        return samples
-    common = math.gcd(rate, target)
-    if (rate // common) * (target // common) > 20_000_000:
-        raise AudioError("corrupt", f"{path}: {rate} Hz cannot be resampled to {target} Hz")
-    down, up = rate // common, target // common
-    filters, reach = resampling_filters(down, up)
-    wanted = -(-len(samples) * up // down)
-    padded = np.pad(samples, (reach, reach + down))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, filters.shape[1])[::down]
-    size = max(1, RESAMPLE_VALUES // filters.shape[1])
-    pieces = [windows[i : i + size] @ filters.T for i in range(0, -(-wanted // up), size)]
-    return np.concatenate(pieces).reshape(-1)[:wanted]
-
-
-@functools.lru_cache(maxsize=4)
-def resampling_filters(down: int, up: int) -> tuple[np.ndarray, int]:
-    """float32 (up, width): a filter for each output of a period of `down` samples; samples before it."""
-    zeros, cutoff = 6, 0.99 * min(down, up)
-    reach = math.ceil(zeros * down / cutoff)
-    places = np.arange(-reach, reach + down) / down - np.arange(up)[:, None] / up
-    places = np.clip(cutoff * places, -zeros, zeros)
-    window = np.cos(np.pi * places / zeros / 2) ** 2
-    return (np.sinc(places) * window * cutoff / down).astype(np.float32), reach
+    return spec.features(resample(samples, rate, spec.sample_rate, name))
 
 
 def log_mel(waveform: ArrayLike, spec: FeatureSpec) -> np.ndarray:
@@ -363,9 +252,3 @@ def trim_silence(
     if not len(loud):
         return samples
     return samples[starts[loud[0]] : ends[loud[-1]]]
-
-
-def reason_of(error: BaseException) -> str:
-    """The last line of an exception's message, without the path that soundfile puts before it."""
-    text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-    return text.split(": ", 1)[-1].rstrip(".")

@@ -9,6 +9,7 @@ is predicted with it. torch is imported when first used, fairseq for networks of
 """
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,6 +95,11 @@ class SpeakerModel:
         """What scores are: "cosine" or "log-probability"."""
         head = getattr(getattr(self.network, "network", self.network), "head", None)
         return "cosine" if getattr(head, "kind", None) == "cosine" else "log-probability"
+
+    @property
+    def backend(self) -> io.BytesIO | None:
+        """The file of a backend of `verify` that came with the model."""
+        return None
 
     @property
     def sha256(self) -> str:
@@ -207,6 +213,10 @@ class ExportedModel(SpeakerModel):
     @property
     def sha256(self) -> str:
         return self.network.description.model_sha256
+
+    @property
+    def backend(self) -> io.BytesIO | None:
+        return self.network.backend
 
     def _run(self, batch: list[np.ndarray]) -> dict[str, np.ndarray]:
         return self.network(batch)

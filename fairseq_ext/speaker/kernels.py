@@ -79,6 +79,11 @@ class DepthwiseConv(nn.Conv2d):
         if self.training and _plain_float_on_cpu(x, self.weight):
             y: Tensor = _Depthwise.apply(x, self.weight, self.bias)
             return y
+        if x.device.type != "cpu":
+            # the layout above is for CPUs: a GPU's kernel wants time innermost, and a dimension less
+            x, weight = x.squeeze(2).contiguous(), self.weight.squeeze(2)
+            reach = weight.shape[-1] // 2
+            return F.conv1d(x, weight, self.bias, padding=reach, groups=len(weight)).unsqueeze(2)
         return super().forward(x)
 
 

@@ -1,6 +1,6 @@
 """The speaker network as a plain module: features → encoder → pooling → embedding → class scores."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Dict, Optional, Tuple
 
@@ -30,6 +30,7 @@ PRESETS: Dict[str, Dict[str, Any]] = {
 }
 
 FEATURE_NORMS = ("none", "global", "utterance")
+STATISTICS = ("feature_mean", "feature_std")
 
 
 @dataclass
@@ -115,8 +116,20 @@ class SpeakerNetwork(nn.Module):
         self.dropout = nn.Dropout(o.embedding_dropout)
         self.head = Head(o.embedding_dim, classes, head, o.subcenters)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SpeakerNetwork":
+        """As any module; but --fp16 and --bf16 do not round the statistics, which are of the data."""
+        exact = {name: getattr(self, name) for name in STATISTICS}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, value.to(moved.device))
+        return self
+
     def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None) -> Dict[str, Tensor]:
         x = normalise(source, padding_mask, self.feature_norm, self.feature_mean, self.feature_std)
+        # only now may it be in 16 bits: those of a log-mel value hold 0.06 nat
+        x = x.to(self.embedding.weight.dtype)
         x, padding_mask = self.input(x, padding_mask)
         layers = self.encoder(x, padding_mask)
         x = self.encoder_norm(torch.cat(layers, -1) if self.pooled_layers == "all" else layers[-1])

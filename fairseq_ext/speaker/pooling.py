@@ -144,7 +144,9 @@ def softmax_over_time(scores: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
 def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
     """Σ_t weights · x over time: (B, T, C) and (B, T, C or 1) → (B, C); frames of weight 0 may hold NaN."""
     x = x.to(weights.dtype)
-    return (weights * x.masked_fill(weights == 0, 0)).sum(1)
+    # in a graph that is exported the network has filled them, and another pass over the frames is felt
+    kept = x if torch.compiler.is_exporting() else x.masked_fill(weights == 0, 0)
+    return (weights * kept).sum(1)
 
 
 def mean_and_std(x: Tensor, weights: Tensor, eps: float = 1e-5) -> Tensor:

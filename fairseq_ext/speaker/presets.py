@@ -3,13 +3,15 @@
 The values are those of configs/speaker_id, where measured in docs; the recipes are snapshots of them.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ext_common.presets import Choice, Machine, TaskPresets, cosine, shared_batch
-from fairseq_ext.speaker.corpus import described
+from fairseq_ext.speaker.balance import is_uneven
+from fairseq_ext.speaker.corpus import described, read_table
 
 FRAMES_PER_HOUR = 360_000
 # Mean length below which utterances are words, seconds.
@@ -21,11 +23,14 @@ TOTAL_BATCH = 64
 
 @dataclass(frozen=True)
 class Facts:
-    """What corpus.json says of all splits together."""
+    """What corpus.json says of all splits together; least, most: frames of a speaker in train."""
 
     hours: float
     speakers: int
     utterances: int
+    least: int = 0
+    most: int = 0
+    uneven: bool = False
 
     @property
     def seconds(self) -> float:
@@ -56,7 +61,22 @@ HOURS = Size("large, many hours", 128, 200, "0.002", 1000, 70000, 200, margin_en
 def read(data: str, asked: Mapping[str, Any]) -> Facts:
     """UserError where DATA is no folder made by speaker.prepare."""
     meta = described(Path(data))
-    return Facts(meta["frames"] / FRAMES_PER_HOUR, len(meta["speakers"]), meta["utterances"])
+    hours = meta["frames"] / FRAMES_PER_HOUR
+    frames = trained_frames(Path(data))
+    known = (min(frames), max(frames), is_uneven(frames)) if frames else ()
+    return Facts(hours, len(meta["speakers"]), meta["utterances"], *known)
+
+
+def trained_frames(data: Path) -> list[int]:
+    """Frames that each speaker has in train."""
+    if not (data / "utterances.csv").exists():
+        return []
+    table = read_table(data / "utterances.csv")
+    frames: Counter[str] = Counter()
+    for speaker, split, n in zip(table["speaker"], table["split"], table["length"], strict=True):
+        if split == "train" and speaker:
+            frames[speaker] += int(n)
+    return list(frames.values())
 
 
 def duration(hours: float) -> str:
@@ -80,9 +100,11 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
         f"{facts.speakers:,} speakers, {facts.utterances:,} utterances of {facts.seconds:.1f} s,"
         f" {duration(facts.hours)} in all: {size.about}"
     )
+    metric = "speaker_accuracy" if facts.uneven else "accuracy"
     schedule = cosine(updates, size.warmup, asked)
     return [
         Choice("data", {"--crop-frames": str(size.crop), "--epoch-updates": str(size.epoch)}, data),
+        balance_of(facts),
         Choice("arch", {"--arch": "conformer_speaker"}, "the best encoder of the ablation"),
         Choice("criterion", {"--criterion": "am_softmax"} | margin, "earns 6 points over softmax"),
         Choice(
@@ -102,7 +124,7 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
         ),
         Choice(
             "validation",
-            {"--best-checkpoint-metric": "accuracy", "--maximize-best-checkpoint-metric": None},
+            {"--best-checkpoint-metric": metric, "--maximize-best-checkpoint-metric": None},
             "what identification is judged by",
         ),
         Choice(
@@ -111,6 +133,16 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
             "crops are read faster than they are learnt",
         ),
     ]
+
+
+def balance_of(facts: Facts) -> Choice:
+    """As many crops of each where speakers have very different amounts of speech."""
+    if not facts.uneven:
+        return Choice("balance", {"--balance": "none"}, "all have about the same amount of speech")
+    least, most = (f"{frames / 100:.0f} s" for frames in (facts.least, facts.most))
+    return Choice(
+        "balance", {"--balance": "speaker"}, f"as many crops of each: they have {least} to {most}"
+    )
 
 
 PRESETS = TaskPresets(

@@ -25,6 +25,7 @@ from fairseq_ext.speaker.augment import (
     random_noise,
     random_reverb,
 )
+from fairseq_ext.speaker.balance import power_of
 from fairseq_ext.speaker.batching import batches_by_frames
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.dataset import CropDataset, UtteranceDataset
@@ -61,6 +62,13 @@ class SpeakerIdConfig(PresetOptions, FairseqDataclass):
             " '' for none"
         },
     )
+    balance: str = field(
+        default="none",
+        metadata={
+            "help": "crops of a speaker: none: in proportion to the speech there is; speaker: as many of"
+            " each; a number p between 0 (speaker) and 1 (none): in proportion to its p-th power"
+        },
+    )
     speed_perturb: float = field(
         default=0.0, metadata={"help": "play training crops at 1 ± this times their speed"}
     )
@@ -93,6 +101,7 @@ class SpeakerIdTask(OwnBatches, FairseqTask):
 
     presets = PRESETS
     progress_unit = "utterances"
+    exact_inputs = True
 
     def __init__(self, cfg: SpeakerIdConfig, from_checkpoint: bool = False):
         super().__init__(cfg)
@@ -176,6 +185,11 @@ class SpeakerIdTask(OwnBatches, FairseqTask):
             raise UserError(
                 f"{self.cfg.data}: split {split!r} has no utterance with a known speaker"
             )
+        if split == self.cfg.train_subset and len(np.unique(self.corpus.labels[rows])) < 2:
+            raise UserError(
+                f"{self.cfg.data}: split {split!r} has one speaker only: there is nobody to tell apart from;"
+                " prepare recordings of two or more"
+            )
         if self.from_checkpoint or split != self.cfg.train_subset:
             self.datasets[split] = UtteranceDataset(self.corpus, rows)
             return
@@ -187,6 +201,7 @@ class SpeakerIdTask(OwnBatches, FairseqTask):
             self.cfg.speed_perturb,
             build_augmentation(self.cfg.augment),
             self._context(),
+            power_of(self.cfg.balance),
         )
 
     def _context(self) -> Context:
@@ -258,6 +273,10 @@ def check_options(cfg: SpeakerIdConfig) -> None:
         raise UserError(
             f"--speed-perturb {cfg.speed_perturb} is not in [0, 1): give 0.1 for ± 10 %"
         )
+    try:
+        power_of(cfg.balance)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
     steps = {step.func for step in build_augmentation(cfg.augment)}
     for flag, folder, name, step in (
         ("--noise-dir", cfg.noise_dir, "noise", random_noise),
@@ -284,7 +303,8 @@ def read_collection(folder: Optional[str], spec: FeatureSpec) -> List[np.ndarray
     if not files:
         raise UserError(f"{folder} has no audio files ({', '.join(AUDIO_ENDINGS)})")
     logger.info(f"reading {len(files)} files of {folder}")
-    return [audio_features(Path(folder) / name, spec) for name in files]
+    # a room is shorter than anything said in it
+    return [audio_features(Path(folder) / name, spec, min_seconds=0) for name in files]
 
 
 def read_rooms(folder: Optional[str], spec: FeatureSpec) -> List[np.ndarray]:

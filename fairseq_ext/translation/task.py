@@ -1,11 +1,13 @@
 """`--task translation_spm`: fairseq's translation on a folder made by `translation.prepare`."""
 
+import itertools
 import logging
 import math
 import shlex
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import numpy as np
 import torch
 from fairseq import utils
 from fairseq.criterions import CRITERION_REGISTRY
@@ -24,6 +26,8 @@ from fairseq_ext.translation.decode.checkpoint import codecs_of
 from fairseq_ext.translation.presets import PRESETS
 from fairseq_ext.translation.sampling import SampledPairs, SubwordSampler
 from fairseq_ext.translation.score import metrics
+from fairseq_ext.translation.text.normalise import read_lines
+from fairseq_ext.translation.text.sentences import share_of_several
 from fairseq_ext.translation.text.spm import Codec
 from fairseq_ext.translation.text.vocabulary import (
     SpmBpe,
@@ -36,6 +40,8 @@ from fairseq_ext.translation.validation import TextValidation, log_scores
 
 logger = logging.getLogger(__name__)
 
+# Of a training text, to see whether lines hold several sentences.
+SEEN_LINES = 20_000
 OWN = ("fairseq.", "fairseq_ext.translation")
 
 
@@ -60,6 +66,7 @@ class TranslationSpmTask(OwnBatches, TranslationTask):
         self._positions: List[Any] = []
         self._validation = TextValidation(self, cfg.valid_beam, cfg.valid_sentences)
         self._said: set = set()
+        self._lines: Optional[Dict[str, float]] = None
         if not from_checkpoint:
             try:
                 self._use_corpus(open_corpora(cfg.data)[0])
@@ -115,6 +122,7 @@ class TranslationSpmTask(OwnBatches, TranslationTask):
                 target_lang=self.cfg.target_lang,
                 normalise=self._convention,
                 extra_symbols=list(self.src_dict.codec.extra_symbols),
+                **({"lines": self._lines} if self._lines else {}),
             )
         }
 
@@ -128,6 +136,7 @@ class TranslationSpmTask(OwnBatches, TranslationTask):
                 )
             logger.warning("the checkpoint names no SentencePiece models: those of DATA are taken")
             return
+        self._lines = state.get("lines")
         saved = state["source_lang"], state["target_lang"]
         wanted = self._direction(saved)
         if self.src_dict is None:
@@ -186,8 +195,18 @@ class TranslationSpmTask(OwnBatches, TranslationTask):
             refuse_synthetic_targets(corpora, self.cfg.source_lang)
         # fairseq-generate and -validate hand over the checkpoint's options: they want the text as it is
         training = split == self.cfg.train_subset and "task_cfg" not in kwargs
+        if training:
+            self._lines = self._what_lines_are(corpora[0], self.datasets[split])
         if training and self.cfg.subword_sampling:
             self.datasets[split] = self._sampled(self.datasets[split])
+
+    def _what_lines_are(self, corpus: Corpus, dataset) -> Optional[Dict[str, float]]:
+        """What `decode` needs to know to split paragraphs; None where the text is not there."""
+        text = corpus.text(self.cfg.train_subset, self.cfg.source_lang)
+        if not text.is_file():
+            return self._lines
+        several = share_of_several(itertools.islice(read_lines(text), SEEN_LINES))
+        return {"longest": int(np.percentile(dataset.src_sizes, 99)), "several": round(several, 4)}
 
     def _sampled(self, dataset) -> SampledPairs:
         sides = str(self.cfg.subword_sampling_sides)

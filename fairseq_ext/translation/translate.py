@@ -5,14 +5,17 @@ echo "How are you?" | python -m fairseq_ext.translation.translate - - --path CKP
 """
 
 import contextlib
+import itertools
+import json
 import os
 import queue
+import shutil
 import sys
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Optional
+from typing import IO, Any, Optional
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, progress, run
 from ext_common.manifest import (
@@ -28,12 +31,18 @@ from fairseq_ext.translation.decode.checkpoint import split_paths
 from fairseq_ext.translation.decode.options import DecodeOptions
 from fairseq_ext.translation.decode.translator import BACKENDS, WINDOW, Translation, Translator
 from fairseq_ext.translation.text.normalise import read_lines
+from fairseq_ext.translation.unfinished import Unfinished, unfinished
 
+# Lines after which what is done is kept.
+KEPT = 2000
+# What may differ between two runs that write the same bytes.
+RUN_ONLY = ("path", "threads", "device", "max_tokens", "user_dir")
 EPILOG = """
 INPUT is UTF-8 text (.gz and .zst are unpacked), - the standard input: lines that are typed are translated
-at once, those of a pipe in batches. Only a newline ends a line. An empty line stays empty. A line longer
-than the model can hold is split at the ends of sentences, then at commas, then between words, and its
-parts are joined again; such lines are counted on stderr.
+at once, those of a pipe in batches. Only a newline ends a line. An empty line stays empty. A line of several
+sentences is translated one by one, where the training had single ones or the line is longer than 99 of 100
+of its lines; one longer than the model can hold is split at the ends of sentences, then at commas, then
+between words. Parts are joined again, and such lines counted on stderr.
 
 OUTPUT is text, one line for each line of INPUT. With --nbest above 1 or --scores it is a table with
 tabs: number of the line (from 1), score, text; nbest rows for each line, best first, one for an empty
@@ -43,6 +52,7 @@ power of --lenpen. Chinese and Japanese are written without spaces between their
 --path takes an ensemble as a.pt:b.pt. With --backend ctranslate2 the model is converted once and kept
 beside the checkpoint (CKPT.ctranslate2-*); greedy output is compared with fairseq's at conversion.
 
+Killed and started again with the same files and options, it goes on where it was (.OUTPUT.partial).
 Beside OUTPUT is written OUTPUT.manifest.json (inputs, options, counts, versions). Nothing here is
 random. Exit codes: 0 done, 1 failed, 2 bad usage.
 """
@@ -71,6 +81,10 @@ class TranslateOptions(DecodeOptions):
     )
     threads: Optional[int] = field(
         default=None, metadata={"help": "threads on the CPU; none: one for each CPU"}
+    )
+    ema: bool = field(
+        default=False,
+        metadata={"help": "use the averaged weights of a training with --store-ema"},
     )
     scores: bool = field(default=False, metadata={"help": "write a table with scores"})
     user_dir: Optional[str] = field(
@@ -109,7 +123,28 @@ def translate(source: str, output: str, options: TranslateOptions) -> int:
         options.compute_type,
         options.user_dir,
         options.threads,
+        options.ema,
     )
+    if source == "-" or output == "-" or not may_wait(output):
+        counts = translate_stream(source, output, translator, options)
+    else:
+        plan = plan_of(source, paths, options)
+        with unfinished(output, plan) as work:
+            counts = go_on(source, work, translator, options)
+            with atomic_write(output, "wb") as file, open(work.path, "rb") as done:
+                shutil.copyfileobj(done, file)
+    for sentence in counts.sentences():
+        print(sentence, file=sys.stderr)
+    if output != "-" and os.path.isfile(output):
+        record = provenance(source, output, paths, options, counts)
+        atomic_json(beside(output, MANIFEST_NAME), record)
+    return 0
+
+
+def translate_stream(
+    source: str, output: str, translator: Translator, options: TranslateOptions
+) -> "Counts":
+    """Translate to or from a standard stream or a pipe; nothing of it is kept."""
     counts = Counts()
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_output(output))
@@ -119,20 +154,55 @@ def translate(source: str, output: str, options: TranslateOptions) -> int:
         total = None if typed else count_lines(source)
         bar = stack.enter_context(progress(range(0), "translate", "lines", total=total))
         for window in windows:
-            found = translator.translate_window(
-                window, options, (lambda n: None) if silent else bar.update
-            )
-            for line in found:
-                counts.add(line)
-                file.write(as_text(line, counts.lines, options).encode())
+            show = (lambda n: None) if silent else bar.update
+            file.write(rows_of(window, translator, options, counts, show))
             if typed:
                 file.flush()
-    for sentence in counts.sentences():
-        print(sentence, file=sys.stderr)
-    if output != "-" and os.path.isfile(output):
-        record = provenance(source, output, paths, options, counts)
-        atomic_json(beside(output, MANIFEST_NAME), record)
-    return 0
+    return counts
+
+
+def go_on(
+    source: str, work: Unfinished, translator: Translator, options: TranslateOptions
+) -> "Counts":
+    """Translate what an earlier run has not, keeping it window by window."""
+    counts = Counts(**work.counts)
+    if work.done:
+        print(f"{work.done:,} lines of an earlier run are there already", file=sys.stderr)
+    lines = itertools.islice(read_lines(source), work.done, None)
+    total = count_lines(source)
+    total = None if total is None else total - work.done
+    with progress(range(0), "translate", "lines", total=total) as bar:
+        for window in whole_windows(lines, KEPT):
+            rows = rows_of(window, translator, options, counts, bar.update)
+            work.write(rows, counts.lines, vars(counts))
+    return counts
+
+
+def rows_of(
+    window: list[str],
+    translator: Translator,
+    options: TranslateOptions,
+    counts: "Counts",
+    show: Callable[[int], object],
+) -> bytes:
+    """What OUTPUT has for some lines, which are counted."""
+    rows = []
+    for line in translator.translate_window(window, options, show):
+        counts.add(line)
+        rows.append(as_text(line, counts.lines, options))
+    return "".join(rows).encode()
+
+
+def may_wait(output: str) -> bool:
+    """Whether a file may appear when all is written: not under the name of a pipe or a device."""
+    return os.path.isfile(output) or not os.path.exists(output)
+
+
+def plan_of(source: str, paths: list[str], options: TranslateOptions) -> dict[str, Any]:
+    """What decides the bytes of OUTPUT."""
+    chosen = {key: value for key, value in asdict(options).items() if key not in RUN_ONLY}
+    hashes = [known_sha256(path) for path in (source, *paths)]
+    return {"inputs": hashes, "options": json.loads(json.dumps(chosen))}
 
 
 @dataclass
@@ -143,6 +213,7 @@ class Counts:
     empty: int = 0
     split: int = 0
     cut: int = 0
+    broken: int = 0
     nothing: int = 0
 
     def add(self, line: Translation) -> None:
@@ -150,19 +221,25 @@ class Counts:
         self.empty += line.parts == 0
         self.split += line.parts > 1
         self.cut += line.cut
+        self.broken += line.broken
         self.nothing += line.parts > 0 and not line.text
 
     def sentences(self) -> Iterator[str]:
         """One for everything that a reader of the output should know."""
         if self.split:
             yield (
-                f"{self.split:,} of {self.lines:,} lines were too long for the model, and translated in"
-                " parts that were joined again"
+                f"{self.split:,} of {self.lines:,} lines were translated in parts, sentences or what the"
+                " model can hold, that were joined again"
             )
         if self.cut:
             yield (
                 f"{self.cut:,} of {self.lines:,} outputs reached the longest length and may be cut: raise"
                 " --max-len-b where the model does not just repeat itself"
+            )
+        if self.broken:
+            yield (
+                f"{self.broken:,} of {self.lines:,} outputs had bytes that are no character, which are left"
+                " out: a sign of too little training, or of characters that it had too few of"
             )
         if self.nothing:
             yield f"{self.nothing:,} of {self.lines:,} lines have text, but an empty translation"

@@ -186,7 +186,7 @@ def prepare_step(steps, command, inputs, data, always=False):
 def pictures(steps, data, checkpoint, options):
     """The learning curve, and where the model looks in the first sentence of test."""
     log, curve = steps.folder / "train.log", steps.folder / "learning_curve.png"
-    command = ["python", "-m", "ext_common.plots", log, curve, "--metric", "bleu"]
+    command = ["python", "-m", "ext_common.plots", log, curve]
     steps.do("draw the learning curve", command, inputs=[log], outputs=[curve])
     # An svg: its letters are drawn by the viewer's fonts, which have Chinese where ours may not.
     picture = steps.folder / "attention.svg"

@@ -183,7 +183,6 @@ def test_the_real_command(data, tmp_path):
         "pairs kept                   37",
         f"bitext {bitext} pairs × 2 = {2 * bitext}, synthetic 37 ({37 / (2 * bitext + 37):.1%} of train)",
         "--task translation_spm -s en -t zh",
-        "--lr-scheduler noam",
     ):
         assert said in done.stdout
     assert rejects(tmp_path / "bt") == {

@@ -467,7 +467,7 @@ def test_held_out_lines_are_not_translated(tmp_path, monkeypatch):
     reasons = {row["line"]: row["reason"] for row in rows(tmp_path / "out" / "rejects.jsonl")}
     assert set(reasons) == {1, 3, 5, 6}
     assert reasons[1] == reasons[6] == "leak: it is a line of valid or test"
-    assert reasons[3].startswith("leak: it contains ")
+    assert reasons[3].startswith("leak: it shares ")
     assert manifest["counts"]["out"] == 3 and len(manifest["counts"]["unusable"]) == 3
     kept = (tmp_path / "out" / "synthetic.en").read_text().split("\n")
     assert [bool(line) for line in kept] == [False, True, False, True, False, False, True, False]

@@ -67,15 +67,17 @@ def test_a_launcher_is_joined_whatever_the_flags_say(environment, world):
     assert (options.distributed_backend, options.device_id) == ("gloo", 0)
 
 
-def test_a_launcher_is_joined_on_gpus(environment):
+@pytest.mark.parametrize("cards, device", [(1, 0), (2, 1), (8, 1)])
+def test_a_launcher_is_joined_on_gpus(environment, cards, device):
+    """Local rank 1 of 2: on one card beside the other process, where there is no second."""
     launch(environment)
     environment.setattr(torch.cuda, "is_available", lambda: True)
-    environment.setattr(torch.cuda, "device_count", lambda: 1)
+    environment.setattr(torch.cuda, "device_count", lambda: cards)
     cfg = config(cpu=False)
     assert processes.arrange(cfg) == 0
     options = cfg.distributed_training
     assert (options.distributed_world_size, options.distributed_rank) == (4, 3)
-    assert (options.distributed_backend, options.device_id) == ("nccl", 1)
+    assert (options.distributed_backend, options.device_id) == ("nccl", device)
     assert options.distributed_no_spawn
 
 
@@ -113,13 +115,35 @@ def test_cpu_does_not_start_a_process_for_each_gpu(environment):
     assert cfg.distributed_training.distributed_world_size == 1
 
 
-def test_gpus_without_a_launcher_are_left_to_fairseq(environment):
+def test_processes_on_gpus_are_started_as_those_on_cpus(environment):
+    """By this house, which tells their mistakes in one sentence; as many as fairseq would start."""
     environment.setattr(torch.cuda, "is_available", lambda: True)
     environment.setattr(torch.cuda, "device_count", lambda: 8)
+    asked = processes.distributed_utils, "infer_init_method"
+    environment.setattr(*asked, lambda o: setattr(o, "distributed_init_method", "tcp://here:1"))
     cfg = config(cpu=False, distributed_world_size=8)
-    before = OmegaConf.to_container(cfg)
-    assert processes.arrange(cfg) == 0
-    assert OmegaConf.to_container(cfg) == before
+    assert processes.arrange(cfg) == 8
+    options = cfg.distributed_training
+    assert (options.distributed_backend, options.distributed_init_method) == (
+        "nccl",
+        "tcp://here:1",
+    )
+    # the second of two machines: its first process is the fourth of all
+    more = {"distributed_init_method": "tcp://host:1", "distributed_rank": 3}
+    cfg = config(cpu=False, distributed_world_size=6, **more)
+    environment.setattr(torch.cuda, "device_count", lambda: 3)
+    assert processes.arrange(cfg) == 3
+    begun = []
+    environment.setattr(
+        torch.multiprocessing, "spawn", lambda fn, args, nprocs, join: begun.append((args, nprocs))
+    )
+    with pytest.raises(AttributeError):
+        processes._spawn(3, print, cfg, {})
+    ((_, told, kwargs, *_), count) = begun[0]
+    assert (kwargs["start_rank"], count) == (3, 3)
+    assert told.distributed_training.distributed_rank is None
+    # one process alone is fairseq's
+    assert processes.arrange(config(cpu=False)) == 0
 
 
 def test_training_apart_is_refused(environment):

@@ -151,3 +151,21 @@ def test_hours_of_training_are_an_end_too(train_here, caplog):
     train_here("ck", "--batch-size", 3, "--stop-time-hours", 1e-9, "--max-update", 9)
     assert "hours of training (--stop-time-hours 1e-09 was asked for)" in caplog.text
     assert read(saved / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 1
+
+
+def test_patience_goes_on_counting(train_here, caplog):
+    """No loss is below 0, so that the first validation stays the best: two more end the training."""
+    caplog.set_level(logging.INFO)
+    flags = ["--batch-size", 22, "--patience", 2, "--lr", 0, "--max-update"]
+    train_here("ck", *flags, 2)
+    saved = train_here("ck", *flags, 9)
+    state = read(saved / "checkpoint_last.pt")
+    assert state["optimizer_history"][-1]["num_updates"] == 3
+    assert state["extra_state"]["patience"]["num_runs"] == 2
+    before = (saved / "checkpoint_last.pt").read_bytes()
+    caplog.clear()
+    train_here("ck", *flags, 9)
+    assert "already at 2 validations without a better one (--patience 2)" in caplog.text
+    assert (saved / "checkpoint_last.pt").read_bytes() == before
+    train_here("ck", *flags, 9, "--patience", 3)
+    assert read(saved / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 4

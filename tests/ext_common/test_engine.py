@@ -9,7 +9,7 @@ from fairseq import trainer
 from omegaconf import OmegaConf
 
 from ext_common import engine
-from ext_common.cli import UserError
+from ext_common.cli import UsageError, UserError
 
 engine.apply()
 
@@ -223,6 +223,40 @@ def test_a_best_metric_that_means_nothing_any_more_is_forgotten(train_here, monk
     best = read(folder / "checkpoint_best.pt")
     assert best["optimizer_history"][-1]["num_updates"] == 24
     assert "losses are of another unit: the best checkpoint is chosen anew" in caplog.text
+
+
+# --- the checkpoint says what it was trained for --------------------------------------------------
+
+
+def generation(*words):
+    from fairseq import options
+
+    return options.parse_args_and_arch(options.get_generation_parser(), list(map(str, words)))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A file that says it is of translation_spm, with longer sentences than fairseq's 1024."""
+    import fairseq_ext.translation.task  # noqa: F401
+
+    task = {"_name": "translation_spm", "max_source_positions": 2048, "max_target_positions": 512}
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"cfg": {"task": task}, "model": {}}, path)
+    return path
+
+
+def test_a_forgotten_task_is_that_of_the_checkpoint(trained, tmp_path):
+    args = generation(tmp_path, "--path", trained)
+    assert args.task == "translation_spm" and args.valid_beam == 1
+    assert (args.max_source_positions, args.max_target_positions) == (2048, 512)
+    args = generation(tmp_path, f"--path={trained}:b.pt", "--max-source-positions", 9)
+    assert (args.max_source_positions, args.max_target_positions) == (9, 512)
+
+
+def test_another_task_than_that_of_the_checkpoint_is_refused(trained, tmp_path):
+    with pytest.raises(UsageError, match="--task translation is not what .* give --task transl"):
+        generation(tmp_path, "--path", trained, "--task", "translation")
+    assert generation(tmp_path, "--path", tmp_path / "none.pt").task == "translation"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def state():
                 "nested": [{"a": -math.inf}],
             },
             "model": {"_name": "toy"},
-            "common": {"user_dir": None},
+            "common": {"user_dir": "/home/me/my_plugin"},
             "checkpoint": {"best_checkpoint_metric": "accuracy"},
         },
         # a tied weight, a view of it, a number, half precision and an empty one

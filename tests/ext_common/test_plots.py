@@ -39,7 +39,7 @@ def fairseq_log(kind):
             bar.print({"loss": 9.5, "num_updates": 3 * epoch, "lr": 1e-3}, tag="train")
             valid = make([0], epoch, "valid on 'valid' subset", log_interval=1)
             stats = {"loss": 7.0 - epoch, "accuracy": 20.0 * epoch, "num_updates": 3 * epoch}
-            valid.print(stats, tag="valid")
+            valid.print({**stats, "best_accuracy": 20.0 * epoch}, tag="valid")
     finally:
         logger.removeHandler(handler)
         logger.level = level
@@ -128,6 +128,27 @@ def test_learning_curve_command(tmp_path):
     # Three panels one above the other: each has drawn pixels of the training curve's blue.
     blue = (image[..., 2] - image[..., 0]) > 0.35
     assert all(part.any() for part in np.array_split(blue, 3))
+
+
+@pytest.mark.parametrize("chooses, marked", [("bleu", "3"), ("ter", "1"), (None, None)])
+def test_the_metric_that_chooses_is_drawn_and_its_best_marked(chooses, marked, monkeypatch):
+    """bleu is the largest, ter the least; where the log does not say, the loss alone is drawn."""
+    values = {1: 2.0, 2: 1.0, 3: 3.0}
+    best = {"bleu": max, "ter": min, None: max}[chooses]
+    lines = []
+    for epoch, value in values.items():
+        row = {"epoch": epoch, "valid_loss": "5", "valid_num_updates": str(epoch)}
+        row |= {"valid_accuracy": "9", f"valid_{chooses}": str(value)} if chooses else {}
+        row |= (
+            {f"valid_best_{chooses}": str(best(list(values.values())[:epoch]))} if chooses else {}
+        )
+        lines.append(json.dumps(row))
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, out: drawn.append(figure))
+    plots.learning_curve(lines, "unused.png")
+    panels = {axis.get_ylabel(): [text.get_text() for text in axis.texts] for axis in drawn[0].axes}
+    assert list(panels) == ["loss", *filter(None, [chooses])]
+    assert panels.get(chooses) == ([marked] if chooses else None)
 
 
 def test_learning_curve_refuses_what_is_no_log(tmp_path):

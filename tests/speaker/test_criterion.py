@@ -98,6 +98,21 @@ def test_figures_are_sums_over_utterances_not_means_of_batch_means(train):
     assert type(one).logging_outputs_can_be_summed()
 
 
+def test_the_mean_over_speakers_does_not_ask_how_many_utterances_there_are_of_each():
+    """Two of three of one speaker are right, none of one of another: 33.3 %, not 50 %."""
+    one = criterion().eval()
+    right, wrong = [0.9, 0.1, 0.0], [0.1, 0.9, 0.0]
+    batches = [sample(2, logits=[right, right]), sample(2, logits=[wrong, right])]
+    batches[0]["target"][:] = 0
+    batches[1]["target"][:] = torch.tensor([0, 1])
+    batches[0]["weight"], batches[1]["weight"] = torch.full((2,), 1 / 3), torch.tensor([1 / 3, 1])
+    logs = [one(Scores(), batch)[2] for batch in batches]
+    for groups in ([logs], [[log] for log in logs]):
+        found = logged(type(one), *groups)
+        assert float(found["speaker_accuracy"]) == pytest.approx(100 / 3, abs=1e-3)
+        assert float(found["accuracy"]) == 50
+
+
 def test_summed_over_processes_it_is_the_same():
     """fairseq adds the logs of processes key by key; an empty shard adds none."""
     one = criterion(s=10.0).eval()

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairseq_ext.speaker.augment import Context, build_augmentation, mel_frequencies
+from fairseq_ext.speaker.balance import balanced, is_uneven, power_of
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.dataset import (
     CropDataset,
@@ -220,7 +221,59 @@ class TestEpoch:
         assert (np.diff(counts[order]) >= -1).all()
 
 
+class TestBalance:
+    # one speaker with 40 utterances, two with one and two
+    lengths = np.array([100] * 40 + [50] + [30, 60])
+    labels = np.array([0] * 40 + [1] + [2] * 2)
+
+    def crops(self, power, total=1200, turn=0):
+        return balanced(self.lengths, self.labels, total, power, turn)
+
+    def test_as_many_of_each_or_in_proportion_to_a_power(self):
+        for name, expected in (("speaker", [400, 400, 400]), ("none", [1200 * 40 / 41.4])):
+            utterance = self.crops(power_of(name))
+            counts = np.bincount(self.labels[utterance], minlength=3)
+            np.testing.assert_allclose(counts[: len(expected)], expected, atol=3)
+        # √4000 : √50 : √90
+        counts = np.bincount(self.labels[self.crops(power_of("0.5"))])
+        np.testing.assert_allclose(counts / counts[1], [80**0.5, 1, 1.8**0.5], rtol=0.02)
+        # within a speaker by length
+        assert np.bincount(self.crops(0.0))[-2:].tolist() == [134, 266]
+
+    def test_with_fewer_crops_than_utterances_they_come_in_turn(self):
+        seen = [set(self.crops(0.0, total=30, turn=turn).tolist()) for turn in range(4)]
+        assert all(len(each & set(range(40))) == 10 for each in seen)
+        assert set.union(*seen) == set(range(43))
+
+    def test_the_epochs_of_a_dataset(self):
+        corpus = corpus_of(self.lengths, labels=self.labels)
+        dataset = CropDataset(corpus, np.arange(43), 10, 1, balance=0.0)
+        dataset.set_epoch_size(0, 8)
+        for epoch in (1, 2):
+            dataset.set_epoch(epoch)
+            targets = [dataset[i]["target"] for i in range(len(dataset))]
+            assert np.ptp(np.bincount(targets)) <= 1
+            assert [len(dataset[i]["source"]) for i in range(8)] == dataset.sizes[:8].tolist()
+
+    @pytest.mark.parametrize("wrong", ["even", "-1", "1.5", "nan"])
+    def test_what_is_no_balance(self, wrong):
+        with pytest.raises(ValueError, match="none, speaker, or a number"):
+            power_of(wrong)
+
+    def test_uneven_is_eight_times_the_median(self):
+        assert is_uneven([100, 100, 800]) and is_uneven([100, 100, 12])
+        assert not is_uneven([100, 100, 790]) and not is_uneven([100, 100, 13])
+        assert not is_uneven([])
+
+
 class TestUtterances:
+    def test_each_speaker_weighs_as_much(self):
+        corpus = corpus_of([5, 5, 5, 5], labels=[0, 0, 0, 2])
+        batch = UtteranceDataset(corpus, np.arange(4)).collater(
+            [UtteranceDataset(corpus, np.arange(4))[i] for i in range(4)]
+        )
+        torch.testing.assert_close(batch["weight"], torch.tensor([1 / 3, 1 / 3, 1 / 3, 1]))
+
     def test_whole_and_the_same_every_time(self):
         corpus = corpus_of([25, 4, 10], labels=[2, 0, 1])
         dataset = UtteranceDataset(corpus, np.array([2, 0]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,13 +12,16 @@ import pytest
 import soundfile
 import torch
 
+from ext_common import packed
 from ext_common.cli import UsageError, UserError
+from ext_common.pack import PackOptions, pack
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.export import frontend, graph, parity
 from fairseq_ext.speaker.export.__main__ import ExportOptions, checked, export
 from fairseq_ext.speaker.export.exported import ExportedNetwork
 from fairseq_ext.speaker.features import FeatureSpec, log_mel, resample
 from fairseq_ext.speaker.inference import ExportedModel, SpeakerModel
+from fairseq_ext.speaker.verify.backend import Backend, Side
 from tests.speaker.conftest import voice
 
 onnx = pytest.importorskip("onnx")
@@ -71,6 +75,16 @@ def recordings(tmp_path_factory):
     return [str(folder / "ben.wav"), str(folder / "dora.wav")]
 
 
+def without_torch(program, repo_root, *arguments):
+    """What a Python program says; one whose imports of torch fail says so in its first line."""
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(repo_root)},
+        capture_output=True,
+        text=True,
+    )
+
+
 @pytest.mark.parametrize("features", ["inside", "outside"])
 def test_a_file_embeds_and_scores_recordings_as_its_checkpoint(
     model, written, recordings, features
@@ -112,16 +126,72 @@ def test_identify_runs_where_torch_is_not_installed(
         "for path in sys.argv[3:]: print(main([*sys.argv[1:3], '--path', path]))"
     )
     files = [str(written / f"{features}.onnx") for features in ("inside", "outside")]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *recordings, *files],
-        env={**os.environ, "PYTHONPATH": str(repo_root)},
-        capture_output=True,
-        text=True,
-    )
+    done = without_torch(program, repo_root, *recordings, *files)
     names = [r.speaker for r in SpeakerModel.from_checkpoint(tiny_checkpoint).identify(recordings)]
     table = [["Id", "Category"], *zip(recordings, names, strict=True)]
     expected = [list(row) for row in table] + [["0"]]
     assert [line.split() for line in done.stdout.splitlines()] == 2 * expected, done.stderr
+
+
+def test_verification_and_galleries_run_where_torch_is_not_installed(
+    written, recordings, tiny_checkpoint, repo_root, tmp_path
+):
+    program = (
+        "import sys; sys.modules.update(torch=None, torchaudio=None)\n"
+        "from fairseq_ext.speaker.gallery.__main__ import main as gallery\n"
+        "from fairseq_ext.speaker.verify.__main__ import main as verify\n"
+        "one, two, path, people = sys.argv[1:]\n"
+        "verify([one, two, '--path', path])\n"
+        "gallery(['enrol', people, one, '--name', 'x', '--path', path])\n"
+        "gallery(['identify', people, two, '--path', path])"
+    )
+    arguments = [*recordings[:2], str(written / "inside.onnx"), str(tmp_path / "people.npz")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env={**os.environ, "PYTHONPATH": str(repo_root)},
+        capture_output=True,
+        text=True,
+    )
+    one, two = SpeakerModel.from_checkpoint(tiny_checkpoint).embed(recordings[:2])
+    cosine = float(one @ two) / np.sqrt(float(one @ one) * float(two @ two))
+    shown = done.stdout.split()
+    assert shown[:1] == ["cosine"] and shown[-1].endswith(f",x,{shown[1].strip(',')}"), done.stderr
+    assert float(shown[1].strip(",")) == pytest.approx(cosine, abs=2e-4)
+
+
+def test_verify_and_gallery_take_the_backend_in_a_file_where_torch_is_not_installed(
+    once, tiny_checkpoint, tiny_data, recordings, tmp_path, repo_root
+):
+    model = SpeakerModel.from_checkpoint(tiny_checkpoint)
+    corpus = Corpus.open(tiny_data)
+    embeddings = model.embed(corpus.read(row) for row in range(20))
+    speakers = [corpus.speakers[corpus.labels[row]] for row in range(20)]
+    backend = Backend.fit("mean_cosine", "none", embeddings, speakers, model.sha256)
+    trials = np.random.default_rng(1).standard_normal((400, 1)) + np.arange(400)[:, None] % 2
+    backend = backend.calibrated(trials, np.arange(400) % 2 == 1)
+    backend.save(tmp_path / "B.npz")
+    path = tmp_path / "m.onnx"
+    export(tiny_checkpoint, path, ExportOptions(backend=str(tmp_path / "B.npz")))
+    sides = [Side.of_tests(row[None], np.array([np.nan])) for row in model.embed(recordings)]
+    pairs = *sides, np.zeros(1, np.int32), np.zeros(1, np.int32)
+    (expected,) = backend.llr(backend.scores(*pairs), *pairs)
+    program = (
+        "import sys; sys.modules.update(torch=None, torchaudio=None)\n"
+        "from fairseq_ext.speaker.verify.__main__ import main as verify\n"
+        "from fairseq_ext.speaker.gallery.__main__ import main as gallery\n"
+        "a, b, path, people = sys.argv[1:]\n"
+        "verify([a, b, '--path', path])\n"
+        "gallery(['enrol', people, a, '--name', 'a', '--path', path])\n"
+        "gallery(['identify', people, a, '--path', path])\n"
+        "gallery(['show', people])\n"
+    )
+    done = without_torch(program, repo_root, *recordings, path, tmp_path / "people.npz")
+    assert f"log-likelihood ratio {expected:.3f}" in done.stdout, done.stderr
+    assert f"{recordings[0]},a," in done.stdout and "mean_cosine" in done.stdout
+    with pytest.raises(UserError, match="of another model"):
+        other = replace(backend, model="f" * 64)
+        other.save(tmp_path / "other.npz")
+        export(tiny_checkpoint, path, ExportOptions(backend=str(tmp_path / "other.npz")))
 
 
 def test_a_graph_that_computes_something_else_is_not_written(
@@ -141,6 +211,15 @@ def test_a_graph_that_computes_something_else_is_not_written(
     with pytest.raises(UserError, match="differ from the model's by up to"):
         export(tiny_checkpoint, tmp_path / "m.onnx", ExportOptions(features="outside"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_looks_at_its_values_is_refused_in_a_sentence():
+    class Looks(torch.nn.Module):
+        def forward(self, x, lengths):
+            return x * 2 if bool((lengths > 3).all()) else x
+
+    with pytest.raises(UserError, match="exporter cannot make a graph of this network"):
+        graph.exported(Looks(), (torch.randn(2, 5), torch.tensor([5, 2])), ["x", "n"], ["y"])
 
 
 def test_int8_is_of_matrices_only_and_held_to_its_accuracy(
@@ -186,6 +265,36 @@ def test_what_cannot_be_asked_of_a_file(written, tmp_path):
         export(path, tmp_path / "m.bin", ExportOptions())
     with pytest.raises(UserError, match="does not exist"):
         SpeakerModel.from_checkpoint(tmp_path / "none.onnx")
+
+
+def test_a_pack_answers_as_its_checkpoint_with_and_without_torch(
+    once, tiny_checkpoint, tiny_data, tiny_recordings, tmp_path, repo_root
+):
+    path = tmp_path / "voices.zip"
+    pack(str(tiny_checkpoint), str(path), PackOptions(data=str(tiny_data)))
+    assert {"model.onnx", "speakers.json", "features.json"} <= set(packed.Pack(path).files)
+    model, theirs = map(SpeakerModel.from_checkpoint, (tiny_checkpoint, path))
+    corpus = Corpus.open(tiny_data)
+    utterances = [corpus.read(row) for row in range(8)]
+    np.testing.assert_array_equal(theirs.scores(utterances), model.scores(utterances))
+    assert theirs.sha256 == model.sha256
+    assert model.sha256 in packed.Pack(path).read(packed.CARD).decode()
+    recordings = [str(tiny_recordings / name / "9.wav") for name in ("dora", "anna")]
+    program = (
+        "import sys; sys.modules.update(torch=None, torchaudio=None, safetensors=None)\n"
+        "from fairseq_ext.speaker.identify import main\n"
+        "main(sys.argv[1:])"
+    )
+    done = without_torch(program, repo_root, *recordings, "--path", path)
+    names = [found.speaker for found in model.identify(recordings)]
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert rows == [list(row) for row in zip(recordings, names, strict=True)], done.stderr
+
+
+def test_a_file_can_be_pickled(written, recordings):
+    theirs = SpeakerModel.from_checkpoint(written / "inside.onnx")
+    again = pickle.loads(pickle.dumps(theirs))
+    np.testing.assert_array_equal(again.scores(recordings), theirs.scores(recordings))
 
 
 # --- features without torch ------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from ext_common.cli import UserError
-from fairseq_ext.speaker import features
+from fairseq_ext.speaker import audio
 from fairseq_ext.speaker.features import (
     BLOCK_FRAMES,
     AudioError,
@@ -194,7 +194,7 @@ def test_a_cut_equals_that_part_of_the_whole(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", ["flac", "mp3"])
 def test_several_cuts_of_one_open_recording(tmp_path, ending, monkeypatch):
-    monkeypatch.setattr(features, "DECODE_SAMPLES", 7001)
+    monkeypatch.setattr(audio, "DECODE_SAMPLES", 7001)
     path = tmp_path / f"a.{ending}"
     soundfile.write(path, noise(5 * RATE), RATE)
     whole = load_audio(path, RATE)

@@ -46,6 +46,17 @@ def test_folder_takes_the_first_directory_as_speaker(tmp_path):
     assert found.records[0].path == tmp_path / "al/o.ogg"
 
 
+def test_folder_says_what_it_passes_over_and_how_to_have_it(tmp_path):
+    touch(tmp_path, "al/a.opus", "al/b.AIFF", "al/c.caf", "al/d.M4A", "al/e.m4a", "al/f.txt")
+    found = read("folder", tmp_path)
+    assert [r.record_id for r in found.records] == ["al/a.opus", "al/b.AIFF", "al/c.caf"]
+    (said,) = found.warnings
+    assert said.startswith("3 files") and "2 .m4a, 1 .txt" in said and "ffmpeg -i d.M4A" in said
+    touch(tmp_path / "phone", "al/a.m4a")
+    with pytest.raises(UserError, match="holds no audio.*convert audio first"):
+        read("folder", tmp_path / "phone")
+
+
 def test_folder_follows_links_and_survives_a_circle(tmp_path):
     touch(tmp_path, "elsewhere/bob/a.wav")
     source = tmp_path / "source"

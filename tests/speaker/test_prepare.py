@@ -181,7 +181,7 @@ def test_bad_files_are_reported_and_left_out(tmp_path, source, capsys):
         "s1/text.flac": "corrupt",
         "s2/zero.ogg": "empty",
     }
-    assert "0.050 s, --min-seconds is 0.1" in bad["s0/short.wav"]["detail"]
+    assert "0.050 s, at least 0.1 s" in bad["s0/short.wav"]["detail"]
     printed = capsys.readouterr().err
     assert "4 of 19 utterances cannot be used" in printed and "s1/text.flac" in printed
 
@@ -267,9 +267,9 @@ def test_cuts_in_any_order_keep_the_order_of_the_table(tmp_path, capsys, monkeyp
 def counting_opener(opened):
     from fairseq_ext.speaker.features import Recording
 
-    def opener(path):
+    def opener(path, *args):
         opened.append(path.name)
-        return Recording(path)
+        return Recording(path, *args)
 
     return opener
 
@@ -710,3 +710,34 @@ def test_the_shape_of_the_course_data(tmp_path):
     rows = corpus.rows("test")
     assert [corpus.ids[row] for row in rows] == [entry["feature_path"] for entry in listed]
     assert corpus.lengths[rows].tolist() == [entry["mel_len"] for entry in listed]
+
+
+# --- how much there is of each -----------------------------------------------------------------
+
+
+def test_uneven_speakers_are_said_and_trained_on_evenly(tmp_path, capsys):
+    from ext_common.presets import Machine
+    from fairseq_ext.speaker import presets
+
+    source = recordings(tmp_path / "source", speakers=3, each=3)
+    long = source / "s2" / "long.wav"
+    soundfile.write(long, noise(12.0, 1), RATE)
+    (source / "S2").mkdir()
+    for n in range(3):
+        soundfile.write(source / "S2" / f"{n}.wav", noise(0.4, 70 + n), RATE)
+    prepare(source, tmp_path / "data", one(valid_fraction=0.0, test_fraction=0.0))
+    shown = capsys.readouterr()
+    assert "'S2' and 's2' are taken for 2 speakers" in shown.err
+    assert "(s2) in train" in shown.out and "as many crops of each" in shown.out
+    facts = presets.read(str(tmp_path / "data"), {})
+    flags = {}
+    for choice in presets.choose(facts, Machine(), {}):
+        flags |= choice.flags
+    assert flags["--balance"] == "speaker"
+    assert flags["--best-checkpoint-metric"] == "speaker_accuracy"
+
+
+def test_one_speaker_is_nobody_to_tell_apart(tmp_path, capsys):
+    source = recordings(tmp_path / "source", speakers=1, each=3)
+    prepare(source, tmp_path / "data", one())
+    assert "one speaker in train" in capsys.readouterr().err

@@ -218,6 +218,12 @@ class TestOnPreparedData:
         with pytest.raises(UserError, match="no split 'dev'.*train"):
             task_of(data=str(tiny_data)).load_dataset("dev")
 
+    def test_one_speaker_is_refused(self, tiny_data, monkeypatch):
+        task = task_of(data=str(tiny_data))
+        monkeypatch.setattr(task.corpus, "labels", np.zeros_like(task.corpus.labels))
+        with pytest.raises(UserError, match="one speaker only"):
+            task.load_dataset("train")
+
     def test_mistyped_augmentation(self, tiny_data):
         with pytest.raises(UserError, match="did you mean 'channel'"):
             task_of(data=str(tiny_data), augment="chanel").load_dataset("train")

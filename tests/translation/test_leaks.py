@@ -87,7 +87,7 @@ def test_reason_has_the_figures(guard):
     line = "So the ferry to the island leaves twice a day in summer."
     # 11 words have 9 trigrams, the last word is part of one
     assert guard.find(line, "en") == (
-        "it contains 8 of the 9 3-grams (words) of a line of valid or test"
+        "it shares 8 of the 9 3-grams (words) of a line of valid or test"
     )
 
 

@@ -290,14 +290,14 @@ def test_done_already_is_left_alone(small, capsys):
 
 def test_other_options_or_files_need_overwrite(tmp_path):
     source = tsv(tmp_path / "a.tsv", bitext(60))
-    run(source, tmp_path / "data", spm_size=330)
-    with pytest.raises(UserError, match=r"prepared with --spm-size 330, not 340: use --overwrite"):
-        run(source, tmp_path / "data", spm_size=340)
+    run(source, tmp_path / "data", spm_size=430)
+    with pytest.raises(UserError, match=r"prepared with --spm-size 430, not 440: use --overwrite"):
+        run(source, tmp_path / "data", spm_size=440)
     other = tsv(tmp_path / "b.tsv", bitext(70))
     with pytest.raises(UserError, match="other content of files"):
-        run(other, tmp_path / "data", spm_size=330)
-    assert Corpus.open(tmp_path / "data").codec("en").size <= 330
-    run(other, tmp_path / "data", spm_size=330, overwrite=True)
+        run(other, tmp_path / "data", spm_size=430)
+    assert Corpus.open(tmp_path / "data").codec("en").size <= 430
+    run(other, tmp_path / "data", spm_size=430, overwrite=True)
     check_folder(tmp_path / "data", [other])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tsv", "b.tsv", "data"]
 
@@ -563,11 +563,15 @@ def test_more_data_with_the_same_models(small, tmp_path):
     leaks.append(("Some other sentence is here", leaks[1][1].removesuffix("。")))
     new[10:10] = leaks
     source = tsv(tmp_path / "new.tsv", new)
-    with pytest.raises(UserError, match=r"4 pairs of INPUT occur in .*line 11: .*--on-leak remove"):
+    with pytest.raises(
+        UserError, match=r"pairs of INPUT 4 have a side that .*line 11: .*--on-leak remove.*keep"
+    ):
         run(source, tmp_path / "data", vocab_from=str(small[1]))
     assert [path.name for path in tmp_path.iterdir()] == ["new.tsv"]
     report = run(source, tmp_path / "data", vocab_from=str(small[1]), on_leak="remove")
     assert report["counts"]["removed"] == {"leak": 4}
+    report = run(source, tmp_path / "kept", vocab_from=str(small[1]), on_leak="keep")
+    assert report["counts"]["leaks_kept"] == 4 and report["counts"]["removed"] == {}
     assert [int(row[0]) for row in rejects(tmp_path / "data")] == [11, 12, 13, 14]
     corpus = Corpus.open(tmp_path / "data")
     assert corpus.splits == {"train": 90}
@@ -614,7 +618,7 @@ def test_given_valid_and_test_are_used_as_they_are(tmp_path):
     test = parallel(tmp_path, [(f"Perhaps {a}", f"也许{b}") for a, b in pairs[20:50]], "test")
     source = tsv(tmp_path / "x.tsv", pairs)
     given = {"valid": [str(valid)], "test": list(map(str, test))}
-    with pytest.raises(UserError, match=r"pairs of INPUT occur in --valid or --test \(line 1: "):
+    with pytest.raises(UserError, match=r"INPUT \d+ have a side .* --valid or --test \(line 1: "):
         run(source, tmp_path / "data", **given)
     report = run(source, tmp_path / "data", on_leak="remove", **given)
     found = splits(tmp_path / "data")

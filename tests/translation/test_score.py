@@ -191,7 +191,7 @@ def test_paired_tests_are_sacrebleus(kind, monkeypatch):
         assert found.metrics[key].value == pytest.approx(theirs.score)
         assert found.comparisons[key].baseline == pytest.approx(results[name][0].score)
         ours = found.comparisons[key]
-        p = ours.bootstrap_p if kind == "bs" else ours.randomisation_p
+        p = ours.sacrebleu_bootstrap_p if kind == "bs" else ours.randomisation_p
         # float32 sums there, float64 here; and a p that is neither the least nor the largest.
         assert p == pytest.approx(theirs.p_value, abs=0.003)
         assert 1 / 501 < p < 1
@@ -205,6 +205,28 @@ def test_resamples_are_what_indexing_gives():
     (scores,) = significance.bootstrap(lambda s: s[..., 0], rows, trials=40, seed=7)
     drawn = np.random.default_rng(7).choice(23, size=(40, 23), replace=True)
     np.testing.assert_array_equal(scores, rows[drawn, 0].sum(axis=1))
+
+
+def test_p_of_two_equal_systems_is_spread_evenly():
+    random = np.random.default_rng(3)
+    orders = np.arange(4)
+
+    def system(length):
+        totals = np.maximum(length[:, None] - orders, 0)
+        matches = random.binomial(totals, 0.6 * 0.7**orders)
+        return np.column_stack([length, length, matches, totals])
+
+    found = []
+    for trial in range(400):
+        length = random.integers(4, 15, 80)
+        pair = system(length), system(length)
+        found.append(significance.paired_bootstrap(significance.bleu, *pair, 200, seed=trial))
+    p = np.array([one.p for one in found])
+    # uniform: of 400 trials 20 ± 4.4 below 0.05, a mean of 0.5 ± 0.014
+    assert 0.025 < np.mean(p <= 0.05) < 0.085
+    assert 0.45 < p.mean() < 0.55
+    theirs = np.array([one.sacrebleu_p for one in found])
+    assert np.mean(theirs <= 0.05) > 0.085 and theirs.mean() < 0.25
 
 
 def test_nothing_depends_on_the_size_of_chunks(monkeypatch):

@@ -1,6 +1,7 @@
 """SentencePiece codecs: ids are fairseq's, text survives, symbols cannot be typed."""
 
 import pickle
+import string
 
 import pytest
 from hypothesis import given, settings
@@ -97,6 +98,26 @@ def test_little_text_gives_a_model_as_large_as_it_can(kind, lines, text, tmp_pat
     codec = Codec(train_model([few], kind=kind, pairs=lines), ("<BT>",))
     assert 260 < codec.size <= spm.default_size(lines, 100)
     assert codec.decode(codec.encode("the 鑫 cat")) == "the 鑫 cat"
+
+
+def test_digits_and_punctuation_are_pieces_whatever_the_text(tmp_path):
+    path = tmp_path / "letters"
+    path.write_text("a bc def ghijk lmnop\n" * 50, encoding="utf-8")
+    for kind in spm.KINDS:
+        codec = Codec(train_model([path], size=400, kind=kind), ["<BT>"])
+        text = string.digits + string.punctuation
+        bare = [codec.encode(f"a{one}")[-1] for one in text]
+        assert "".join(codec.pieces(bare)) == text, kind
+
+
+def test_rare_characters_are_pieces_where_that_is_asked_for(tmp_path):
+    path = tmp_path / "letters"
+    path.write_text("abcd\n" * 2000 + "龘\n", encoding="utf-8")
+    found = {
+        coverage: len(Codec(train_model([path], size=400, coverage=coverage)).encode("龘"))
+        for coverage in (0.9995, 1.0)
+    }
+    assert found[0.9995] > 3 and found[1.0] <= 2
 
 
 def test_the_same_text_gives_the_same_model(text):

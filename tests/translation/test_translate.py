@@ -270,3 +270,71 @@ def test_the_command_answers_each_typed_line(checkpoint, loaded, repo_root, tmp_
         assert process.stdout.read() == b""
         assert process.stderr.read().decode() == ""
     assert process.returncode == 0 and not any(tmp_path.iterdir())
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("flags", [[], ["--nbest", 2]])
+def test_killed_and_started_again_it_goes_on(flags, run, monkeypatch):
+    """25 lines, 10 at a time: the third ten are never reached, and the first twenty not done again."""
+    translator = echo()
+    monkeypatch.setattr(Translator, "from_checkpoint", lambda *args: translator)
+    monkeypatch.setattr(command, "KEPT", 10)
+    lines = [f"line {'abcdefghij'[i % 10] * (i // 3)}" for i in range(25)]
+    text = "\n".join(lines)
+    whole = run(text, *flags, output="whole.txt")[1]
+    assert len(whole.splitlines()) == 25 * (2 if flags else 1)
+    seen = []
+    translate_window = translator.translate_window
+
+    def window(lines, *more):
+        if len(seen) == 20:
+            raise Killed
+        seen.extend(lines)
+        return translate_window(lines, *more)
+
+    monkeypatch.setattr(translator, "translate_window", window)
+    with pytest.raises(Killed):
+        run(text, *flags)
+    assert not Path("out.txt").exists() and Path(".out.txt.partial").is_dir()
+    # what was written after the last state is written again
+    with open(".out.txt.partial/text", "ab") as file:
+        file.write(b"half a li")
+    seen.clear()
+    assert run(text, *flags)[1] == whole
+    assert seen == lines[20:]
+    assert not list(Path().glob(".out*"))
+    assert json.loads(Path("out.txt.manifest.json").read_text())["counts"]["in"] == 25
+
+
+def test_another_input_or_other_options_begin_anew(run, monkeypatch):
+    translator = echo()
+    monkeypatch.setattr(Translator, "from_checkpoint", lambda *args: translator)
+    monkeypatch.setattr(command, "KEPT", 1)
+    for text, flags in (("a\nb", []), ("b\nc", []), ("b\nc", ["--beam", 2])):
+        with pytest.raises(Killed), monkeypatch.context() as patch:
+            patch.setattr(command.Counts, "sentences", lambda self: (_ for _ in ()).throw(Killed))
+            patch.setattr(command, "atomic_write", lambda *args: (_ for _ in ()).throw(Killed))
+            run(text, *flags)
+        assert run(text, *flags)[1] == text + "\n"
+
+
+def test_averaged_weights_translate_where_they_are_asked_for(checkpoint, tmp_path, loaded):
+    import torch
+
+    from tests.trainings import read
+
+    state = read(checkpoint)
+    own = {"averaged.pt": {"ema": state["model"]}, "without.pt": {}}
+    blank = {key: torch.zeros_like(value) for key, value in state["model"].items()}
+    for name, extra in own.items():
+        extra_state = {**state["extra_state"], **extra}
+        torch.save({**state, "model": blank, "extra_state": extra_state}, tmp_path / name)
+    lines = ["I like red apples.", "we see big houses."]
+    found = Translator.from_checkpoint(tmp_path / "averaged.pt", threads=1, ema=True)
+    assert found(lines) == loaded(lines)
+    assert Translator.from_checkpoint(tmp_path / "averaged.pt", threads=1)(lines) != loaded(lines)
+    with pytest.raises(UserError, match="holds no averaged weights .*leave --ema out"):
+        Translator.from_checkpoint(tmp_path / "without.pt", ema=True)

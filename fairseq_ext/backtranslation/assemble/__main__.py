@@ -172,10 +172,7 @@ def assemble(data, synths, dest, options: AssembleOptions | None = None) -> dict
                 plan=plan,
             )
     print(table(report))
-    source, target = report["languages"]
-    command = next_command(dest).replace(
-        "--task translation_spm", f"--task translation_spm -s {source} -t {target}"
-    )
+    command = next_command(dest, Corpus.open(dest).splits, report["languages"])
     print(f"\nwritten to {dest}; next, for example:\n\n{command}")
     return report
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ext_common.cli import UserError
 from ext_common.parallel import cpus
-from fairseq_ext.backtranslation.assemble.checks import check_scripts
+from fairseq_ext.backtranslation.assemble.checks import check_languages, check_scripts
 from fairseq_ext.backtranslation.assemble.clean import (
     LEAK,
     Cleaner,
@@ -57,6 +57,7 @@ def fill(
         for number, synthetic in enumerate(synths, 1):
             drawn = survey(synthetic, bool(scorers), options.seed)
             check_scripts(synthetic, direction, drawn.pairs, bitext[: len(drawn.pairs)])
+            check_languages(synthetic, chain, drawn.pairs)
             for one in scorers:
                 one.fit_scores(drawn.scores)
             cleaner = Cleaner(f"bt{number}", synthetic, direction, corpus.convention, chain, guard)

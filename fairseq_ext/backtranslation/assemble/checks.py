@@ -2,9 +2,10 @@
 
 A set that is the wrong way round trains without an error, on sources that are targets. Three things are
 compared: which languages the reverse model reads and writes, which ones the files are named after, and the
-script of the text. Languages of one script (English and German) can only be checked by the first two.
+script of the text; of languages of one script (English and German) the n-grams of the bitext's sides.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import median
 
@@ -13,6 +14,7 @@ import regex
 from ext_common.cli import UserError, progress
 from ext_common.manifest import MANIFEST_NAME, sha256_file
 from fairseq_ext.backtranslation.assemble.synthetic import Synthetic
+from fairseq_ext.translation.prepare.filter_chain import FilterChain
 from fairseq_ext.translation.text.normalise import language, script_share, unit
 
 LEAST = 0.5
@@ -107,6 +109,20 @@ def check_scripts(
                 f"{names[place]}: {share:.0%} of the letters of a typical line are of {lang}, in the "
                 f"bitext {expected:.0%}: give text of that language"
             )
+
+
+def check_languages(
+    synthetic: Synthetic, chain: FilterChain, pairs: Sequence[tuple[str, str]]
+) -> None:
+    """UserError where most pairs of a sample have a side in the other side's language."""
+    judge = chain.filters.get("language")
+    reasons = Counter(filter(None, (judge(*pair) for pair in pairs))) if judge else Counter()
+    if reasons.total() > LEAST * len(pairs):
+        told = " and ".join(f"of {count:,} {reason}" for reason, count in reasons.most_common())
+        raise UserError(
+            f"{synthetic.path}: of {len(pairs):,} pairs {told}: generate again from text of the real "
+            "language, with the model that reads it"
+        )
 
 
 def typical_share(lines: Iterable[str], lang: str) -> float:

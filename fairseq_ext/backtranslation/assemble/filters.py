@@ -27,7 +27,7 @@ from fairseq_ext.translation.prepare.hashes import HashSet, text_hash
 from fairseq_ext.translation.text.normalise import match_key
 
 DEFAULT_SYNTHETIC_FILTERS = (
-    "empty; leftovers; length; script; identical; repetition; length_ratio; "
+    "empty; leftovers; length; script; language; identical; repetition; length_ratio; "
     "ratio_quantile; duplicate"
 )
 _ENOUGH_PAIRS = 100

@@ -47,6 +47,8 @@ from fairseq_ext.backtranslation.models.backends import (
 )
 from fairseq_ext.backtranslation.modes import MODES, Mode, make_mode
 from fairseq_ext.translation.prepare.leaks import Guard
+from fairseq_ext.translation.text import identify
+from fairseq_ext.translation.text.languages import check_code
 from fairseq_ext.translation.text.normalise import language
 
 # These change how fast DEST comes about, or are part of what describe_model says.
@@ -117,6 +119,8 @@ class GenerateOptions(ModelOptions):
         super().__post_init__()
         if not self.model:
             raise ValueError("--model is missing: give the model that reads the language of MONO")
+        if self.lang is not None:
+            check_code(self.lang, "--lang")
         for name in ("nbest", "round", "chunk_lines"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
@@ -201,8 +205,7 @@ def share(
                 )
 
             def judge(line: str) -> str | None:
-                reason = guard(line) if guard else None
-                return reason and f"leak: {reason}"
+                return guard(line) if guard else None
 
             Worker(chunks, pieces, model, mode, judge).run(meter.show)
     last = Claims(chunks.folder / MERGE, owner, heart, claiming.PATIENCE)
@@ -257,13 +260,15 @@ def real_language(options: GenerateOptions, model: Mapping[str, Any]) -> str:
 
 
 def check_language(lines: Sequence[str], lang: str, name: str) -> None:
-    """UserError where typical lines are in the script of another language."""
+    """UserError where typical lines are in another language, or its script."""
     share = typical_share(lines, lang)
     if share < LEAST:
         raise UserError(
             f"{name} is not {lang}, which the model reads: {share:.0%} of the letters of a typical line are "
             "of its script; give text of that language (--no-sanity-check where it is written that way)"
         )
+    remedy = " (--no-sanity-check where it is of that language all the same)"
+    identify.check_language(lines, lang, name, remedy=remedy)
 
 
 def make_plan(
@@ -286,7 +291,10 @@ def make_plan(
         "nbest": options.nbest,
         "guard": guard.sha256 if guard else None,
         "chunk_lines": options.chunk_lines,
-        "model_options": {name: getattr(options, name) for name in names},
+        # a folder of before `split` was there goes on
+        "model_options": {
+            n: getattr(options, n) for n in names if n != "split" or not options.split
+        },
     }
 
 

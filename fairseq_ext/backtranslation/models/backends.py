@@ -22,10 +22,14 @@ from ext_common.random import line_seed
 from ext_common.registry import Registry
 from fairseq_ext.backtranslation.modes import Mode
 from fairseq_ext.translation.decode.checkpoint import read_state, split_paths
-from fairseq_ext.translation.decode.options import Source
-from fairseq_ext.translation.decode.translator import Translator
+from fairseq_ext.translation.decode.options import Candidate, Source
+from fairseq_ext.translation.decode.translator import Translator, mean_score
+from fairseq_ext.translation.text.languages import check_code
+from fairseq_ext.translation.text.normalise import BROKEN
 
 BACKENDS = Registry("backend")
+# The ids of the parts of a line, one mostly.
+Parts = tuple[tuple[int, ...], ...]
 
 
 @dataclass
@@ -62,6 +66,13 @@ class ModelOptions:
         metadata={"help": "output ends at the latest after A · pieces of the source + B pieces: A"},
     )
     max_len_b: int = field(default=50, metadata={"help": "B of the same, in pieces"})
+    split: bool = field(
+        default=True,
+        metadata={
+            "help": "translate the sentences of a line one by one, where the training of a checkpoint had "
+            "one in a line or the line is longer than nearly all of its lines"
+        },
+    )
     prefix: Optional[str] = field(
         default=None,
         metadata={"help": "put before each line for a Hugging Face model, such as >>eng<<"},
@@ -91,6 +102,9 @@ class ModelOptions:
                     f"--{name.replace('_', '-')} must lie between 0 and 1,000,000, got "
                     f"{getattr(self, name)}"
                 )
+        for name in ("model_source", "model_target"):
+            if getattr(self, name) is not None:
+                check_code(getattr(self, name), f"--{name.replace('_', '-')}")
 
     def lengths(self) -> dict[str, Any]:
         """Fields of `DecodeOptions`."""
@@ -122,15 +136,26 @@ class ReverseModel:
         self.target_lang = translator.vocabulary.target_lang
         self.sha256 = description["sha256"]
 
-    def encode(self, lines: Sequence[str]) -> list[tuple[int, ...]]:
-        """Ids of each line, none where there is nothing to translate; may run beside `translate`."""
+    def encode(self, lines: Sequence[str]) -> list[Parts]:
+        """Ids of the parts of each line, none where there is nothing to translate; may run beside
+        `translate`. There is more than one part where a paragraph is split into sentences."""
+        return list(map(self._parts, lines))
+
+    def _parts(self, line: str) -> Parts:
         vocabulary = self.translator.vocabulary
-        cleaned = map(vocabulary.clean, lines)
-        return [tuple(vocabulary.encode(text)) if text else () for text in cleaned]
+        text = vocabulary.clean(line)
+        if not text:
+            return ()
+        ids = vocabulary.encode(text)
+        split = getattr(vocabulary, "sentences", None) if self.options.split else None
+        sentences = split(text, ids) if split else [text]
+        if len(sentences) == 1:
+            return (tuple(ids),)
+        return tuple(tuple(vocabulary.encode(one)) for one in sentences)
 
     def translate(
         self,
-        encoded: Sequence[tuple[int, ...]],
+        encoded: Sequence[Parts],
         numbers: Sequence[int],
         mode: Mode,
         seed: int = 1,
@@ -146,41 +171,50 @@ class ReverseModel:
         options = mode.search(nbest, **self.options.lengths())
         longest = self.translator.backend.max_source
         sources = []
-        for ids, number in zip(encoded, numbers, strict=True):
-            if not ids or len(ids) > longest:
+        for parts, number in zip(encoded, numbers, strict=True):
+            if not parts or max(map(len, parts)) > longest:
                 sources.append([])
             elif options.sampled:
                 seeds = [line_seed(seed, number, round, rank) for rank in range(nbest)]
-                sources.append([Source(ids, one) for one in seeds])
+                drawn = [(ids, one, place) for one in seeds for place, ids in enumerate(parts)]
+                # the first part has the seed of the line, as a line of one part has
+                sources.append([Source(i, line_seed(s, p, 0) if p else s) for i, s, p in drawn])
             else:
-                sources.append([Source(ids)])
+                sources.append([Source(ids) for ids in parts])
         decoded = self.translator.decode_window(sources, options, done)
         found = []
-        for ids, number, candidates in zip(encoded, numbers, decoded, strict=True):
+        for parts, number, candidates in zip(encoded, numbers, decoded, strict=True):
             if not candidates:
-                found.append([Line("", None, self._why_not(ids))] * nbest)
+                found.append([Line("", None, self._why_not(parts))] * nbest)
                 continue
-            # a sample is a source of its own, the hypotheses of a search are of one source
-            flat = [one for several in candidates for one in several]
-            flat += [flat[-1]] * (nbest - len(flat))
-            seeds = [line_seed(seed, number, round, rank) for rank in range(nbest)]
-            found.append([self._line(c, mode, s) for c, s in zip(flat, seeds, strict=True)])
+            lines = []
+            for rank in range(nbest):
+                if options.sampled:
+                    # a sample is a source of its own, the hypotheses of a search are of one source
+                    own = [c[0] for c in candidates[rank * len(parts) : (rank + 1) * len(parts)]]
+                else:
+                    own = [c[min(rank, len(c) - 1)] for c in candidates]
+                lines.append(self._line(own, mode, line_seed(seed, number, round, rank)))
+            found.append(lines)
         return found
 
-    def _why_not(self, ids: tuple[int, ...]) -> str:
-        if not ids:
+    def _why_not(self, parts: Parts) -> str:
+        if not parts:
             return "the line is empty"
         longest = self.translator.backend.max_source
-        return f"the line has {len(ids)} pieces, the model holds {longest}"
+        return f"the line has {max(map(len, parts))} pieces, the model holds {longest}"
 
-    def _line(self, candidate, mode: Mode, seed: int) -> Line:
-        if candidate.cut:
-            return Line("", None, f"the output did not end within {len(candidate.ids)} pieces")
-        text = self.translator.vocabulary.text(candidate.ids)
-        if "\ufffd" in text:
+    def _line(self, parts: Sequence[Candidate], mode: Mode, seed: int) -> Line:
+        for one in parts:
+            if one.cut:
+                return Line("", None, f"the output did not end within {len(one.ids)} pieces")
+        vocabulary = self.translator.vocabulary
+        texts = [vocabulary.text(one.ids) for one in parts]
+        text = texts[0] if len(texts) == 1 else vocabulary.join(texts)
+        if BROKEN in text:
             return Line("", None, "the output has bytes that are no character")
         text = mode.finish(text, seed, self.target_lang) if text else text
-        return Line(text, candidate.score) if text else Line("", None, "the output is empty")
+        return Line(text, mean_score(parts)) if text else Line("", None, "the output is empty")
 
 
 def describe_model(path: str, options: ModelOptions) -> dict[str, Any]:

@@ -6,8 +6,10 @@
 The file is written only if it computes what the model does.
 """
 
+import base64
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Optional
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
@@ -34,7 +36,7 @@ frames, mels), and `lengths` int64 (batch,), how many of them are the utterance'
 `embedding` float32 (batch, D) and `scores` float32 (batch, speakers): cosines, or log-probabilities of a
 model with a linear head. Samples are mono, in [-1, 1], at the rate of the specification; where this asks
 for it, silence is trimmed and loudness set before. The metadata `fairseq_ext.speaker` holds, as JSON, the
-speakers, the feature specification and the hash of the model.
+speakers, the feature specification, the hash of the model and the --backend.
 
 Written only if it agrees with the model: batches of 1, 2 and 5 utterances of 1 to 3,000 frames, alike and
 padded, differ by no more than 1e-4; with --data, the file says the same name for each utterance of the
@@ -68,6 +70,13 @@ class ExportOptions:
         metadata={"help": "prepared folder on whose --subset model and file are compared"},
     )
     subset: str = field(default="test", metadata={"help": "split of --data to compare on"})
+    backend: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "file of verify --fit or --calibrate to put into the file: verify and gallery then use it"
+            " where they are given none"
+        },
+    )
     user_dir: Optional[str] = field(
         default=None,
         metadata={"help": "plugin with the model's parts; none: the one it was trained with"},
@@ -132,6 +141,8 @@ def checked(model, checkpoint: str, options: ExportOptions) -> tuple[bytes, dict
         weights=options.weights,
         sha256=model.sha256,
     )
+    if options.backend:
+        described = replace(described, backend=read_backend(options.backend, described))
     scorer = graph.Scorer(model.network.float(), model.score_kind == "log-probability")
     made = graph.scorer_graph(scorer, model.spec.n_mels)
     if options.weights == "int8":
@@ -140,6 +151,7 @@ def checked(model, checkpoint: str, options: ExportOptions) -> tuple[bytes, dict
     network = ExportedNetwork(data, f"the file of {checkpoint}")
     result: dict = {}
     if options.data:
+        # prepared data are features: measured before those are put inside
         result["accuracy"] = compare(model, ExportedModel(network), checkpoint, options)
     if options.features == "inside":
         made = graph.joined(graph.front_graph(model.spec), made)
@@ -152,6 +164,14 @@ def checked(model, checkpoint: str, options: ExportOptions) -> tuple[bytes, dict
             f" up to {gap.largest:.1e}, {parity.TOLERANCE:.0e} is accepted: please report it"
         )
     return data, {**result, "difference": gap.largest, "cosine": gap.cosine}
+
+
+def read_backend(path: str, described: Description) -> str:
+    """The bytes of a backend, in base 64; UserError where it is none, or of another model."""
+    from fairseq_ext.speaker.verify.backend import Backend
+
+    Backend.load(path).check_model(described.model_sha256, path)
+    return base64.b64encode(Path(path).read_bytes()).decode()
 
 
 def compare(model, theirs, checkpoint: str, options: ExportOptions) -> dict:

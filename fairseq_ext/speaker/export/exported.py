@@ -3,7 +3,9 @@
 The metadata of the file has under `KEY`, as JSON, what `Description` has.
 """
 
+import base64
 import hashlib
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -34,7 +36,8 @@ class Description:
 
     features: "inside" where it takes samples, "outside" where it takes features made by `spec`.
     score_kind: as of `SpeakerModel`. weights: how they are stored, "float32" or "int8".
-    sha256: of the checkpoint's model, see `SpeakerModel.sha256`.
+    sha256: of the checkpoint's model, see `SpeakerModel.sha256`. backend: the bytes of a backend of
+    `speaker.verify`, in base 64, or "".
     """
 
     speakers: tuple[str, ...]
@@ -43,6 +46,7 @@ class Description:
     score_kind: str
     weights: str
     sha256: str
+    backend: str = ""
     version: int = VERSION
 
     @property
@@ -91,12 +95,22 @@ class ExportedNetwork:
             self.spec: FeatureSpec = made.from_dict(self.description.spec)
         except (ValueError, KeyError, TypeError, UserError) as error:
             raise UserError(f"{name} has unreadable metadata ({error}): {_REMEDY}") from None
-        self.name = name
+        self.name, self._source = name, source
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a session cannot be pickled, what it was made of can
+        return type(self), (self._source, self.name)
 
     @property
     def inside(self) -> bool:
         """Whether it makes the features itself."""
         return self.description.features == "inside"
+
+    @property
+    def backend(self) -> io.BytesIO | None:
+        """The backend of `speaker.verify` that was exported along, as a file."""
+        text = self.description.backend
+        return io.BytesIO(base64.b64decode(text)) if text else None
 
     def samples(self, utterance: np.ndarray) -> np.ndarray:
         """The utterance of a network that makes the features itself; UserError for features."""

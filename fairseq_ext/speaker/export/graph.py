@@ -90,17 +90,25 @@ def exported(
     import_onnx()
     batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
     shapes = [{0: batch, 1: time}, *({0: batch} for _ in example[1:])]
-    with quiet():
-        program = torch.onnx.export(
-            module,
-            example,
-            dynamo=True,
-            input_names=list(inputs),
-            output_names=list(outputs),
-            dynamic_shapes=shapes,
-            opset_version=OPSET,
-            verbose=False,
-        )
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                module,
+                example,
+                dynamo=True,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=shapes,
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines()[0]
+        raise UserError(
+            f"torch's exporter cannot make a graph of this network ({type(cause).__name__}: {reason}): a part"
+            " of a plugin that looks at values or sizes asks torch.compiler.is_exporting()"
+        ) from error
     assert program is not None
     return program.model_proto
 

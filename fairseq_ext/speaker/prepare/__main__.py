@@ -25,7 +25,7 @@ from ext_common.manifest import MANIFEST_NAME, clear_temporary, sha256_file, wri
 from ext_common.registry import UnknownName
 from ext_common.store import StoreWriter, discard, interrupted_key, store_paths
 from fairseq_ext.speaker.corpus import Corpus, write_corpus
-from fairseq_ext.speaker.features import FeatureSpec
+from fairseq_ext.speaker.features import MIN_SECONDS, FeatureSpec
 from fairseq_ext.speaker.prepare.extract import extract_all
 from fairseq_ext.speaker.prepare.layouts import LAYOUTS
 from fairseq_ext.speaker.prepare.report import report_bad, report_duplicates, table, warn
@@ -97,7 +97,7 @@ class PrepareOptions:
     )
     seed: int = field(default=1, metadata={"help": "of the splits that are drawn"})
     min_seconds: float = field(
-        default=0.1, metadata={"help": "shorter utterances are left out (seconds)"}
+        default=MIN_SECONDS, metadata={"help": "shorter utterances are left out (seconds)"}
     )
     max_bad: float = field(
         default=0.01, metadata={"help": "fail when more than this fraction cannot be used"}
@@ -304,7 +304,7 @@ def save_manifest(dest, found, options, spec, record):
     write_manifest(
         dest,
         inputs={str(path): sha256_file(path) for path in found.inputs},
-        options={**asdict(options), **asdict(spec)},
+        options={**asdict(options), **spec.to_dict()},
         seed=options.seed,
         **record,
     )

@@ -12,7 +12,7 @@ import numpy as np
 
 from ext_common.parallel import in_order
 from ext_common.threads import limited
-from fairseq_ext.speaker.features import AudioError, Recording, log_mel, resample
+from fairseq_ext.speaker.features import AudioError, Recording, samples_features
 
 # What one call to a worker reads at least, so that small files do not pay for the way there.
 CALL_BYTES = 1 << 20
@@ -89,7 +89,7 @@ def extract(task, spec, min_seconds, from_audio):
     if not from_audio:
         return [guarded(n, ready_features, record, spec, min_seconds) for n, record in task]
     try:
-        recording = Recording(task[0][1].path)
+        recording = Recording(task[0][1].path, spec.channel)
     except AudioError as error:
         return [Outcome(number, None, None, (error.reason, str(error))) for number, _ in task]
     in_time = sorted(task, key=lambda item: item[1].start or 0.0)
@@ -112,15 +112,9 @@ def guarded(number, function, record, *args):
 def cut_features(record, spec, min_seconds, recording):
     """(features, digest) of a record of an open recording; equal to features.audio_features."""
     samples = recording.read(record.start, record.end)
-    found = len(samples) / recording.rate
-    if found < min_seconds:
-        raise AudioError(
-            "too short", f"{record.path}: {found:.3f} s, --min-seconds is {min_seconds}"
-        )
-    if samples.max() == samples.min():
-        raise AudioError("silent", f"{record.path}: all samples are {samples[0]:g}")
+    name = str(record.path)
+    features = samples_features(samples, recording.rate, spec, name, min_seconds)
     digest = content_digest(samples, recording.rate)
-    features = log_mel(resample(samples, recording.rate, spec.sample_rate, record.path), spec)
     check_length(features, record, spec, min_seconds)
     return features, digest
 

@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 from ext_common.cli import UsageError, UserError
 from ext_common.registry import Registry
 from fairseq_ext.speaker.prepare.tables import (
-    audio_files,
+    AUDIO_ENDINGS,
     check_cut,
     csv_rows,
+    files_below,
     json_object,
     kaldi_table,
+    passed_over,
     seconds,
 )
 
@@ -71,10 +73,16 @@ class Source:
 
 @LAYOUTS.register("folder")
 def read_folder(source: Path, options: Any) -> Source:
-    """SRC/<speaker>/**/*.{wav,flac,ogg,mp3}, or any tree with --pattern."""
+    """SRC/<speaker>/**/*.{wav,flac,ogg,opus,mp3,aiff,caf …}, or any tree with --pattern."""
     pattern = compile_pattern(options.pattern) if options.pattern else None
     found = Source([])
-    for relative in audio_files(source):
+    files = files_below(source)
+    others = passed_over(files)
+    if others:
+        found.warnings.append(others)
+    for relative in files:
+        if not relative.lower().endswith(AUDIO_ENDINGS):
+            continue
         try:
             relative.encode()
         except UnicodeEncodeError:
@@ -99,7 +107,8 @@ def read_folder(source: Path, options: Any) -> Source:
         found.records.append(Record(relative, source / relative, known, split, group=group))
     if not found.records and not found.bad:
         raise UserError(
-            f"{source} holds no audio: expected {source}/SPEAKER/*.wav, .flac, .ogg or .mp3"
+            f"{source} holds no audio: expected {source}/SPEAKER/*.wav, .flac, .ogg, .mp3 …"
+            + (f"; {others}" if others else "")
         )
     return found
 

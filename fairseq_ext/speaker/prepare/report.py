@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fairseq_ext.speaker.balance import is_uneven, speaker_frames
 from fairseq_ext.speaker.prepare.layouts import Bad
 
 EXAMPLES = 3
@@ -31,7 +32,24 @@ def table(corpus: Any) -> str:
         unlabelled = int((labels < 0).sum())
         if unlabelled and name != "all":
             lines.append(f"          ({unlabelled} of {chosen.sum()} without a speaker)")
-    return "\n".join(lines)
+    return "\n".join(lines + shares(corpus))
+
+
+def shares(corpus: Any) -> list[str]:
+    """A line on speakers with much less or more speech in train than the others, if there are such."""
+    trained = (corpus.splits == "train") & (corpus.labels >= 0)
+    frames = speaker_frames(corpus.lengths[trained], corpus.labels[trained])
+    if not is_uneven(frames):
+        return []
+    names = [corpus.speakers[label] for label in np.unique(corpus.labels[trained])]
+    (least, few), (most, many) = (
+        (frames[i] * corpus.spec.seconds_per_frame, names[i])
+        for i in (int(frames.argmin()), int(frames.argmax()))
+    )
+    return [
+        f"speakers have from {least:.1f} s ({few}) to {most:.1f} s ({many}) in train: where you say"
+        " nothing, training draws as many crops of each (--balance speaker)"
+    ]
 
 
 def report_bad(bad: Sequence[Bad], total: int, allowed: float) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, fields, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unicodedata import normalize
 
 from ext_common.cli import UsageError, UserError
 from ext_common.store import Entry
@@ -89,7 +90,7 @@ def make_plan(found: Source, options: Any, spec: FeatureSpec) -> dict[str, Any]:
     inventory.update(json.dumps(sorted(item[:2] for item in found.bad)).encode())
     chosen = {k: v for k, v in asdict(options).items() if k not in RUN_ONLY}
     chosen["csv"] = None  # where the table lies is no matter, what it says is in the inventory
-    return {"options": chosen, "features": asdict(spec), "recordings": inventory.hexdigest()}
+    return {"options": chosen, "features": spec.to_dict(), "recordings": inventory.hexdigest()}
 
 
 def gather(
@@ -167,14 +168,29 @@ def divide(
         warnings.append(
             f"{len(unseen)} speakers are not in train and cannot be recognised, e.g. {unseen[0]}"
         )
+    if len(trained - {None}) == 1:
+        warnings.append("there is one speaker in train: nobody to tell apart, training refuses it")
     if TRAIN in splits and "valid" not in splits:
         warnings.append("there is no valid split: training needs --disable-validation")
     names = found.speakers or sorted(set(speakers) - {None})
+    warnings += alike(names)
     rows = [
         (record.record_id, record.speaker, split, group, offset, length)
         for (record, offset, length), split, group in zip(kept, splits, groups, strict=True)
     ]
     return rows, names, warnings
+
+
+def alike(names: Sequence[str]) -> list[str]:
+    """A warning for names that differ in capitals or in the encoding of letters only."""
+    same: dict[str, list[str]] = {}
+    for name in names:
+        same.setdefault(normalize("NFKC", name).casefold(), []).append(name)
+    return [
+        f"{' and '.join(map(repr, several))} are taken for {len(several)} speakers: rename if they are one"
+        for several in same.values()
+        if len(several) > 1
+    ]
 
 
 def group_of(record: Record, group_by: str) -> str | None:

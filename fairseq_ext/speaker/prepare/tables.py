@@ -4,18 +4,33 @@ import csv
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ext_common.cli import UserError
 
-AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
+# what libsndfile reads
+AUDIO_ENDINGS = (
+    *(".wav", ".flac", ".ogg", ".mp3", ".opus", ".oga", ".aiff", ".aif", ".aifc", ".au", ".snd"),
+    *(".caf", ".w64", ".rf64", ".voc", ".nist", ".sph"),
+)
+# what it does not, though sound may be in it
+OTHER_AUDIO = (
+    *(".m4a", ".aac", ".mp4", ".wma", ".amr", ".3gp", ".webm", ".mkv", ".mka", ".mov", ".avi"),
+    *(".ac3", ".ape", ".wv", ".mp2", ".dsf", ".spx", ".tta", ".m4b"),
+)
 Table = dict[str, tuple[int, tuple[str, ...]]]
 
 
 def audio_files(source: Path) -> list[str]:
     """Relative paths (with /) of the audio files below `source`, sorted, without hidden ones."""
+    return [name for name in files_below(source) if name.lower().endswith(AUDIO_ENDINGS)]
+
+
+def files_below(source: Path) -> list[str]:
+    """Relative paths (with /) of all files below `source`, sorted, without hidden ones."""
     files: list[str] = []
     seen: set[str] = set()
     for folder, folders, names in os.walk(source, followlinks=True):
@@ -26,10 +41,20 @@ def audio_files(source: Path) -> list[str]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         prefix = Path(folder).relative_to(source)
-        for name in names:
-            if name.lower().endswith(AUDIO_ENDINGS) and not name.startswith("."):
-                files.append((prefix / name).as_posix())
+        files += [(prefix / name).as_posix() for name in names if not name.startswith(".")]
     return sorted(files)
+
+
+def passed_over(files: Sequence[str]) -> str | None:
+    """A sentence on the files that are not read, by ending, with the remedy for audio; None for none."""
+    others = [name for name in files if not name.lower().endswith(AUDIO_ENDINGS)]
+    if not others:
+        return None
+    endings = Counter(PurePosixPath(name).suffix.lower() or "without ending" for name in others)
+    text = ", ".join(f"{count} {ending}" for ending, count in endings.most_common())
+    audio = [name for name in others if name.lower().endswith(OTHER_AUDIO)]
+    remedy = f": convert audio first (ffmpeg -i {Path(audio[0]).name} NEW.flac)" if audio else ""
+    return f"{len(others)} files are no audio that is read and were passed over: {text}{remedy}"
 
 
 def csv_rows(

@@ -11,6 +11,7 @@ from ext_common import checkpoints
 from ext_common.cli import UserError
 from ext_common.manifest import Identity, identity
 from fairseq_ext.translation.text.normalise import detokenise, normalise, written
+from fairseq_ext.translation.text.sentences import Lines, split_sentences
 from fairseq_ext.translation.text.spm import EOS, Codec
 
 _STATE = {"source_lang", "target_lang", "normalise", "extra_symbols", "spm"}
@@ -20,7 +21,8 @@ _STATE = {"source_lang", "target_lang", "normalise", "extra_symbols", "spm"}
 class Vocabulary:
     """From a line of text to a model's ids, and back.
 
-    convention: the normalisation of the model's training data (`text.CONVENTIONS`).
+    convention: the normalisation of the model's training data (`text.CONVENTIONS`). lines: what its source
+    lines were; None where the checkpoint does not say, as those of before did not.
     """
 
     source: Codec
@@ -28,6 +30,7 @@ class Vocabulary:
     source_lang: str
     target_lang: str
     convention: str
+    lines: Lines | None = None
 
     def clean(self, line: str) -> str:
         """The line as the model's training data would have it; "" where nothing can be seen."""
@@ -40,6 +43,12 @@ class Vocabulary:
     def text(self, ids: Sequence[int]) -> str:
         """Detokenised target text of ids, on one line and without a tab."""
         return written(self.target.decode(ids), self.target_lang)
+
+    def sentences(self, text: str, ids: Sequence[int]) -> list[str]:
+        """The parts that cleaned text of these ids is to be translated in, by the lines of the training."""
+        if self.lines is None or not self.lines.splits(text, len(ids)):
+            return [text]
+        return split_sentences(text, self.source_lang)
 
     def join(self, texts: Sequence[str]) -> str:
         """The text of sentences; no space between them where the target language has none."""
@@ -87,6 +96,20 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
+def with_ema(state: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A state whose weights are the averaged ones that --store-ema kept; UserError where there are none."""
+    extra = state.get("extra_state") or {}
+    if "ema" not in extra:
+        raise UserError(
+            f"{path} holds no averaged weights (it was trained without --store-ema): leave --ema out"
+        )
+    averaged = {**extra["ema"], **extra.get("ema_fp32_params", {})}
+    return {
+        **state,
+        "model": {key: averaged.get(key, value) for key, value in state["model"].items()},
+    }
+
+
 def why_no_translation_model(state: Any) -> str | None:
     """The second half of a sentence about a checkpoint's content; None for a translation model."""
 
@@ -111,7 +134,14 @@ def vocabulary_of(state: Mapping[str, Any], path: str | os.PathLike[str]) -> Voc
     saved = state["task_state"]["translation"]
     source, target = saved["source_lang"], saved["target_lang"]
     codecs = codecs_of(saved, os.fspath(path))
-    return Vocabulary(codecs[source], codecs[target], source, target, saved["normalise"])
+    lines = lines_of(saved)
+    return Vocabulary(codecs[source], codecs[target], source, target, saved["normalise"], lines)
+
+
+def lines_of(saved: Mapping[str, Any]) -> Lines | None:
+    """What a description of a vocabulary says of the lines of the training."""
+    lines = saved.get("lines")
+    return Lines(int(lines["longest"]), float(lines["several"])) if lines else None
 
 
 def codecs_of(state: Mapping[str, Any], name: str = "the checkpoint") -> dict[str, Codec]:

@@ -20,7 +20,7 @@ from typing import Any
 from ext_common.cli import UserError
 from ext_common.folders import making
 from ext_common.manifest import known_sha256, user_cache
-from fairseq_ext.translation.decode.checkpoint import Vocabulary
+from fairseq_ext.translation.decode.checkpoint import Vocabulary, lines_of
 from fairseq_ext.translation.decode.ctranslate_backend import (
     DESCRIPTION,
     VERSION,
@@ -38,6 +38,7 @@ def open_model(
     compute_type: str | None = None,
     user_dir: str | None = None,
     threads: int | None = None,
+    ema: bool = False,
 ) -> tuple[CTranslate2Backend, Vocabulary]:
     """A checkpoint as backend and vocabulary, converted where it was not yet.
 
@@ -52,7 +53,7 @@ def open_model(
     ctranslate2 = import_ctranslate2()
     device, index = usable_device(device, ctranslate2)
     compute_type = usable_type(compute_type, device, ctranslate2)
-    folder = converted(Path(paths[0]), compute_type, user_dir)
+    folder = converted(Path(paths[0]), compute_type, user_dir, ema)
     description = read_description(folder)
     vocabulary = read_vocabulary(folder, description)
     models = opener(folder, device, index, compute_type, threads)
@@ -107,23 +108,26 @@ def usable_type(compute_type: str | None, device: str, ctranslate2: Any) -> str:
 # --- the folder of a converted model ----------------------------------------------------------------
 
 
-def converted(checkpoint: Path, compute_type: str, user_dir: str | None = None) -> Path:
+def converted(
+    checkpoint: Path, compute_type: str, user_dir: str | None = None, ema: bool = False
+) -> Path:
     """The folder of the converted model, made now or before; what it costs is said on stderr."""
     if not checkpoint.is_file():
         from fairseq_ext.translation.decode.checkpoint import read_state
 
         read_state(checkpoint)  # says why not
-    found = already_converted(checkpoint, compute_type)
+    found = already_converted(checkpoint, compute_type, ema)
     if found is not None:
         return found
     digest = known_sha256(checkpoint)
-    name = _name(checkpoint, digest, compute_type)
+    name = _name(checkpoint, digest, compute_type, ema)
 
     def write(new: Path) -> str:
         from fairseq_ext.translation.decode.ctranslate_convert import convert
 
-        report = convert(checkpoint, new, compute_type, digest, user_dir)
-        for old in new.parent.glob(f"{_glob_safe(checkpoint.name)}.ctranslate2-*-{compute_type}"):
+        report = convert(checkpoint, new, compute_type, digest, user_dir, ema)
+        same = f"{_glob_safe(checkpoint.name)}.ctranslate2-*-{compute_type}{'-ema' * ema}"
+        for old in new.parent.glob(same):
             # of a file of this name that is no more
             if old.name != name and (old / DESCRIPTION).is_file():
                 shutil.rmtree(old, ignore_errors=True)
@@ -134,16 +138,16 @@ def converted(checkpoint: Path, compute_type: str, user_dir: str | None = None) 
     )
 
 
-def already_converted(checkpoint: Path, compute_type: str) -> Path | None:
+def already_converted(checkpoint: Path, compute_type: str, ema: bool = False) -> Path | None:
     """The folder of the converted model where there is one."""
     digest = known_sha256(checkpoint)
-    name = _name(checkpoint, digest, compute_type)
+    name = _name(checkpoint, digest, compute_type, ema)
     whole = (place / name for place in _places(checkpoint) if is_whole(place / name, digest))
     return next(whole, None)
 
 
-def _name(checkpoint: Path, digest: str, compute_type: str) -> str:
-    return f"{checkpoint.name}.ctranslate2-{digest[:8]}-{compute_type}"
+def _name(checkpoint: Path, digest: str, compute_type: str, ema: bool) -> str:
+    return f"{checkpoint.name}.ctranslate2-{digest[:8]}-{compute_type}{'-ema' * ema}"
 
 
 def _places(checkpoint: Path) -> list[Path]:
@@ -211,7 +215,12 @@ def read_vocabulary(folder: Path, description: dict[str, Any]) -> Vocabulary:
         for side in ("source", "target")
     )
     return Vocabulary(
-        source, target, saved["source_lang"], saved["target_lang"], saved["convention"]
+        source,
+        target,
+        saved["source_lang"],
+        saved["target_lang"],
+        saved["convention"],
+        lines_of(saved),
     )
 
 

@@ -17,6 +17,7 @@ from fairseq_ext.translation.decode.checkpoint import (
     build_model,
     read_state,
     vocabulary_of,
+    with_ema,
 )
 from fairseq_ext.translation.decode.ctranslate_backend import (
     DESCRIPTION,
@@ -42,7 +43,12 @@ _NEVER = -1e4
 
 
 def convert(
-    checkpoint: Path, folder: Path, compute_type: str, digest: str, user_dir: str | None = None
+    checkpoint: Path,
+    folder: Path,
+    compute_type: str,
+    digest: str,
+    user_dir: str | None = None,
+    ema: bool = False,
 ) -> str:
     """Write a checkpoint as a CTranslate2 model; returns a sentence about how well it agrees.
 
@@ -51,7 +57,7 @@ def convert(
     """
     import ctranslate2
 
-    state = read_state(checkpoint)
+    state = with_ema(read_state(checkpoint), checkpoint) if ema else read_state(checkpoint)
     vocabulary = vocabulary_of(state, checkpoint)
     model = build_model(state, checkpoint, user_dir)
     del state
@@ -226,6 +232,7 @@ def write_description(
             "source_lang": vocabulary.source_lang,
             "target_lang": vocabulary.target_lang,
             "convention": vocabulary.convention,
+            "lines": vocabulary.lines._asdict() if vocabulary.lines else None,
             "extra_symbols": vocabulary.source.extra_symbols,
         },
         "check": asdict(check),

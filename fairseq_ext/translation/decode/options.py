@@ -52,6 +52,13 @@ class DecodeOptions:
             " (1024 on a CPU, 4096 with CUDA)"
         },
     )
+    split: bool = field(
+        default=True,
+        metadata={
+            "help": "translate the sentences of a line one by one, where the training had one in a line or "
+            "the line is longer than nearly all of its lines"
+        },
+    )
     max_source: Optional[int] = field(
         default=None,
         metadata={"help": "split lines above so many pieces; none: above what the model can hold"},

@@ -22,6 +22,7 @@ from fairseq_ext.translation.decode.checkpoint import (
     read_state,
     split_paths,
     vocabulary_of,
+    with_ema,
 )
 from fairseq_ext.translation.decode.options import (
     Backend,
@@ -31,6 +32,7 @@ from fairseq_ext.translation.decode.options import (
     Source,
     make_batches,
 )
+from fairseq_ext.translation.text.normalise import BROKEN, repaired
 from fairseq_ext.translation.text.overlong import split_line
 
 BACKENDS = ("fairseq", "ctranslate2")
@@ -50,11 +52,13 @@ class Translation:
     """What became of one line; hypotheses are best first, and one for an empty line.
 
     parts: in how many the line was translated. cut: an output that was used reached its limit.
+    broken: one that was used had bytes that are no character, which are left out.
     """
 
     hypotheses: tuple[Hypothesis, ...]
     parts: int = 1
     cut: bool = False
+    broken: bool = False
 
     @property
     def text(self) -> str:
@@ -88,26 +92,28 @@ class Translator:
         compute_type: str | None = None,
         user_dir: str | None = None,
         threads: int | None = None,
+        ema: bool = False,
     ) -> "Translator":
         """The model in a checkpoint of fairseq-train, or the ensemble of several.
 
         path: "a.pt", "a.pt:b.pt" or a list. backend: "fairseq" or "ctranslate2" (converted once and
         kept beside the checkpoint). compute_type: float32, float16, bfloat16; int8 too with ctranslate2.
-        user_dir: folder of the plugin with the model, in place of the one it was trained with.
+        user_dir: folder of the plugin with the model, in place of the one it was trained with. ema: the
+        averaged weights of `--store-ema`, in place of the last ones.
         UserError, in one sentence, where it fails.
         """
         paths = split_paths(path)
         if backend == "ctranslate2":
             from fairseq_ext.translation.decode.ctranslate import open_model
 
-            return cls(*open_model(paths, device, compute_type, user_dir, threads))
+            return cls(*open_model(paths, device, compute_type, user_dir, threads, ema))
         if backend != "fairseq":
             raise UserError(f"unknown backend {backend!r}: there are {', '.join(BACKENDS)}")
         from ext_common.checkpoints import usable_device
 
         models, vocabularies = [], {}
         for one in paths:
-            state = read_state(one)
+            state = with_ema(read_state(one), one) if ema else read_state(one)
             vocabularies[one] = vocabulary_of(state, one)
             check_alike(vocabularies)
             models.append(build_model(state, one, user_dir))
@@ -176,8 +182,16 @@ class Translator:
         text = self.vocabulary.clean(line)
         if not text:
             return []
-        limit = min(self.backend.max_source, options.max_source or self.backend.max_source)
         ids = self.vocabulary.encode(text)
+        sentences = self.vocabulary.sentences(text, ids) if options.split else [text]
+        if len(sentences) == 1:
+            return self._held(text, ids, options)
+        encode = self.vocabulary.encode
+        return [part for one in sentences for part in self._held(one, encode(one), options)]
+
+    def _held(self, text: str, ids: list[int], options: DecodeOptions) -> list[tuple[int, ...]]:
+        """The ids of a text in parts that the model can hold."""
+        limit = min(self.backend.max_source, options.max_source or self.backend.max_source)
         if len(ids) <= limit:
             return [tuple(ids)]
         parts = split_line(text, lambda part: len(self.vocabulary.encode(part)), limit)
@@ -237,15 +251,23 @@ class Translator:
         """The translation of a line from the candidates of its parts."""
         if not parts:
             return _NOTHING
-        hypotheses = []
+        hypotheses, broken = [], False
         for rank in range(min(map(len, parts))):
             chosen = [candidates[rank] for candidates in parts]
-            # every part counts as much as it is long
-            weights = [len(c.ids) + 1 for c in chosen]
-            score = sum(c.score * w for c, w in zip(chosen, weights, strict=True)) / sum(weights)
-            text = self.vocabulary.join([self.vocabulary.text(c.ids) for c in chosen])
+            score = mean_score(chosen)
+            texts = [self.vocabulary.text(c.ids) for c in chosen]
+            broken |= any(BROKEN in text for text in texts)
+            text = self.vocabulary.join(list(map(repaired, texts)))
             hypotheses.append(Hypothesis(text, score))
-        return Translation(tuple(hypotheses), len(parts), any(c[0].cut for c in parts))
+        return Translation(tuple(hypotheses), len(parts), any(c[0].cut for c in parts), broken)
+
+
+def mean_score(parts: Sequence[Candidate]) -> float:
+    """The score of a line of several parts, each of which counts as much as it is long."""
+    if len(parts) == 1:
+        return parts[0].score
+    weights = [len(part.ids) + 1 for part in parts]
+    return sum(part.score * w for part, w in zip(parts, weights, strict=True)) / sum(weights)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

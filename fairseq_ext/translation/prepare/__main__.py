@@ -29,14 +29,21 @@ from fairseq_ext.translation.prepare.folder import already_made
 from fairseq_ext.translation.prepare.report import next_command, table
 from fairseq_ext.translation.prepare.settings import HELD_OUT, Settings, settle
 from fairseq_ext.translation.prepare.steps import Cleaner
+from fairseq_ext.translation.text.languages import check_code
+from fairseq_ext.translation.text.moses import detokeniser
 from fairseq_ext.translation.text.normalise import CONVENTIONS
-from fairseq_ext.translation.text.spm import KINDS, check_symbols
+from fairseq_ext.translation.text.spm import COVERAGE, KINDS, check_symbols
 
 # What may differ between two runs that write the same bytes.
 RUN_ONLY = ("workers", "overwrite")
 GIVEN = ("valid", "test")
+# Options that were not there from the first.
+LATER = ("character_coverage", "check_language", "detokenise", "fields")
 EPILOG = """
-INPUT is one tab-separated file, or two parallel files, the source first; .gz and .zst are unpacked.
+INPUT is one file with both languages, or two parallel files, the source first; .gz and .zst are unpacked.
+One file is, by its ending, a CSV (.csv, separated by comma, semicolon or tab), JSON Lines (.jsonl), a
+translation memory (.tmx), a catalogue of gettext (.po), or else a table with tabs, in which quotes are text
+unless a spreadsheet wrote them all.
 Nothing in valid and test occurs in train on either side. The folder trains both directions
 (fairseq-train -s zh -t en).
 
@@ -57,6 +64,13 @@ class PrepareOptions:
         default_factory=lambda: [1, 2],
         metadata={"help": "columns of source and target in a tab-separated INPUT, counted from 1"},
     )
+    fields: Optional[List[str]] = field(
+        default=None,
+        metadata={
+            "help": "names of source and target in JSON Lines (none: the languages, also inside "
+            '"translation"), or of two columns in the first row of a table'
+        },
+    )
     normalise: str = field(
         default="standard",
         metadata={
@@ -68,6 +82,16 @@ class PrepareOptions:
         default=None,
         metadata={
             "help": "convert the Chinese side with OpenCC: t2s (to simplified), s2t, tw2s, …"
+        },
+    )
+    check_language: bool = field(
+        default=True,
+        metadata={"help": "refuse text that is of another language than is said (extra langid)"},
+    )
+    detokenise: bool = field(
+        default=False,
+        metadata={
+            "help": "put text together again that Moses' tokenizer has cut (don &apos;t, @-@)"
         },
     )
     filters: str = field(
@@ -94,8 +118,9 @@ class PrepareOptions:
     on_leak: str = field(
         default="refuse",
         metadata={
-            "help": "pairs of INPUT that occur in a given valid or test, on either side",
-            "choices": ("refuse", "remove"),
+            "help": "pairs of INPUT of which a side is in a given valid or test, whole or nearly so; keep: "
+            "for official splits, whose scores are told with them",
+            "choices": ("refuse", "remove", "keep"),
         },
     )
     spm_kind: str = field(
@@ -103,6 +128,13 @@ class PrepareOptions:
     )
     spm_size: Optional[int] = field(
         default=None, metadata={"help": "size of the vocabulary; none: by the number of pairs"}
+    )
+    character_coverage: float = field(
+        default=COVERAGE,
+        metadata={
+            "help": "part of the characters of the text that are pieces; rarer ones are spelled in bytes, "
+            "but ASCII digits and punctuation never"
+        },
     )
     joint: bool = field(
         default=True, metadata={"help": "one SentencePiece model for both languages"}
@@ -135,14 +167,20 @@ class PrepareOptions:
                     f"{lang!r} is no name for a language: letters, digits and _ are allowed (zh_Hant), "
                     "because fairseq separates languages by '-'"
                 )
+        check_code(self.source_lang, "--source-lang")
+        check_code(self.target_lang, "--target-lang")
         if self.source_lang == self.target_lang:
             raise OptionError(f"source and target are both {self.source_lang}: give two languages")
         if len(self.columns) != 2 or min(self.columns) < 1:
             raise OptionError(f"columns {self.columns} must be two numbers from 1")
+        if self.fields is not None and len(self.fields) != 2:
+            raise OptionError(f"fields {self.fields} must be two names")
         if self.workers is not None and self.workers < 1:
             raise OptionError(f"workers must be at least 1, got {self.workers}")
         if self.seed < 0:
             raise OptionError(f"seed {self.seed} must not be negative")
+        if not 0.9 <= self.character_coverage <= 1:
+            raise OptionError(f"character_coverage {self.character_coverage} must lie in [0.9, 1]")
         for name in ("valid", "test"):
             fraction, files = getattr(self, f"{name}_fraction"), getattr(self, name)
             if fraction is not None and not 0 <= fraction < 1:
@@ -185,7 +223,9 @@ def prepare(inputs, dest, options: PrepareOptions) -> dict[str, Any]:
     load_plugin(options.user_dir)
     settings = settle(options)
     chain = FilterChain(options.filters, *options.languages)
-    cleaner = Cleaner(options.languages, settings.convention)
+    cleaner = Cleaner(options.languages, settings.convention, options.detokenise)
+    if options.detokenise:
+        detokeniser(options.source_lang)  # a missing package is told before anything is read
     given = {name: [Path(path) for path in getattr(options, name) or ()] for name in GIVEN}
     hashes = {str(path): sha256_file(path) for path in [*inputs, *given["valid"], *given["test"]]}
     plan = make_plan(inputs, given, hashes, options, settings)
@@ -206,7 +246,7 @@ def prepare(inputs, dest, options: PrepareOptions) -> dict[str, Any]:
                 plan=plan,
             )
     print(table(report))
-    print(f"\nwritten to {dest}; next:\n\n{next_command(dest)}")
+    print(f"\nwritten to {dest}; next:\n\n{next_command(dest, report['splits'])}")
     return report
 
 
@@ -241,7 +281,13 @@ def check_paths(inputs: list[Path], dest: Path, options: PrepareOptions) -> None
 def make_plan(inputs, given, hashes, options, settings: Settings) -> dict[str, Any]:
     """What decides the bytes of DEST; equal plans, equal folders."""
     by_content = {"vocab_from", *GIVEN}
-    chosen = {k: v for k, v in without_run_only(options).items() if k not in by_content}
+    usual = asdict(PrepareOptions(*options.languages))
+    chosen = {
+        k: v
+        for k, v in without_run_only(options).items()
+        # a folder of before an option was there is recognised
+        if k not in by_content and not (k in LATER and v == usual[k])
+    }
     return {
         "inputs": [hashes[str(path)] for path in inputs],
         "given": {name: [hashes[str(path)] for path in paths] for name, paths in given.items()},

@@ -14,7 +14,7 @@ from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.prepare.filter_chain import FilterChain
 from fairseq_ext.translation.prepare.hashes import key_hash
 from fairseq_ext.translation.prepare.leaks import LeakGuard
-from fairseq_ext.translation.prepare.report import leak_error, say, warn
+from fairseq_ext.translation.prepare.report import about_leaks, say, warn
 from fairseq_ext.translation.prepare.settings import Settings, held_out_splits
 from fairseq_ext.translation.prepare.splits import SPLITS, split, split_sha256
 from fairseq_ext.translation.prepare.steps import (
@@ -26,8 +26,10 @@ from fairseq_ext.translation.prepare.steps import (
     survey,
     write_splits,
 )
-from fairseq_ext.translation.text.normalise import read_lines, read_pairs
+from fairseq_ext.translation.text.identify import check_language
+from fairseq_ext.translation.text.moses import looks_tokenised
 from fairseq_ext.translation.text.spm import Codec, train_model
+from fairseq_ext.translation.text.tables import RECORDS, Layout, kind_of, read_pairs, read_rows
 
 # SentencePiece adds up in threads, so another number of them is another model.
 SPM_THREADS = 2
@@ -49,21 +51,42 @@ def fill(
     text.mkdir()
     work.mkdir()
     given = {name: files for name, files in given.items() if files}
+    layout = Layout(options.columns, options.languages, options.fields)
     held_out = {
-        name: write_given(files, options.columns, cleaner, text, name)
-        for name, files in given.items()
+        name: write_given(files, layout, cleaner, text, name) for name, files in given.items()
     }
-    check_columns(inputs, options.columns)
-    total, drawn = survey(inputs, options.columns, cleaner, options.seed)
+    check_columns(inputs, layout)
+    total, drawn = survey(inputs, layout, cleaner, options.seed)
+    for lang, other, side in zip(
+        options.languages, options.languages[::-1], zip(*drawn, strict=True), strict=False
+    ):
+        if options.check_language:
+            name = f"the {'source' if lang == options.source_lang else 'target'}"
+            remedy = "; --no-check-language where it is of that language all the same"
+            check_language(side, lang, name, other, remedy)
+        why = looks_tokenised(side, lang)
+        if why:
+            warn(
+                f"the {lang} text looks as if it had been tokenised ({why}), and a model writes as it has "
+                "learnt: --detokenise undoes it"
+            )
     chain.fit(drawn)
     cleaner.use(chain, make_guard(text, given, options.languages, settings.base))
     with open_rejects(folder / "rejects.tsv.gz") as rejects:
-        pairs = read_pairs(inputs, options.columns)
-        kept, removed, leaks = clean(pairs, total, chain, cleaner, work, rejects, workers)
-    if leaks and options.on_leak == "refuse":
+        pairs = read_pairs(inputs, layout)
+        keep = options.on_leak == "keep"
+        kept, removed, leaks = clean(pairs, total, chain, cleaner, work, rejects, workers, keep)
+    if leaks.first and options.on_leak != "remove":
         names = [f"--{name}" for name in given] + ([settings.base.path] if settings.base else [])
-        raise leak_error(removed["leak"], leaks, names)
+        told = about_leaks(leaks, names)
+        if not keep:
+            raise UserError(
+                f"{told}: leave them out with --on-leak remove, or, where these are the official splits of "
+                "a data set, --on-leak keep"
+            )
+        warn(f"{told}: they are kept, as --on-leak keep says, and scores are the better for it")
     counts = {"in": total, "out": len(kept), "removed": dict(removed.most_common())}
+    counts |= {"leaks_kept": leaks.equal + leaks.near} if keep else {}
     check_enough(counts, inputs, 3 if settings.base is None else 1)
     codes = divide(kept, settings, options.seed)
     found = {name: int((codes == code).sum()) for code, name in enumerate(SPLITS)}
@@ -101,13 +124,13 @@ def fill(
 
 
 def write_given(
-    files: list[Path], columns: list[int], cleaner: Cleaner, folder: Path, name: str
+    files: list[Path], layout: Layout, cleaner: Cleaner, folder: Path, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Normalise the pairs of a given valid or test into `folder`; all of them, in their order.
 
     Returns the hashes of their sides, uint64 (N,) each. UserError for a pair with an empty side.
     """
-    check_columns(files, columns)
+    check_columns(files, layout)
     keys = array("Q"), array("Q")
     source, target = cleaner.languages
     with (
@@ -115,7 +138,7 @@ def write_given(
         open_lines(folder / f"{name}.{target}", "w") as target_file,
         open_lines(folder / f"{name}.ids", "w") as ids,
     ):
-        for number, *raw in read_pairs(files, columns):
+        for number, *raw in read_pairs(files, layout):
             pair = cleaner.pair(*raw)
             for column, file, side, line in zip(
                 keys, (source_file, target_file), ("source", "target"), pair, strict=True
@@ -133,16 +156,16 @@ def write_given(
     return tuple(np.frombuffer(column, dtype=np.uint64) for column in keys)
 
 
-def check_columns(files: list[Path], columns: list[int]) -> None:
-    """UserError where the first row of a tab-separated file has not the columns asked for."""
-    if len(files) == 2:
+def check_columns(files: list[Path], layout: Layout) -> None:
+    """UserError where the first row of a table has not the columns asked for."""
+    if len(files) == 2 or layout.fields or kind_of(files[0]) in RECORDS:
         return
-    for number, line in enumerate(read_lines(files[0]), 1):
-        if not line.strip():
+    columns = layout.columns
+    for number, row in enumerate(read_rows(files[0]), 1):
+        if not any(cell.strip() for cell in row):
             continue
-        cells = line.count("\t") + 1
-        if cells < max(columns):
-            found = "no tab" if cells == 1 else f"only {cells} columns"
+        if len(row) < max(columns):
+            found = "no tab" if len(row) == 1 else f"only {len(row)} columns"
             raise UserError(
                 f"{files[0]}, line {number} has {found}, but columns {columns[0]} and {columns[1]} are "
                 "to be read: give --columns, or two parallel files"
@@ -220,6 +243,7 @@ def write_vocabulary(folder: Path, pairs: int, options, settings: Settings) -> d
                 settings.extra_symbols,
                 options.seed,
                 SPM_THREADS,
+                options.character_coverage,
             )
             for file in files:
                 models[file.name.removeprefix("train.")].write_bytes(model)

@@ -25,7 +25,8 @@ from fairseq_ext.translation.prepare.filters import CALIBRATION_PAIRS, FILTERS
 __all__ = ["DEFAULT_FILTERS", "FILTERS", "FilterChain", "parse_filters", "sample"]
 
 DEFAULT_FILTERS = (
-    "empty; length; script; identical; repetition; length_ratio; duplicate; near_duplicate"
+    "empty; length; script; language; identical; repetition; length_ratio; duplicate; "
+    "near_duplicate"
 )
 
 

@@ -1,7 +1,7 @@
 """What keeps valid and test sentences out of training data, parallel or monolingual.
 
 A line leaks where its match key is that of a held-out line, whatever the length ("Yes." too: an exact copy
-is never evidence of translating), or where it contains nearly all of a longer held-out line.
+is never evidence of translating), or where it shares nearly all word sequences of a longer held-out line.
 """
 
 import hashlib
@@ -17,6 +17,8 @@ import regex
 from ext_common.cli import UserError
 from ext_common.manifest import sha256_file
 from fairseq_ext.translation.corpus import Corpus
+from fairseq_ext.translation.prepare.filter_chain import sample
+from fairseq_ext.translation.prepare.filters import Language
 from fairseq_ext.translation.prepare.hashes import HashSet, text_hash
 from fairseq_ext.translation.prepare.settings import held_out_splits
 from fairseq_ext.translation.text.normalise import (
@@ -41,6 +43,9 @@ lines the first or last one; two sentences on one pattern ("Tom likes to play te
 """
 _WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
+
+
+EQUAL = "it is a line of valid or test"
 
 
 class LeakGuard:
@@ -107,7 +112,7 @@ class _Side:
     def find(self, line: str, partial: bool) -> str | None:
         key = match_key(line)
         if text_hash(key) in self.keys and key:
-            return "it is a line of valid or test"
+            return EQUAL
         grams = self._grams(line, key) if partial and len(self.sizes) else ()
         if not len(grams):
             return None
@@ -123,8 +128,8 @@ class _Side:
             return None
         size = int(self.sizes[lines[best]])
         return (
-            f"it contains {counts[best]} of the {size} {GRAM[self.units]}-grams ({self.units}) of a "
-            "line of valid or test"
+            f"it shares {counts[best]} of the {size} {GRAM[self.units]}-grams ({self.units}) of a line of "
+            "valid or test"
         )
 
     def _grams(self, line: str, key: str) -> np.ndarray:
@@ -153,6 +158,8 @@ def ngram_hashes(values: np.ndarray, n: int) -> np.ndarray:
 class Guard:
     """The valid and test lines of a prepared bitext on the side of `lang`; call it with a line.
 
+    Lines in the bitext's other language are found too, where both have one script.
+
     sha256: of what decides its answers. Raises UserError where the bitext has no such lines.
     """
 
@@ -170,10 +177,22 @@ class Guard:
             raise UserError(f"{data} has neither valid nor test: give --guard a bitext that has")
         self.sha256 = _digest(files, self.convention)
         self._leaks = LeakGuard.from_files({self.lang: files})
+        train = [
+            corpus.text("train", code) for code in corpus.languages if "train" in corpus.splits
+        ]
+        self._language = Language(corpus.languages)
+        self._second = self.lang == corpus.languages[1]
+        if train:
+            self._language.fit(sample(zip(*map(read_lines, train), strict=True)))
 
     def __call__(self, line: str) -> str | None:
         """Why a line must not be used, None where it may be."""
-        return self._leaks.find(normalise(line, self.lang, self.convention), self.lang)
+        line = normalise(line, self.lang, self.convention)
+        model = self._language.model
+        if model is not None and model.is_other(line, self._second):
+            return f"language: it is not {self.lang} but the other language of the bitext"
+        leak = self._leaks.find(line, self.lang)
+        return leak and f"leak: {leak}"
 
 
 def _digest(files: list[Path], convention: str) -> str:

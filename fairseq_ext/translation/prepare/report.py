@@ -2,11 +2,11 @@
 
 import shlex
 import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import fairseq_ext
-from ext_common.cli import UserError
 from fairseq_ext.translation.text.normalise import unit
 
 
@@ -36,10 +36,17 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def next_command(dest: Path) -> str:
-    """The command that trains on `dest`; presets say the rest."""
+def next_command(
+    dest: Path, splits: Collection[str], languages: Sequence[str] | None = None
+) -> str:
+    """The command that trains on `dest`; presets say the rest.
+
+    splits: those that there are. languages: (source, target) where only one direction is to be trained.
+    """
     plugin = Path(fairseq_ext.__file__).parent
     words = ["fairseq-train", str(dest), "--user-dir", str(plugin), "--task", "translation_spm"]
+    words += ["-s", languages[0], "-t", languages[1]] if languages else []
+    words += [] if "valid" in splits else ["--disable-validation"]
     return shlex.join(words)
 
 
@@ -55,14 +62,15 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def leak_error(count: int, examples: list[Any], held_out: list[Any]) -> UserError:
-    """The sentence for pairs of INPUT that occur in valid or test."""
-    shown = "; ".join(f"line {row.number}: {short(row.source)}" for row in examples)
-    places = " or ".join(map(str, held_out))
-    return UserError(
-        f"{count:,} pairs of INPUT occur in {places} ({shown}): remove them from training with "
-        "--on-leak remove"
-    )
+def about_leaks(leaks: Any, held_out: list[Any]) -> str:
+    """How many pairs of INPUT have a side that is in valid or test, whole or nearly so, with the first."""
+    shown = "; ".join(f"line {row.number}: {short(row.source)}" for row in leaks.first)
+    kinds = [
+        (leaks.equal, "have a side that is a line of"),
+        (leaks.near, "have one that shares most of its word sequences with a line of"),
+    ]
+    told = " and ".join(f"{count:,} {what}" for count, what in kinds if count)
+    return f"of the pairs of INPUT {told} {' or '.join(map(str, held_out))} ({shown})"
 
 
 def short(text: str, longest: int = 60) -> str:

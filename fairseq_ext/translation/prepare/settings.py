@@ -74,7 +74,8 @@ def check_base(base: Corpus, options: Any) -> None:
             f"{' and '.join(options.languages)}: its models cannot be used"
         )
     default = type(options)(*options.languages)
-    for name in ("normalise", "opencc", "spm_kind", "spm_size", "joint", "extra_symbols"):
+    models = ("spm_kind", "spm_size", "character_coverage", "joint", "extra_symbols")
+    for name in ("normalise", "opencc", *models):
         value = getattr(options, name)
         own = getattr(base, name, None)
         own = list(own) if isinstance(own, tuple) else own

@@ -19,9 +19,11 @@ from ext_common.cli import progress
 from ext_common.parallel import in_order
 from fairseq_ext.translation.prepare.filter_chain import FilterChain, sample
 from fairseq_ext.translation.prepare.hashes import key_hash
-from fairseq_ext.translation.prepare.leaks import LeakGuard
+from fairseq_ext.translation.prepare.leaks import EQUAL, LeakGuard
 from fairseq_ext.translation.prepare.splits import SPLITS
-from fairseq_ext.translation.text.normalise import length, normalise, read_pairs
+from fairseq_ext.translation.text.moses import detokeniser
+from fairseq_ext.translation.text.normalise import length, normalise
+from fairseq_ext.translation.text.tables import Layout, read_pairs
 
 BATCH = 2000
 
@@ -62,11 +64,28 @@ class Kept:
                 yield pair[0].removesuffix("\n"), pair[1].removesuffix("\n")
 
 
+@dataclass
+class Leaks:
+    """Pairs with a side that is a held-out line, or shares most of one; the first of them."""
+
+    equal: int = 0
+    near: int = 0
+    first: list[Row] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        equal = str(row.leak).endswith(EQUAL)
+        self.equal += equal
+        self.near += not equal
+        if len(self.first) < 3:
+            self.first.append(row)
+
+
 class Cleaner:
     """Raw pairs to :class:`Row`, without memory, so that processes can share the work."""
 
-    def __init__(self, languages: tuple[str, str], convention: str):
+    def __init__(self, languages: tuple[str, str], convention: str, detokenise: bool = False):
         self.languages, self.convention = languages, convention
+        self.detokenise = detokenise
         self.filters: list[tuple[int, str, Callable[..., Any]]] = []
         self.guard: LeakGuard | None = None
 
@@ -104,18 +123,19 @@ class Cleaner:
         return self.side(source, self.languages[0]), self.side(target, self.languages[1])
 
     def side(self, text: str, lang: str) -> str:
+        text = detokeniser(lang)(text) if self.detokenise else text
         return normalise(text, lang, self.convention)
 
 
 def survey(
-    inputs: Sequence[Path], columns: Sequence[int], cleaner: Cleaner, seed: int
+    inputs: Sequence[Path], layout: Layout, cleaner: Cleaner, seed: int
 ) -> tuple[int, list[tuple[str, str]]]:
     """(number of pairs, a cleaned random sample of them); reads the inputs once."""
     last = 0
 
     def raw() -> Iterator[tuple[str, str]]:
         nonlocal last
-        for number, source, target in progress(read_pairs(inputs, columns), "read", "pairs"):
+        for number, source, target in progress(read_pairs(inputs, layout), "read", "pairs"):
             last = number
             yield source, target
 
@@ -131,15 +151,16 @@ def clean(
     folder: Path,
     rejects: IO[str],
     workers: int,
-) -> tuple[Kept, Counter[str], list[Row]]:
+    keep_leaks: bool = False,
+) -> tuple[Kept, Counter[str], Leaks]:
     """Filter `pairs` into two files of `folder`; what is left out goes to `rejects`.
 
     cleaner: what raw pairs go through first, with the same chain.
-    Returns (what is kept, removed pairs by name of the filter or "leak", the first leaks).
+    Returns (what is kept, removed pairs by name of the filter or "leak", the leaks, kept or not).
     """
     kept = Kept((folder / "source", folder / "target"))
     removed: Counter[str] = Counter()
-    first_leaks: list[Row] = []
+    leaks = Leaks()
     with ExitStack() as stack:
         files = [stack.enter_context(open_lines(path, "w")) for path in kept.files]
         bar = stack.enter_context(progress(total, "clean", "pairs"))
@@ -147,9 +168,8 @@ def clean(
             for row in rows:
                 verdict = judge(row, chain)
                 if verdict is None and row.leak:
-                    verdict = "leak", row.leak
-                    if len(first_leaks) < 3:
-                        first_leaks.append(row)
+                    leaks.add(row)
+                    verdict = None if keep_leaks else ("leak", row.leak)
                 if verdict:
                     removed[verdict[0]] += 1
                     reason = f"{verdict[0]}: {verdict[1]}"
@@ -162,7 +182,7 @@ def clean(
                 files[0].write(row.source + "\n")
                 files[1].write(row.target + "\n")
             bar.update(len(rows))
-    return kept, removed, first_leaks
+    return kept, removed, leaks
 
 
 def judge(row: Row, chain: FilterChain) -> tuple[str, str] | None:

@@ -13,6 +13,7 @@ from typing import Any, Optional
 from ext_common.cli import Parser, UsageError, add_dataclass, from_args, run
 from ext_common.manifest import atomic_json, check_writable
 from fairseq_ext.translation.score.scoring import Scores, ScoringOptions, score
+from fairseq_ext.translation.text.languages import check_code
 from fairseq_ext.translation.text.normalise import read_lines
 
 __all__ = ["Scores", "ScoringOptions", "score"]
@@ -22,7 +23,8 @@ Lines are compared as they are; --normalise puts hypotheses and references into 
 fairseq_ext.translation.prepare first. Intervals are the 95 % percentiles of bootstrap resampling.
 Against --baseline, on BLEU and chrF: paired bootstrap resampling (Koehn 2004), of which "wins" is
 the share of resampled tests on which HYP is better, and paired approximate randomisation (Riezler
-& Maxwell 2005), each with a two-sided p. sacreBLEU's --paired-bs and --paired-ar compute the same.
+& Maxwell 2005), each with a two-sided p. sacreBLEU's --paired-ar computes the same p; the p of its
+--paired-bs is not two-sided but smaller, and stands in --json as sacrebleu_bootstrap_p.
 
 TER is on words; for zh and yue on Han characters (asian:yes in its signature), for the other
 languages written without spaces on characters (unit:char). Lower is better.
@@ -48,6 +50,10 @@ class ScoreOptions(ScoringOptions):
     json: Optional[str] = field(
         default=None, metadata={"help": "file to write all numbers to; -: the screen"}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_code(self.lang, "--lang")
 
 
 def main(argv: list[str]) -> None:

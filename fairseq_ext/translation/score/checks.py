@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ext_common.cli import UserError
+from fairseq_ext.translation.text.moses import looks_tokenised
 from fairseq_ext.translation.text.normalise import script_share
 
 # Kind of residue → what it looks like. "@@" alone is no piece: diffs and e-mail have it too.
@@ -68,6 +69,12 @@ def warnings_about(
             found.append(
                 f"only {100 * share:.0f} % of the letters of {name} are of the script of {lang}: "
                 "is --lang the language of the translations?"
+            )
+        why = looks_tokenised(lines, lang)
+        if why:
+            found.append(
+                f"{name} looks as if it had been tokenised ({why}): scores are of plain text, --detokenise "
+                "undoes it"
             )
     for name, reference in named[1 : 1 + len(references)]:
         if list(hypotheses) == list(reference):

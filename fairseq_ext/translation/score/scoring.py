@@ -10,6 +10,7 @@ from ext_common.cli import UsageError, UserError, progress
 from fairseq_ext.translation.score import significance
 from fairseq_ext.translation.score.checks import check_lines, warnings_about
 from fairseq_ext.translation.score.metrics import tokenizer_for
+from fairseq_ext.translation.text.moses import detokeniser
 from fairseq_ext.translation.text.normalise import language, normalise, unit
 
 FORMULAS = {"bleu": significance.bleu, "chrf": significance.chrf, "ter": significance.ter}
@@ -27,6 +28,9 @@ class ScoringOptions:
     )
     normalise: bool = field(
         default=False, metadata={"help": "normalise hypotheses and references first"}
+    )
+    detokenise: bool = field(
+        default=False, metadata={"help": "undo Moses' tokenization of all of them before"}
     )
     metrics: List[str] = field(
         default_factory=lambda: list(METRICS),
@@ -59,13 +63,14 @@ class MetricScore:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A system less a baseline by one metric; :mod:`significance` says what wins and both p are."""
+    """A system less a baseline by one metric; :mod:`significance` says what wins and each p are."""
 
     baseline: float
     difference: float
     interval: tuple[float, float]
     wins: float
     bootstrap_p: float
+    sacrebleu_bootstrap_p: float
     randomisation_p: float
 
 
@@ -119,6 +124,11 @@ def score(
     hypotheses = list(hypotheses)
     if not references or isinstance(references[0], str):
         references = [cast(Sequence[str], references)]
+    if options.detokenise:
+        whole = detokeniser(lang)
+        hypotheses = list(map(whole, hypotheses))
+        references = [list(map(whole, one)) for one in references]
+        baseline = baseline and list(map(whole, baseline))
     check_lines(hypotheses, references, baseline, source, names)
     warned = warnings_about(hypotheses, references, baseline, source, lang, names)
     tokenizer, reason = choose_tokenizer(lang, options.tokenizer)
@@ -181,6 +191,7 @@ def compare(
         interval=paired.interval,
         wins=paired.wins,
         bootstrap_p=paired.p,
+        sacrebleu_bootstrap_p=paired.sacrebleu_p,
         randomisation_p=significance.randomisation(
             formula, ours, theirs, options.randomisations, options.seed
         ),

@@ -25,6 +25,7 @@ class PairedBootstrap:
     wins: float
     interval: tuple[float, float]
     p: float
+    sacrebleu_p: float
 
 
 def bleu(statistics: np.ndarray) -> np.ndarray:
@@ -109,16 +110,20 @@ def paired_bootstrap(
 
     wins: share of the resamples on which the system is better (Koehn 2004). interval: 95 % of the
     difference system − baseline. p: two-sided, with the differences shifted to the null
-    hypothesis (Riezler & Maxwell 2005, figure 2), as in sacreBLEU.
+    hypothesis, a mean of 0 (Riezler & Maxwell 2005, figure 2; Efron & Tibshirani 1993, §16.4).
+    sacrebleu_p: what sacreBLEU calls p, which shifts the absolute differences by their mean, and is
+    too small: of two equal systems it is ≤ 0.05 in 10 % of the tests, and 0.19 in the mean.
     """
     ours, theirs = bootstrap(formula, system, baseline, trials=trials, seed=seed)
     sign = 1 if higher_is_better else -1
-    distance = np.abs(ours - theirs)
+    differences = ours - theirs
+    distance = np.abs(differences)
     observed = abs(total(formula, system) - total(formula, baseline))
     return PairedBootstrap(
-        wins=float(np.mean(sign * (ours - theirs) > _TOLERANCE)),
-        interval=interval(ours - theirs),
-        p=_p_value(distance - distance.mean(), observed),
+        wins=float(np.mean(sign * differences > _TOLERANCE)),
+        interval=interval(differences),
+        p=_p_value(np.abs(differences - differences.mean()), observed),
+        sacrebleu_p=_p_value(distance - distance.mean(), observed),
     )
 
 

@@ -16,17 +16,16 @@ import regex
 from ext_common.cli import UsageError, UserError
 from ext_common.registry import Registry
 from fairseq_ext.translation.text.files import raw_lines
+from fairseq_ext.translation.text.languages import language as language
 
 CONVENTIONS = Registry("normalisation")
 """name → function(text, lang) → text. Both ends of a system use the one its data were made with."""
 
-# Other codes of the languages that are treated specially somewhere; script and country are cut off
-# before (zh-Hant-TW, zh_CN).
-_ALIASES = {"cmn": "zh", "zho": "zh", "chi": "zh", "jpn": "ja", "kor": "ko", "eng": "en"}
-_ALIASES |= {"tha": "th", "lao": "lo", "khm": "km", "mya": "my", "rus": "ru", "ara": "ar"}
 _UNSPACED = frozenset("zh ja th lo km my yue".split())
 _HAN_PUNCTUATED = frozenset("zh ja yue".split())
 CHINESE = ("zh", "yue")
+BROKEN = "\ufffd"
+_BROKEN = regex.compile(f" ?{BROKEN}+")
 # Bytes that a model writes can spell whatever some program ends a line or a column at.
 _BREAKS = dict.fromkeys(map(ord, "\n\r\t\v\f\x1c\x1d\x1e\x1f\x85\u2028\u2029"), " ") | {0: None}
 _SCRIPTS = {
@@ -107,13 +106,6 @@ _CJK_GAP = regex.compile(
 _ASCII_REST = bytes(set(range(128)) - set(b"abcdefghijklmnopqrstuvwxyz0123456789"))
 _REST = regex.compile(r"(?V1)[[^\p{L}\p{N}\p{M}]\p{DI}]+")
 _CARRIER = regex.compile(r"[\p{L}\p{N}]")
-
-
-@functools.cache
-def language(code: str) -> str:
-    """The code this module knows a language by: `zh` for zh-Hant-TW, zh_CN and cmn."""
-    base = regex.split("[-_]", code.lower(), maxsplit=1)[0]
-    return str(_ALIASES.get(base, base))
 
 
 def normalise(text: str, lang: str, convention: str = "standard") -> str:
@@ -223,6 +215,11 @@ def script_share(text: str, lang: str) -> float:
 def written(text: str, lang: str) -> str:
     """What a model wrote, for a file of lines: on one line, without a tab, detokenised."""
     return detokenise(text.translate(_BREAKS).strip(), lang)
+
+
+def repaired(text: str) -> str:
+    """What a model wrote without U+FFFD, in whose place are bytes that spell no character."""
+    return _BROKEN.sub("", text).strip() if BROKEN in text else text
 
 
 def detokenise(text: str, lang: str) -> str:

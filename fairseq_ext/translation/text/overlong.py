@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 
 # Behind the end of a sentence (and the quotation marks and brackets that close with it); then behind
 # a clause; then behind a space. ASCII marks count before a space only: 3.14 and 1,000 stay whole.
+SENTENCE_END = re.compile(
+    r"(?<=[。！？…])(?![。！？…”’」』）]|$)|(?<=[。！？][”’」』）])(?!$)|(?<=[.!?])(?=\s)|(?<=[.!?][\"')\]])(?=\s)"
+)
 _CUTS = [
-    re.compile(
-        r"(?<=[。！？…])(?![。！？…”’」』）])|(?<=[。！？][”’」』）])|(?<=[.!?])(?=\s)|(?<=[.!?][\"')\]])(?=\s)"
-    ),
+    SENTENCE_END,
     re.compile(r"(?<=[，、；：])|(?<=[,;:])(?=\s)"),
     re.compile(r"(?<=\s)(?=\S)"),
 ]

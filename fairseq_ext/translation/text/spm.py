@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import re
+import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -24,6 +25,8 @@ KINDS = ("unigram", "bpe")
 TRAINING_LINES = 1_000_000
 # Of the characters in the text; the others are spelled in bytes.
 COVERAGE = 0.9995
+# Always pieces: a small corpus has few questions, and bytes for a question mark are learnt badly.
+ALWAYS = string.digits + string.punctuation
 # Inserted behind the first character of what looks like an extra symbol; text that went through
 # text.normalise holds none.
 _JOINER = "\u2060"
@@ -159,6 +162,7 @@ def train_model(
     extra_symbols: Sequence[str] = ("<BT>",),
     seed: int = 1,
     threads: int = 2,
+    coverage: float = COVERAGE,
 ) -> bytes:
     """A SentencePiece model of the lines of `files` (UTF-8, normalised), as bytes.
 
@@ -166,7 +170,9 @@ def train_model(
     enough different pieces for it, the model is as large as the text allows.
     pairs: number of pairs; None: the lines of the first file.
     kind: "unigram" (Kudo 2018) or "bpe" (Sennrich et al. 2016). Bytes are pieces, so nothing is
-    unknown; digits are pieces of their own. Raises UserError where the text gives no model.
+    unknown; digits are pieces of their own. coverage: part of the characters that are pieces of their
+    own, as ASCII digits and punctuation always are; rarer ones are spelled in bytes.
+    Raises UserError where the text gives no model.
     """
     import sentencepiece
 
@@ -175,7 +181,7 @@ def train_model(
     check_symbols(extra_symbols)
     if size is None:
         count = sum(1 for _ in _lines(files)) if pairs is None else pairs
-        size = default_size(count, _characters(files))
+        size = default_size(count, _characters(files, coverage))
     least = SPECIALS + BYTE_PIECES + len(extra_symbols)
     if size <= least:
         raise UserError(
@@ -191,7 +197,8 @@ def train_model(
                 model_type=kind,
                 vocab_size=size,
                 hard_vocab_limit=kind == "bpe",
-                character_coverage=COVERAGE,
+                character_coverage=coverage,
+                required_chars=ALWAYS,
                 byte_fallback=True,
                 split_digits=True,
                 normalization_rule_name="identity",
@@ -242,12 +249,12 @@ def default_size(pairs: int, characters: int) -> int:
     return int(min(32_000, round(size, -2)))
 
 
-def _characters(files: Sequence[str | os.PathLike[str]]) -> int:
-    """How many different characters make up COVERAGE of the text."""
+def _characters(files: Sequence[str | os.PathLike[str]], coverage: float = COVERAGE) -> int:
+    """How many different characters make up `coverage` of the text."""
     counts: Counter[str] = Counter()
     for line in islice(chain.from_iterable(map(_read, files)), TRAINING_LINES):
         counts.update(line)
-    wanted, needed = COVERAGE * counts.total(), 0
+    wanted, needed = coverage * counts.total(), 0
     for _, count in counts.most_common():
         if wanted <= 0:
             break

@@ -14,7 +14,7 @@ from fairseq.data import Dictionary
 
 from ext_common.cli import UserError
 from fairseq_ext.translation.score.metrics import CorpusScorer
-from fairseq_ext.translation.text.normalise import normalise, written
+from fairseq_ext.translation.text.normalise import normalise, repaired, written
 from fairseq_ext.translation.text.spm import SPECIALS, Codec
 
 
@@ -78,8 +78,11 @@ class SpmDictionary(Dictionary):
         return Pieces(separator.join(self.codec.pieces(ids)), text)
 
     def text(self, ids: Iterable[int]) -> str:
-        """Text of ids that a model wrote: on one line, byte pieces joined to characters, detokenised."""
-        return written(self.codec.decode(ids), self.lang)
+        """Text of ids that a model wrote: on one line, byte pieces joined to characters, detokenised.
+
+        Bytes that are no character are left out.
+        """
+        return repaired(written(self.codec.decode(ids), self.lang))
 
     def encode_line(
         self,

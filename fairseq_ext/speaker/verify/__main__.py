@@ -1,0 +1,349 @@
+"""Is it the same person? Scores of pairs of recordings, and how good they are.
+
+python -m fairseq_ext.speaker.verify a.wav b.wav --path CKPT
+python -m fairseq_ext.speaker.verify DATA TRIALS --path CKPT --output scores.txt
+python -m fairseq_ext.speaker.verify --fit DATA --score plda --norm as_norm --path CKPT --output B.npz
+python -m fairseq_ext.speaker.verify DATA --calibrate TRIALS --backend B.npz --path CKPT --output C.npz
+python -m fairseq_ext.speaker.verify DATA --make-trials trials.txt --subset test
+"""
+
+import os
+import time
+from dataclasses import dataclass, field, replace
+from typing import List, Optional
+
+import numpy as np
+
+from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
+from ext_common.manifest import MANIFEST_NAME, atomic_json, beside, known_sha256, versions
+from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
+from fairseq_ext.speaker.inputs import check_output
+from fairseq_ext.speaker.verify import report
+from fairseq_ext.speaker.verify.backend import QUALITIES, Backend, Side
+from fairseq_ext.speaker.verify.compared import Compared, asked_threshold, measured
+from fairseq_ext.speaker.verify.norms import NORMS
+from fairseq_ext.speaker.verify.scores import SCORES
+from fairseq_ext.speaker.verify.trials import make_trials, write_scores, write_trials
+from fairseq_ext.speaker.verify.voices import Runner, named_rows, open_voices
+
+EPILOG = f"""
+DATA is a folder made by fairseq_ext.speaker.prepare, a folder of audio (ids are paths below it, the first
+part is the speaker) or an .npz of fairseq_ext.speaker.embed. TRIALS has a pair a line, `1 a b` or `0 a b`, or
+`a b target` or `a b nontarget`, or `a b` without answers.
+
+The output has `a b score label` a line; the score is a natural log-likelihood ratio where --backend is
+calibrated. Beside scores.txt are written scores.txt.metrics.json, .det.png, .histogram.png (where there are
+answers) and .manifest.json. Intervals resample speakers. DCFs are those of NIST, at priors of a target of
+0.01 and 0.05, divided by that of the better constant answer; actual DCF and Cllr are given where scores are
+calibrated.
+
+--score:
+{SCORES.describe()}
+
+--norm:
+{NORMS.describe()}
+
+--quality:
+{QUALITIES.describe()}
+
+Exit codes: 0 done, 1 failed, 2 bad usage.
+"""
+
+
+@dataclass
+class VerifyOptions:
+    """Options of `verify`."""
+
+    path: Optional[str] = field(
+        default=None,
+        metadata={"help": "checkpoint that fairseq-train wrote; not needed for an .npz"},
+    )
+    output: Optional[str] = field(
+        default=None, metadata={"help": "file to write; none: scores.txt or backend.npz"}
+    )
+    subset: Optional[str] = field(
+        default=None,
+        metadata={"help": "split of DATA; none: all of it, its train split with --fit"},
+    )
+    score: Optional[str] = field(
+        default=None, metadata={"help": "score, with options; none: that of --backend, or cosine"}
+    )
+    norm: str = field(
+        default="none", metadata={"help": "score normalisation that --fit prepares, with options"}
+    )
+    backend: Optional[str] = field(
+        default=None, metadata={"help": "file that --fit or --calibrate wrote"}
+    )
+    enrol: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "people of several recordings, `name id id …` a line: what a is in trials"
+        },
+    )
+    fit: bool = field(default=False, metadata={"help": "fit a backend on DATA"})
+    piece: Optional[float] = field(
+        default=None,
+        metadata={"help": "with --fit: cut recordings into pieces of so many seconds; none: whole"},
+    )
+    mean: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "with --fit: DATA whose mean embedding is taken off instead, like what will be compared"
+        },
+    )
+    calibrate: Optional[str] = field(
+        default=None, metadata={"help": "trials to calibrate the scores of --backend on"}
+    )
+    quality: List[str] = field(
+        default_factory=list,
+        metadata={"help": "measures that the calibration uses beside the score"},
+    )
+    threshold: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "where to say yes: fa=RATE of the others at most, cost=PRIOR of a target, or a number;"
+            " kept in the backend with --calibrate"
+        },
+    )
+    make_trials: Optional[str] = field(
+        default=None, metadata={"help": "list of trials to write from DATA's speakers"}
+    )
+    pairs: Optional[int] = field(
+        default=None, metadata={"help": "with --make-trials: how many to draw; none: all pairs"}
+    )
+    draws: int = field(
+        default=200, metadata={"help": "resamplings of the intervals; 0: no intervals"}
+    )
+    seed: int = field(default=1, metadata={"help": "of the resampling and of --pairs"})
+    batch_size: Optional[int] = field(
+        default=None,
+        metadata={"help": "utterances in a batch; none: as many as --max-frames allows"},
+    )
+    max_frames: int = field(
+        default=MAX_FRAMES,
+        metadata={"help": "padded frames (of 10 ms) in a batch: less memory where smaller"},
+    )
+    device: str = field(
+        default="auto", metadata={"help": "cpu, cuda, cuda:1; auto: CUDA where there is one"}
+    )
+    user_dir: Optional[str] = field(
+        default=None,
+        metadata={"help": "plugin with the model's parts; none: the one it was trained with"},
+    )
+
+    def __post_init__(self):
+        for name in ("batch_size", "max_frames", "pairs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.draws < 0:
+            raise ValueError(f"--draws must not be negative, got {self.draws}")
+        if self.piece is not None and not self.piece > 0:
+            raise ValueError(f"--piece must be positive, got {self.piece}")
+        if bool(self.fit) + bool(self.calibrate) + bool(self.make_trials) > 1:
+            raise ValueError("--fit, --calibrate and --make-trials are one at a time")
+        if self.calibrate and not self.backend:
+            raise ValueError("--calibrate needs --backend: verify --fit makes one")
+        if self.backend and (self.score or self.norm != "none"):
+            raise ValueError("--backend says the score and its norm: leave --score and --norm out")
+        for name in self.quality:
+            QUALITIES.get(name)
+
+
+def main(argv):
+    """The command."""
+    parser = Parser(prog="python -m fairseq_ext.speaker.verify", description=__doc__, epilog=EPILOG)
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="DATA TRIALS, DATA, or two files"
+    )
+    add_dataclass(parser, VerifyOptions)
+    args = parser.parse_args(argv)
+    options = from_args(VerifyOptions, args)
+    if options.fit or options.calibrate or options.make_trials:
+        (data, *more) = args.inputs
+        if more:
+            raise UsageError(f"one DATA is enough here, got {' '.join(args.inputs)}")
+        return (fit if options.fit else calibrate if options.calibrate else make)(data, options)
+    if len(args.inputs) != 2:
+        raise UsageError(f"give DATA and TRIALS, or two audio files, got {' '.join(args.inputs)}")
+    one, two = args.inputs
+    if os.path.isfile(one) and not one.endswith(".npz"):
+        return compare(args.inputs, options)
+    return verify(one, two, options)
+
+
+def load_runner(options) -> Runner:
+    """The model of --path, or none."""
+    model = None
+    if options.path:
+        model = SpeakerModel.from_checkpoint(options.path, options.device, options.user_dir)
+    return Runner(model, options.path or "", options.batch_size, options.max_frames)
+
+
+def load_backend(options, runner: Runner) -> Backend:
+    """That of --backend, or of an exported model, or a score that needs none."""
+    carried = None if options.score or options.norm != "none" else runner.backend
+    given = options.backend or carried
+    if not given:
+        if options.norm != "none":
+            raise UsageError(f"--norm {options.norm} needs a cohort: --fit with it makes a backend")
+        return Backend.unfitted(options.score or "cosine", 0, runner.sha256)
+    backend = Backend.load(given)
+    backend.check_model(runner.sha256, options.backend or options.path)
+    return backend
+
+
+def make(data, options) -> int:
+    """--make-trials."""
+    voices = open_voices([data], options.subset)
+    check_output(options.make_trials, [data])
+    rows, names = named_rows(voices)
+    recordings = [voices.recordings[row] for row in rows]
+    trials = make_trials(names, recordings, options.pairs, options.seed)
+    if not len(trials) or trials.targets.all() or not trials.targets.any():
+        raise UserError(
+            f"{voices.name}: no pairs of both kinds: two recordings of a speaker, and two speakers are needed"
+        )
+    write_trials(options.make_trials, trials, [voices.ids[row] for row in rows])
+    print(
+        f"{voices.name}: {len(trials):,} trials, {trials.targets.sum():,} of one person,"
+        f" {len(set(names))} speakers, in {options.make_trials}"
+    )
+    return 0
+
+
+def fit(data, options) -> int:
+    """--fit."""
+    output = options.output or "backend.npz"
+    check_output(output, [data, options.path or ""])
+    split = options.subset
+    if split is None and os.path.exists(os.path.join(data, "corpus.json")):
+        split = "train"
+    voices, runner = open_voices([data], split), load_runner(options)
+    rows, names = named_rows(voices)
+    found = voices.embed(runner, rows, options.piece)
+    name_of = dict(zip(rows, names, strict=True))
+    speakers = [name_of[row] for row in found.rows]
+    notes = {"fitted_on": voices.name, "embeddings": len(speakers), "piece": options.piece}
+    score = options.score or "cosine"
+    backend = Backend.fit(score, options.norm, found.embeddings, speakers, runner.sha256, notes)
+    if options.mean:
+        alike = open_voices([options.mean])
+        embeddings = alike.embed(runner, range(len(alike.ids))).embeddings
+        backend = backend.recentred(embeddings.mean(0, dtype=np.float64))
+        backend.notes["mean_of"] = alike.name
+    backend.save(output)
+    atomic_json(beside(output, MANIFEST_NAME), provenance(voices, options, [], backend.notes))
+    print(
+        f"{voices.name}: {score}, norm {options.norm}, fitted on {len(speakers)} embeddings of"
+        f" {len(set(speakers))} people, in {output}"
+    )
+    return 0
+
+
+def calibrate(data, options) -> int:
+    """--calibrate."""
+    output = options.output or "backend.npz"
+    check_output(output, [data, options.calibrate, options.path or ""])
+    runner = load_runner(options)
+    backend = load_backend(options, runner)
+    # whom it was calibrated on before no longer matters
+    backend = replace(backend, calibration=None, calibration_speakers=(), qualities=())
+    voices = open_voices([data], options.subset)
+    compared = Compared(voices, options.calibrate, backend, runner, options.enrol)
+    targets = compared.trials.targets
+    if targets is None:
+        raise UserError(
+            f"{options.calibrate} has no answers: calibration needs `1 a b` and `0 a b`"
+        )
+    scores = backend.scores(*compared.sides)
+    features = backend.features(scores, *compared.sides, options.quality)
+    names = tuple(sorted(set(compared.speakers or ())))
+    backend = backend.calibrated(features, targets, options.quality, names)
+    llr = backend.llr(scores, *compared.sides)
+    if options.threshold:
+        asked = asked_threshold(options.threshold, True, llr, targets)
+        backend = replace(backend, threshold=asked)
+    record = report.measure(llr, targets, True)
+    backend.save(output)
+    others = [options.calibrate, options.backend]
+    atomic_json(beside(output, MANIFEST_NAME), provenance(voices, options, others, record))
+    print(
+        f"{backend.score} calibrated on {len(targets):,} trials, {targets.sum():,} of one person,"
+        f" {len(names) or 'unnamed'} speakers: Cllr {record['cllr']:.3f} on these; in {output}"
+    )
+    return 0
+
+
+def verify(data, trials_path, options) -> int:
+    """Scores of a list of trials."""
+    output = options.output or "scores.txt"
+    check_output(output, [data, trials_path, options.path or "", options.backend or ""])
+    runner = load_runner(options)
+    backend = load_backend(options, runner)
+    began = time.perf_counter()
+    voices = open_voices([data], options.subset)
+    compared = Compared(voices, trials_path, backend, runner, options.enrol)
+    read = time.perf_counter()
+    scores = backend.scores(*compared.sides)
+    if backend.calibration is not None:
+        scores = backend.llr(scores, *compared.sides)
+    scored = time.perf_counter()
+    trials = compared.trials
+    write_scores(output, trials, scores, *compared.ids)
+    print(f"{voices.name}: {len(trials):,} scores in {output}")
+    aside = os.path.isfile(output)  # beside a pipe there is no place
+    if trials.targets is not None:
+        record = measured(compared, scores, backend, options.threshold, options.draws, options.seed)
+        record["seconds"] |= {"reading_and_embedding": read - began, "scoring": scored - read}
+        if aside:
+            atomic_json(beside(output, "metrics.json"), record)
+            files = beside(output, "det.png"), beside(output, "histogram.png")
+            report.pictures(scores, trials.targets, backend.score, *files)
+        print("\n".join(report.lines(record)))
+    if aside:
+        others = [trials_path, *filter(None, (options.backend, options.enrol))]
+        record = provenance(voices, options, others, {"trials": len(trials)})
+        atomic_json(beside(output, MANIFEST_NAME), record)
+    return 0
+
+
+def compare(paths, options) -> int:
+    """Two files."""
+    runner = load_runner(options)
+    backend = load_backend(options, runner)
+    found = open_voices(paths).embed(runner, [0, 1])
+    one, two = (
+        Side.of_tests(found.embeddings[i : i + 1], found.seconds[i : i + 1]) for i in (0, 1)
+    )
+    sides = one, two, np.zeros(1, np.int32), np.zeros(1, np.int32)
+    scores = backend.scores(*sides)
+    calibrated = backend.calibration is not None
+    if calibrated:
+        scores = backend.llr(scores, *sides)
+        print(f"log-likelihood ratio {scores[0]:.3f} (above 0: rather the same person)")
+    else:
+        print(f"{backend.score} {scores[0]:.4f}, not calibrated: --calibrate says what it is worth")
+    threshold = backend.threshold
+    if options.threshold:
+        threshold = asked_threshold(options.threshold, calibrated)
+    if threshold is not None:
+        same = "the same person" if scores[0] >= threshold else "not the same person"
+        print(f"{same}, at the threshold {threshold:.4g}")
+    return 0
+
+
+def provenance(voices, options, others, counts) -> dict:
+    """The content of a manifest."""
+    inputs = {path: known_sha256(path) for path in [*filter(None, [options.path]), *others]}
+    return {
+        "inputs": {**inputs, **voices.inputs()},
+        "counts": counts,
+        "options": options,
+        "seed": options.seed,
+        "versions": versions(),
+    }
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,167 @@
+"""The translation tab of `python -m ext_common.page`: a text, its translations, and where the model looks."""
+
+import html
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+import gradio as gr
+
+from ext_common.cli import UserError
+from ext_common.page import Loaded, Model, Settings, answered, choice, tab_for
+from fairseq_ext.translation.attention import Attention, attention
+from fairseq_ext.translation.decode.checkpoint import (
+    Vocabulary,
+    build_model,
+    read_state,
+    vocabulary_of,
+)
+from fairseq_ext.translation.decode.options import DecodeOptions
+from fairseq_ext.translation.decode.translator import Translator
+
+NBEST = 5
+LONGEST = 10_000  # characters that are typed, lines of a file
+PROGRESS = gr.Progress()  # a default, as which Gradio finds it
+STEP = 64  # lines of a file between two looks at the progress
+
+
+@tab_for("translation_spm")
+def tab(models: list[Model], settings: Settings) -> None:
+    """Draws it."""
+    load = Loaded(
+        partial(Translator.from_checkpoint, device=settings.device, user_dir=settings.user_dir)
+    )
+    # decoding changes a model for speed, and then it has no attention to give
+    look = Loaded(partial(whole, user_dir=settings.user_dir))
+
+    def backwards(path: str) -> Optional[str]:
+        """The model of the other direction, where there is one."""
+        own = load(path).vocabulary
+        for model in models:
+            other = load(str(model.path)).vocabulary
+            if (other.source_lang, other.target_lang) == (own.target_lang, own.source_lang):
+                return str(model.path)
+        return None
+
+    @answered
+    def translate(path: str, text: str) -> tuple[str, list[list[str]], str, str]:
+        lines = usable(text)
+        found = list(load(path).translate(lines, DecodeOptions(nbest=NBEST)))
+        best = "\n".join(one.text for one in found)
+        several = len(lines) > 1
+        rows = [
+            [f"{number}: {each.text}" if several else each.text, f"{each.score:.2f}"]
+            for number, one in enumerate(found, 1)
+            for each in one.hypotheses
+        ]
+        reverse = backwards(path)
+        back = "\n".join(load(reverse)(best.split("\n"))) if reverse else ""
+        shown = "" if several or not lines[0].strip() else looked(look(path), lines[0], best)
+        return best, rows, shown, back
+
+    @answered
+    def translate_file(path: str, given: Optional[str], progress: Any = PROGRESS) -> Iterator[Any]:
+        if given is None:
+            raise UserError("there is no file yet: give a text file, a sentence a line")
+        lines = text_lines(given)
+        done: list[str] = []
+        for start in range(0, len(lines), STEP):
+            progress((start, len(lines)), unit="lines")
+            done += load(path)(lines[start : start + STEP])
+        folder = tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR") or str(Path(given).parent))
+        out = Path(folder, f"{Path(given).stem}.{load(path).vocabulary.target_lang}.txt")
+        out.write_text("".join(f"{line}\n" for line in done), encoding="utf-8")
+        yield gr.DownloadButton(value=str(out), visible=True)
+
+    busy: dict[str, Any] = dict(concurrency_id="translation", concurrency_limit=1)
+    with gr.Tab("Translation"):
+        model = choice(models)
+        with gr.Row():
+            source = gr.Textbox(label="Text, a sentence a line", lines=3, max_length=LONGEST)
+            target = gr.Textbox(label="Translation", lines=3, interactive=False, buttons=["copy"])
+        ask = gr.Button("Translate", variant="primary")
+        looks = gr.HTML(
+            label="Where the model looked: point at a piece below, or step to it with the tab key"
+        )
+        with gr.Row():
+            others = gr.Dataframe(
+                headers=["translation", "score"], label="The best ones", interactive=False
+            )
+            back = gr.Textbox(
+                label="Translated back", lines=3, interactive=False, visible=len(models) > 1
+            )
+        gr.on(
+            [ask.click, source.submit],
+            translate,
+            [model, source],
+            [target, others, looks, back],
+            api_name="translate",
+            **busy,
+        )
+        with gr.Accordion("A whole file", open=False):
+            given = gr.File(label="Text, UTF-8, a sentence a line", file_types=[".txt", "text"])
+            start, stop = gr.Button("Translate the file"), gr.Button("Cancel")
+            out = gr.DownloadButton("Save its translation", visible=False)
+            running = start.click(translate_file, [model, given], out, **busy)
+            stop.click(None, cancels=[running])
+
+
+def whole(path: str, user_dir: Optional[str]) -> tuple[Any, Vocabulary]:
+    """(model, vocabulary) as they were trained."""
+    state = read_state(path)
+    return build_model(state, path, user_dir), vocabulary_of(state, path)
+
+
+def usable(text: str) -> list[str]:
+    """The lines of what was typed; UserError for nothing, or more than is answered at once."""
+    if not text.strip():
+        raise UserError("there is no text yet: type a sentence")
+    if len(text) > LONGEST:
+        raise UserError(
+            f"the text has {len(text):,} characters, the page takes {LONGEST:,}: give it as a file"
+        )
+    return text.strip("\n").split("\n")
+
+
+def text_lines(path: str) -> list[str]:
+    """The lines of a text file; UserError for one that is none, or too long."""
+    name = Path(path).name
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name} is no UTF-8 text (byte {error.start}): save it as UTF-8 text"
+        ) from None
+    if not lines or len(lines) > LONGEST:
+        raise UserError(
+            f"{name} has {len(lines):,} lines, the page takes 1 to {LONGEST:,}: use"
+            " python -m fairseq_ext.translation.translate"
+        )
+    return lines
+
+
+def looked(model: tuple[Any, Vocabulary], source: str, target: str) -> str:
+    """Where the model looks when it writes `target`, as HTML."""
+    return hover(attention(*model, source, target))
+
+
+def hover(found: Attention) -> str:
+    """Pieces of source and target; pointing at one of the target shades what it looked at."""
+
+    def piece(kind: str, number: int, text: str, more: str = "") -> str:
+        shown = html.escape(text.replace("▁", "␣")) or "␣"
+        return f'<span class="{kind}{number}"{more}>{shown}</span>'
+
+    rules = []
+    for row, weights in enumerate(found.weights):
+        top = max(float(weights.max()), 1e-9)
+        for column, weight in enumerate(weights):
+            if weight > top / 10:
+                shade = f"background:rgba(255,140,0,{weight / top:.2f})"
+                rules.append(f".looks:has(.t{row}:is(:hover,:focus)) .s{column}{{{shade}}}")
+    source = " ".join(piece("s", k, text) for k, text in enumerate(found.source))
+    target = " ".join(piece("t", k, text, ' tabindex="0"') for k, text in enumerate(found.target))
+    return f'<style>{"".join(rules)}</style><div class="looks"><p>{source}</p><p>{target}</p></div>'
