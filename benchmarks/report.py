@@ -57,7 +57,8 @@ def pages() -> dict[str, str]:
         "backtranslation": backtranslation.tables(
             recorded("backtranslation_tables"), recorded("backtranslation_tests")
         ),
-        "diffusion": diffusion.tables(recorded("diffusion_tables")),
+        "diffusion": diffusion.tables(recorded("diffusion_tables"))
+        | diffusion.objective_sections(recorded("diffusion_objectives")),
     }
     found = {
         f"docs/results/{job}.md": filled(ROOT / "benchmarks" / job / "page.md", made, MADE_BY)

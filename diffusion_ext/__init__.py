@@ -9,9 +9,19 @@ import sys
 from ext_common import aliases  # ext_common before torch: it settles OpenMP's threads
 
 aliases.install()
-if "fairseq" in sys.modules:
+
+
+def register() -> None:
+    """Register everything with fairseq, which is imported here where it is not yet."""
     from ext_common import engine, presets
 
     engine.apply()
     presets.apply()
+    from ext_common import muon  # noqa: F401
+
     from . import criterion, model, task  # noqa: F401
+    from .distill import criterion as consistency  # noqa: F401
+
+
+if "fairseq" in sys.modules:
+    register()

@@ -1,5 +1,6 @@
 """`--criterion ddpm`: the squared error of the prediction at a random timestep."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Dict, List, Optional
@@ -12,14 +13,14 @@ from torch import Tensor
 
 from diffusion_ext.denoiser import split_output
 from diffusion_ext.model import unwrapped
-from diffusion_ext.objectives import OBJECTIVES, check_combination
+from diffusion_ext.objectives import OBJECTIVES, check_combination, shown
 from diffusion_ext.pictures import to_float
 from diffusion_ext.randomness import coin, training_draws, validation_draws
-from diffusion_ext.variational import PosteriorTables, bound
-from diffusion_ext.weightings import WEIGHTINGS, loss_weights
+from diffusion_ext.schedules import TIME_SAMPLINGS
+from diffusion_ext.weightings import WEIGHTINGS, PosteriorTables, bound, loss_weights
 from ext_common.checkpoints import last_checkpoint
 from ext_common.cli import UserError
-from ext_common.engine import sums
+from ext_common.devices import sums
 
 QUARTERS = 4
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -30,6 +31,13 @@ class DdpmCriterionConfig(FairseqDataclass):
     loss_weighting: str = field(
         default="none",
         metadata={"help": f"of timesteps: {', '.join(WEIGHTINGS.names())}, e.g. min_snr:gamma=5"},
+    )
+    time_sampling: str = field(
+        default="auto",
+        metadata={
+            "help": f"how often each noise level is trained: {', '.join(TIME_SAMPLINGS.names())}, with"
+            " options as logit_normal:mean=0.5; auto: edm with --objective edm, else uniform"
+        },
     )
     vlb_weight: float = field(
         default=0.001,
@@ -69,6 +77,7 @@ class DdpmCriterion(FairseqCriterion):
             )
         self.schedule, self.objective = task.schedule, OBJECTIVES.get(task.cfg.objective)
         check_combination(task.cfg.objective, cfg.loss_weighting, self.schedule)
+        self.times = times_of(cfg.time_sampling, task.cfg.objective)
         weights = loss_weights(cfg.loss_weighting, task.cfg.objective, self.schedule.snr)
         # no buffers: --fp16 and --bf16 would round those
         self.tables = {
@@ -108,10 +117,12 @@ class DdpmCriterion(FairseqCriterion):
                 ids,
                 x0.shape[1:],
                 timesteps,
-                augment.n_uniforms + 1,
+                augment.n_uniforms + 1 + (self.times is not None),
                 x0.device,
                 stream,
             )
+            if self.times is not None:
+                t, uniforms = self.times(uniforms[:, -1], self.schedule), uniforms[:, :-1]
             if augment.n_uniforms:
                 x0, condition = augment(x0, uniforms[:, 1:])
                 condition = condition if self.task.spec["condition_size"] else None
@@ -152,10 +163,10 @@ class DdpmCriterion(FairseqCriterion):
     def output(self, model, batch: Dict, guess) -> Tensor:
         """The network's output in float32."""
         average = None if self.training else 0
-        with autocast(self.cfg.autocast, batch["x_t"].device):
-            output = model(
-                batch["x_t"], batch["t"], batch["label"], guess, batch["condition"], average
-            )
+        t = batch["t"]
+        x, time = shown(self.objective, batch["x_t"], t, *self.levels(t))
+        with autocast(self.cfg.autocast, x.device):
+            output = model(x, time, batch["label"], guess, batch["condition"], average)
         return output.float()
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,10 +217,21 @@ class DdpmCriterion(FairseqCriterion):
         for q in range(1, QUARTERS + 1):
             if count := total[f"count_{q}"]:
                 metrics.log_scalar(f"mse_q{q}", total[f"sum_{q}"] / count, count, round=5)
+                if trained := total.get(f"train_sum_{q}"):
+                    # how far the loss on held-out images is above that on training images
+                    gap = total[f"sum_{q}"] / trained - 1
+                    metrics.log_scalar(f"gap_q{q}", gap, count, round=4)
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         return True
+
+
+def times_of(name: str, objective: str) -> Optional[Callable]:
+    """What makes timesteps of uniform numbers; None for the uniform ones, which are drawn as such."""
+    if name == "auto":
+        name = "edm" if objective == "edm" else "uniform"
+    return None if name == "uniform" else TIME_SAMPLINGS.bind(name)
 
 
 def uses_own_guess(model) -> bool:

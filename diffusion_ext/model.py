@@ -9,6 +9,7 @@ from torch import nn
 
 from diffusion_ext.network import ARCH, AveragedUNet, NetworkOptions, check_options, options_of  # noqa: F401
 from diffusion_ext.unet import padded
+from ext_common.muon import mark_hidden
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,9 @@ class DdpmUNet(AveragedUNet, BaseFairseqModel):
                 f"--attention-resolutions {options.attention_resolutions} is none of the heights {heights} of"
                 " this network: only its middle attends"
             )
-        return cls(options, task.spec)
+        model = cls(options, task.spec)
+        mark_hidden(model, leave=("conv_in", "condition", "conv_out"))
+        return model
 
     def max_positions(self):
         return None

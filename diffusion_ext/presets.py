@@ -7,7 +7,7 @@ import contextlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from diffusion_ext.prepare.arrays import is_array, read_array, rows_last
 from diffusion_ext.prepare.build import read_meta
 from diffusion_ext.prepare.images import ImageFiles, formats
 from ext_common.presets import Choice, Machine, TaskPresets, cosine, shared_batch
+from ext_common.store import parts_of
 
 SIDES = (16, 32, 64)
 # Image files whose header is read for the size and the colours of all.
@@ -25,12 +26,16 @@ SAMPLED = 200
 CPU_MINUTES = 30
 GRAY = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L"}
 MUCH_PADDING = 1.3  # times the pixels of the images
+# Fewer images than these are soon learnt by heart.
+FEW = 1000
 DEEPEST = 16  # pixels; a network that ends above would attend over too many of them in its middle
 
 
 @dataclass(frozen=True)
 class Facts:
-    """height, width in pixels; count 0 where nobody looked; size: "read", "given" or "prepared"."""
+    """height, width in pixels; count 0 where nobody looked; size: "read", "given" or "prepared"; start: flags
+    of the checkpoint of --init-from.
+    """
 
     height: int
     width: int
@@ -38,6 +43,7 @@ class Facts:
     count: int = 0
     classes: int = 0
     size: str = "read"
+    start: Mapping[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,10 +99,28 @@ SMALL = {
 
 
 def read(data: str, asked: Mapping[str, Any]) -> Facts:
+    """What is in the images, of the size of the checkpoint that --init-from names."""
+    if not asked.get("init_from"):
+        return look(data, asked)
+    from diffusion_ext.inference import read_checkpoint
+    from diffusion_ext.network import flags_of
+
+    state = read_checkpoint(asked["init_from"])
+    spec = state["task_state"]["spec"]
+    size = asked.get("image_size") or [spec["height"], spec["width"]]
+    found = look(data, {"minutes": 1, **asked, "image_size": size})
+    return replace(found, channels=spec["channels"], start=flags_of(state))
+
+
+def look(data: str, asked: Mapping[str, Any]) -> Facts:
     """A prepared folder says all; of others the names are listed and the headers of a few files read.
 
     Nothing is looked at where --image-size says the size and no --minutes ask for a plan.
     """
+    if len(parts := parts_of(data)) > 1:
+        each = [read(part, asked) for part in parts]
+        count, classes = sum(one.count for one in each), max(one.classes for one in each)
+        return replace(each[0], count=count, classes=classes)
     given = list(asked.get("image_size") or [])
     if given and not asked.get("minutes"):
         return Facts(given[0], given[-1], size="given")
@@ -148,6 +172,7 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
     sizes = sizes_for(facts, machine)
     small, patient = sizes is SMALL, is_patient(facts, machine)
     size, network = fitted(facts, sizes, asked)
+    network |= facts.start
     least = max(size.updates, math.ceil(facts.count * size.passes / size.batch))
     updates = asked.get("max_update", least)
     batch, _, together = shared_batch(size.batch, machine.processes)
@@ -155,19 +180,31 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
     schedule = {"--lr-scheduler": "fixed", "--warmup-updates": str(size.warmup)}
     if small:
         schedule = cosine(updates, size.warmup, asked)
+    # the path of flow ends in noise, and edm's own weighting is none
+    predicted = asked.get("objective") or facts.start.get("--objective")
+    own = predicted in ("flow", "edm")
+    weighting = "none" if own else size.weighting
+    objective = (
+        "with noise levels of its own" if own else "v is predicted, with the sigmoid schedule"
+    )
     intervals = {"--epoch-updates": str(size.epoch), "--sample-interval": str(size.grids)}
     planned = CPU_MINUTES if small and not machine.gpu and not machine.minutes else 0
     seen = f"{facts.count:,} images, " if facts.count else ""
     kinds = f", {facts.classes} classes (sub-folders)" if facts.classes else ""
     data = f"{seen}{facts.height} × {facts.width} pixels{kinds}"
+    few = 0 < facts.count < FEW
+    if few and not facts.start:
+        network["--dropout"] = "0.1"
+    whose = "those of --init-from" if facts.start else f"for {facts.height} × {facts.width}"
     return [
         Choice("data", {} if patient else data_flags(facts), data),
-        Choice("arch", {"--arch": "ddpm_unet", **network}, f"for {facts.height} × {facts.width}"),
+        Choice("arch", {"--arch": "ddpm_unet", **network}, whose),
         Choice(
             "criterion",
-            {"--criterion": "ddpm", "--loss-weighting": size.weighting},
-            "v is predicted, with the sigmoid schedule",
+            {"--criterion": "ddpm", "--loss-weighting": weighting},
+            objective,
         ),
+        Choice("few images", few_flags(facts) if few else {}, "soon learnt by heart"),
         Choice("optimizer", {"--optimizer": "adam", "--adam-betas": "(0.9, 0.99)"}, ""),
         Choice("rate", {"--lr": size.lr}, f"for {size.batch} images an update"),
         Choice("schedule", schedule, "falls to 0 in the end" if small else "the average falls"),
@@ -218,6 +255,12 @@ def data_flags(facts: Facts) -> dict[str, str | None]:
         size = [facts.height] + [facts.width] * (facts.height != facts.width)
         flags |= {"--image-size": ",".join(map(str, size)), "--channels": str(facts.channels)}
     return flags | ({"--class-labels": None} if facts.classes else {})
+
+
+def few_flags(facts: Facts) -> dict[str, str | None]:
+    """Against learning by heart: 15 % of the images changed (Karras et al. 2022), an end where it begins."""
+    jitter = ";color_jitter:p=0.15" if facts.channels == 3 else ""
+    return {"--augment": f"hflip:p=0.15{jitter}", "--stop-at-copies": None}
 
 
 def fitted(

@@ -231,9 +231,45 @@ def ddim(
     return x
 
 
-@SAMPLERS.register("heun")
-def heun(
+@SAMPLERS.register("euler")
+def euler(
     denoise: Denoise, x: Tensor, path: Trajectory, noise: Noise, watch: Watch = no_watch
+) -> Tensor:
+    """Euler's method on the path of flow matching, dx/dτ = ε − x_0 (see `straight`); where DDIM ends too."""
+    for i, now, then in path.steps:
+        predicted = denoise(x, now.timestep)
+        (scale, tau), (scale_then, tau_then) = straight(now), straight(then)
+        x = scale_then * (x / scale + (tau_then - tau) * (predicted.eps - predicted.x0))
+        watch(i, x, predicted.x0)
+    return x
+
+
+def straight(level: Level) -> tuple[float, float]:
+    """(alpha + sigma, τ): a level's x divided by the first is (1 − τ) x_0 + τ ε."""
+    total = level.alpha + level.sigma
+    return total, level.sigma / total
+
+
+@dataclass
+class HeunOptions:
+    time: str = field(
+        default="angle",
+        metadata={
+            "help": "in which the ODE is followed: angle (atan of noise / image), straight (the path of flow"
+            " matching)",
+            "choices": ["angle", "straight"],
+        },
+    )
+
+
+@SAMPLERS.register("heun", options=HeunOptions)
+def heun(
+    denoise: Denoise,
+    x: Tensor,
+    path: Trajectory,
+    noise: Noise,
+    watch: Watch = no_watch,
+    time: str = "angle",
 ) -> Tensor:
     """Heun's method on the probability-flow ODE, two evaluations a step but for the last: 2 S − 1.
 
@@ -244,7 +280,12 @@ def heun(
     for i, now, then in path.steps:
         predicted = denoise(x, now.timestep)
         ahead = then.alpha * predicted.x0 + then.sigma * predicted.eps
-        if then.sigma > 0:
+        if then.sigma > 0 and time == "straight":
+            corrected = denoise(ahead, then.timestep)
+            (scale, tau), (scale_then, tau_then) = straight(now), straight(then)
+            velocity = predicted.eps - predicted.x0 + corrected.eps - corrected.x0
+            ahead = scale_then * (x / scale + (tau_then - tau) / 2 * velocity)
+        elif then.sigma > 0:
             corrected = denoise(ahead, then.timestep)
             turn = math.atan2(then.sigma, then.alpha) - math.atan2(now.sigma, now.alpha)
             velocity = now.alpha * predicted.eps - now.sigma * predicted.x0
@@ -276,5 +317,17 @@ def dpmpp_2m(
         x = (then.sigma / now.sigma) * x
         x = x + (then.alpha - then.sigma * now.alpha / now.sigma) * guess
         before = x0, h
+        watch(i, x, x0)
+    return x
+
+
+@SAMPLERS.register("consistency")
+def consistency(
+    denoise: Denoise, x: Tensor, path: Trajectory, noise: Noise, watch: Watch = no_watch
+) -> Tensor:
+    """For a distilled model: each guess noised anew (Song et al. 2023, arXiv 2303.01469, Algorithm 1)."""
+    for i, now, then in path.steps:
+        x0 = denoise(x, now.timestep).x0
+        x = then.alpha * x0 + then.sigma * noise(i) if then.sigma > 0 else x0
         watch(i, x, x0)
     return x

@@ -15,6 +15,7 @@ from ext_common.cli import UserError
 from ext_common.registry import Registry
 
 SCHEDULES = Registry("beta schedule")
+TIME_SAMPLINGS = Registry("time sampling")
 MAX_BETA = 0.999
 
 
@@ -68,12 +69,16 @@ class NoiseSchedule:
         return NoiseSchedule(torch.cumprod(1 - betas.double(), 0))
 
 
+def check_timesteps(timesteps: int) -> None:
+    if timesteps < 2:
+        raise UserError(f"--timesteps {timesteps} is too few: 2 is the least, 1000 is usual")
+
+
 def build_schedule(
     name: str, timesteps: int, zero_terminal_snr: bool = False, options: Any = None
 ) -> NoiseSchedule:
     """The registered schedule `name`, or "name:option=value,…", over `timesteps` ≥ 2 steps."""
-    if timesteps < 2:
-        raise UserError(f"--timesteps {timesteps} is too few: 2 is the least, 1000 is usual")
+    check_timesteps(timesteps)
     if options is None:
         betas = SCHEDULES.bind(name)(timesteps)
     else:
@@ -161,6 +166,30 @@ def linear_beta_schedule(timesteps: int, first: float = 1e-4, last: float = 0.02
     return betas.clamp(max=MAX_BETA)
 
 
+def flow_schedule(timesteps: int) -> NoiseSchedule:
+    """The straight path (1 − τ) x_0 + τ ε at τ = 1/T … 1, divided by √((1 − τ)² + τ²) as ours must be.
+
+    The last level is pure noise.
+    """
+    check_timesteps(timesteps)
+    tau = torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps
+    return NoiseSchedule((1 - tau) ** 2 / ((1 - tau) ** 2 + tau**2))
+
+
+def edm_schedule(
+    timesteps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> NoiseSchedule:
+    """σ from `sigma_min` to `sigma_max`, even in σ^(1/ρ) (Karras et al. 2022, arXiv 2206.00364, equation 5).
+
+    ᾱ = 1 / (1 + σ²), as x_0 + σ ε divided by √(1 + σ²) is x_t.
+    """
+    check_timesteps(timesteps)
+    ends = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return NoiseSchedule(
+        1 / (1 + torch.linspace(*ends, timesteps, dtype=torch.float64) ** (2 * rho))
+    )
+
+
 def rescale_zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     """√ᾱ stretched so that ᾱ_T = 0 and ᾱ_1 stays (Lin et al. 2023, arXiv 2305.08891, Algorithm 1)."""
     root = schedule.alpha
@@ -171,3 +200,58 @@ def rescale_zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
 def _betas_of(alphas_cumprod: Tensor, least: float) -> Tensor:
     """β of a curve ᾱ (T + 1,) that begins at 1."""
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(least, MAX_BETA)
+
+
+@TIME_SAMPLINGS.register("uniform")
+def uniform_times(u: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Every timestep as often as any other."""
+    return _index(u, schedule)
+
+
+@dataclass
+class LogitNormalOptions:
+    mean: float = field(default=0.0, metadata={"help": "above 0: more noise"})
+    std: float = field(default=1.0, metadata={"help": "smaller: nearer to the middle"})
+
+    def __post_init__(self) -> None:
+        if self.std <= 0:
+            raise ValueError("std must be above 0")
+
+
+@TIME_SAMPLINGS.register("logit_normal", options=LogitNormalOptions)
+def logit_normal_times(
+    u: Tensor, schedule: NoiseSchedule, mean: float = 0.0, std: float = 1.0
+) -> Tensor:
+    """logit(t / T) ~ N(mean, std²) (Esser et al. 2024, arXiv 2403.03206, section 3.1): the middle often."""
+    return _index(torch.sigmoid(mean + std * _normal(u)), schedule)
+
+
+@dataclass
+class EdmTimeOptions:
+    mean: float = field(default=-1.2, metadata={"help": "of ln σ"})
+    std: float = field(default=1.2, metadata={"help": "of ln σ"})
+
+    def __post_init__(self) -> None:
+        if self.std <= 0:
+            raise ValueError("std must be above 0")
+
+
+@TIME_SAMPLINGS.register("edm", options=EdmTimeOptions)
+def edm_times(u: Tensor, schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Tensor:
+    """ln σ ~ N(mean, std²), σ = noise / image (Karras et al. 2022, table 1): the nearest timestep in ln σ."""
+    # pure noise has no ln σ; no normal number comes near this one
+    levels = (-0.5 * schedule.snr.log()).clamp(max=50.0).to(u.device)
+    between = (levels[1:] + levels[:-1]) / 2
+    return torch.searchsorted(between, mean + std * _normal(u))
+
+
+def _normal(u: Tensor) -> Tensor:
+    """Uniform numbers of 24 bits as normal ones, by the inverse of the distribution."""
+    z: Tensor = torch.special.ndtri(u.double() + 2.0**-25)
+    return z
+
+
+def _index(share: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Shares in [0, 1) of the T timesteps as int64 indices."""
+    last = schedule.timesteps - 1
+    return (share.double() * schedule.timesteps).long().clamp(max=last)

@@ -8,6 +8,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from diffusion_ext.prepare.options import ImageOptions, asked_size, check_split
 from ext_common.cli import UserError
 from ext_common.folders import partial_folder
 from ext_common.manifest import user_cache
-from ext_common.store import open_store
+from ext_common.store import JoinedRows, joined_rows, open_store, parts_of
 
 SPLITS = ("train", "valid")
 
@@ -121,19 +122,23 @@ class Images:
         return {**self.__dict__, "pixels": None}
 
     def __setstate__(self, state):
-        meta = read_meta(state["path"])
-        if meta is None or meta["content_hash"] != state["content_hash"]:
+        parts = parts_of(state["path"])
+        hashes = [(read_meta(part) or {}).get("content_hash") for part in parts]
+        if None in hashes or joined_hash(hashes) != state["content_hash"]:
             raise UserError(f"{state['path']} was replaced while it was in use: start again")
-        self.__dict__.update(state, pixels=open_store(state["path"], NAME).data)
+        self.__dict__.update(state, pixels=joined_rows(parts, NAME))
 
 
 def open_images(data, options) -> Images:
     """The images in `data`: a folder that diffusion_ext.prepare made, or any folder of images.
 
     The latter are decoded at the first call; after that the store is found by the folder's path and
-    the options, and used while names, sizes and times of change of its files are the same. options:
+    the options, and used while names, sizes and times of change of its files are the same. Several are one,
+    as "A:B". options:
     ImageOptions, or what has its fields. Raises UserError.
     """
+    if len(parts := parts_of(data)) > 1:
+        return joined([open_images(part, options) for part in parts])
     data = Path(data)
     ImageOptions(**{name: getattr(options, name) for name in ImageOptions.__dataclass_fields__})
     if is_prepared(data):
@@ -156,6 +161,38 @@ def open_images(data, options) -> Images:
     elif not images.classes:
         raise UserError(f"{data} was prepared without classes: leave --class-labels out")
     return images
+
+
+def joined(parts: list[Images]) -> Images:
+    """Several sets of images as one, one behind the other; classes of one name are one.
+
+    UserError where their sizes differ, or only some have classes.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        if part.pixels.shape[1:] != first.pixels.shape[1:]:
+            sizes = [
+                f"{p.path} has {'×'.join(map(str, p.pixels.shape[1:]))}" for p in (part, first)
+            ]
+            raise UserError(f"{', '.join(sizes)}: give --image-size and --channels for all")
+    classes = sorted({name for part in parts for name in part.classes})
+    maps = [np.array([*map(classes.index, part.classes), -1], dtype=np.int64) for part in parts]
+    return Images(
+        path=Path(":".join(str(part.path) for part in parts)),
+        pixels=JoinedRows([part.pixels for part in parts]),  # type: ignore[arg-type]
+        labels=np.concatenate([m[part.labels] for m, part in zip(maps, parts, strict=True)]),
+        classes=classes,
+        names=[name for part in parts for name in part.names],
+        hashes=[digest for part in parts for digest in part.hashes],
+        content_hash=joined_hash([part.content_hash for part in parts]),
+        skipped=[pair for part in parts for pair in part.skipped],
+        gray=sum(part.gray for part in parts),
+    )
+
+
+def joined_hash(hashes: Sequence[str]) -> str:
+    """Of one its own, of several that of all."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def recipe_of(data: str | os.PathLike[str], options: Any) -> Recipe:

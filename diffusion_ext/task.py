@@ -15,14 +15,17 @@ from omegaconf import II, MISSING
 
 from diffusion_ext.augment import AUGMENTATIONS, build_augmentations
 from diffusion_ext.dataset import ImageDataset
+from diffusion_ext.ema.snapshots import write_snapshot
+from diffusion_ext.evaluate.watch import Watch, WatchOptions, as_trained_on
+from diffusion_ext.inference import read_checkpoint
 from diffusion_ext.model import unwrapped
-from diffusion_ext.network import options_of
-from diffusion_ext.objectives import OBJECTIVES
+from diffusion_ext.network import initialise, options_of
+from diffusion_ext.objectives import OBJECTIVES, schedule_of
 from diffusion_ext.prepare.build import is_prepared
 from diffusion_ext.prepare.options import ImageOptions, SplitOptions
 from diffusion_ext.presets import PRESETS
-from diffusion_ext.preview import Preview
-from diffusion_ext.schedules import SCHEDULES, build_schedule
+from diffusion_ext.preview import Preview, check_previews, grid_interval
+from diffusion_ext.schedules import SCHEDULES
 from diffusion_ext.store import Images, check_outside, open_images
 from ext_common.checkpoints import refuse_foreign
 from ext_common.cli import UserError
@@ -32,20 +35,28 @@ from ext_common.random import STREAM
 
 logger = logging.getLogger(__name__)
 
-GRID_SHARE = 0.05
 SPLITS = ("train", "valid")
+LAST = "checkpoint_last.pt"
 OWN = ("diffusion_ext",)
 
 
 @dataclass
-class DiffusionConfig(PresetOptions, ImageOptions, SplitOptions, FairseqDataclass):
+class DiffusionConfig(PresetOptions, ImageOptions, SplitOptions, WatchOptions, FairseqDataclass):
     data: str = field(
         default=MISSING, metadata={"help": "folder of images, or one made by diffusion_ext.prepare"}
     )
-    timesteps: int = field(default=1000, metadata={"help": "noise levels T of the schedule"})
+    timesteps: int = field(
+        default=1000,
+        metadata={
+            "help": "noise levels T of the schedule; flow and edm divide their path into so many"
+        },
+    )
     beta_schedule: str = field(
         default="sigmoid",
-        metadata={"help": f"{', '.join(SCHEDULES.names())}, with options as sigmoid:tau=0.9"},
+        metadata={
+            "help": f"{', '.join(SCHEDULES.names())}, with options as sigmoid:tau=0.9; --objective flow and"
+            " edm bring their own"
+        },
     )
     zero_terminal_snr: bool = field(
         default=False, metadata={"help": "rescale the schedule so that timestep T is pure noise"}
@@ -71,6 +82,13 @@ class DiffusionConfig(PresetOptions, ImageOptions, SplitOptions, FairseqDataclas
         default=False,
         metadata={
             "help": "do not tell the network how an image was changed, so that samples are changed too"
+        },
+    )
+    init_from: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "checkpoint whose weights the training begins with, on other images or classes; its"
+            " network and its noise are then the presets'"
         },
     )
     epoch_updates: int = field(
@@ -107,12 +125,13 @@ class DiffusionTask(OwnBatches, FairseqTask):
     progress_unit = "images"
     data_may_be_file = True
     being_measured = False
+    distils = False
 
     def __init__(self, cfg: DiffusionConfig, from_checkpoint: bool = False):
         super().__init__(cfg)
         check_previews(cfg)
-        self.schedule = build_schedule(cfg.beta_schedule, cfg.timesteps, cfg.zero_terminal_snr)
-        OBJECTIVES.get(cfg.objective)
+        self.schedule = schedule_of(cfg)
+        check_schedule(cfg)
         self.augmentations = build_augmentations(
             pipeline_of(cfg.hflip, list(cfg.color_jitter), cfg.augment)
         )
@@ -120,7 +139,7 @@ class DiffusionTask(OwnBatches, FairseqTask):
         self._epoch, self._done = 1, 0
         self.stream: Optional[str] = STREAM
         self.state.add_factory("spec", self._spec)
-        self.preview = Preview(self)
+        self.preview, self.watch = Preview(self), Watch(cfg)
 
     @property
     def images(self) -> Images:
@@ -150,11 +169,17 @@ class DiffusionTask(OwnBatches, FairseqTask):
         }
 
     def state_dict(self):
-        return {"spec": dict(self.spec), "stream": self.stream}
+        return {"spec": dict(self.spec), "stream": self.stream, "copies_since": self.watch.since}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         self.state.merge_state_dict(state_dict)
         self.stream = state_dict.get("stream")
+        self.watch.since = state_dict.get("copies_since")
+
+    @property
+    def is_done(self) -> Optional[str]:
+        """Why a training ends before its length; None while it does not."""
+        return self.watch.ended
 
     def check_resume(self, state: Dict[str, Any], same_run: bool) -> None:
         """UserError before a training continues from the checkpoint of another one.
@@ -213,10 +238,15 @@ class DiffusionTask(OwnBatches, FairseqTask):
 
     def build_model(self, cfg, from_checkpoint=False):
         refuse_foreign(cfg, ARCH_MODEL_REGISTRY | MODEL_REGISTRY, "--arch", OWN, "ddpm_unet")
-        return super().build_model(cfg, from_checkpoint)
+        model = super().build_model(cfg, from_checkpoint)
+        path = self.cfg.init_from
+        if path and not from_checkpoint and not (Path(self.cfg.save_dir) / LAST).exists():
+            initialise(unwrapped(model), self.spec, read_checkpoint(path), path)
+        return model
 
     def build_criterion(self, cfg, from_checkpoint=False):
         refuse_foreign(cfg, CRITERION_REGISTRY, "--criterion", OWN, "ddpm")
+        self.distils = getattr(cfg, "_name", None) == "consistency"
         return super().build_criterion(cfg, from_checkpoint)
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs) -> None:
@@ -257,6 +287,15 @@ class DiffusionTask(OwnBatches, FairseqTask):
         criterion.set_num_updates(update_num)
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
+    def valid_step(self, sample, model, criterion):
+        found = super().valid_step(sample, model, criterion)
+        if self.watch.on and sample:
+            rows = self.dataset(self.cfg.train_subset).rows
+            twin = as_trained_on(sample, self.images, rows)
+            _, _, log = super().valid_step(twin, model, criterion)
+            found[2].update({f"train_{key}": log[key] for key in log if key[:4] == "sum_"})
+        return found
+
     def optimizer_step(self, optimizer, model, update_num):
         scale = loss_scale(optimizer)
         super().optimizer_step(optimizer, model, update_num)
@@ -273,6 +312,8 @@ class DiffusionTask(OwnBatches, FairseqTask):
         model = unwrapped(model)
         # as if all updates had been like this one: only the ramp-up of the half-life asks
         model.ema.update(model.net, done * images, images)
+        if model.snapshots and done % model.snapshots == 0:
+            write_snapshot(self.cfg.save_dir, model.ema, done)
         interval = self.cfg.sample_interval
         if interval and (done % interval == 0 or not self.being_measured and self.preview.is_due()):
             self.preview.draw(model, done)
@@ -290,7 +331,7 @@ class DiffusionTask(OwnBatches, FairseqTask):
 
     def next_command(self, save_dir: str, checkpoint: str) -> str:
         """What a user does with a trained model; the last one has the longest average."""
-        last = Path(save_dir) / "checkpoint_last.pt"
+        last = Path(save_dir) / LAST
         words = ["python", "-m", "diffusion_ext.sample", str(Path(save_dir) / "drawn"), "--path"]
         return shlex.join([*words, str(last if last.exists() else checkpoint), "--num", "64"])
 
@@ -306,30 +347,20 @@ class DiffusionTask(OwnBatches, FairseqTask):
         return None
 
 
-def grid_interval(updates: int, asked: int, evaluations: int, batch: int) -> int:
-    """Updates between two grids of samples, so that they take at most GRID_SHARE of the training.
-
-    evaluations: of the network for a grid, each a third of the work of an image in an update. 0: none.
-    """
-    grids = int(GRID_SHARE * updates / (evaluations / 3 / batch))
-    if not asked or not grids:
-        return 0
-    return max(min(asked, max(1, updates // 4)), -(-updates // grids))
-
-
 def loss_scale(optimizer) -> float:
     """By what `--amp` multiplies the loss; it falls when an update is skipped. 1 without --amp."""
     scaler = getattr(optimizer, "scaler", None)
     return scaler.get_scale() if hasattr(scaler, "get_scale") else 1.0
 
 
-def check_previews(cfg) -> None:
-    """UserError for grids that would stop the training when the first of them is due."""
-    for key, least in (("sample_interval", 0), ("sample_grid", 1), ("sample_steps", 1)):
-        if cfg[key] < least:
-            raise UserError(
-                f"--{key.replace('_', '-')} {cfg[key]} is too small: give {least} or more"
-            )
+def check_schedule(cfg) -> None:
+    """UserError for another --beta-schedule than the usual one beside an objective with its own path."""
+    usual = DiffusionConfig.__dataclass_fields__["beta_schedule"].default
+    if hasattr(OBJECTIVES.get(cfg.objective), "schedule") and cfg.beta_schedule != usual:
+        raise UserError(
+            f"--objective {cfg.objective} has noise levels of its own: leave out --beta-schedule"
+            f" {cfg.beta_schedule}"
+        )
 
 
 def check_leaks(ours: Any, trained: Any) -> None:

@@ -217,11 +217,9 @@ def register() -> None:
     """Enter this plugin into fairseq, which imports no --user-dir a second time: it was imported before."""
     import fairseq  # noqa: F401
 
-    from ext_common import engine, presets
+    import diffusion_ext
 
-    engine.apply()
-    presets.apply()
-    from diffusion_ext import criterion, model, task  # noqa: F401
+    diffusion_ext.register()
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class UNetOptions:
 
 
 class UNet(nn.Module):
-    """(B, C, H, W) and timesteps (B,) → (B, C_out, H, W).
+    """(B, C, H, W) and timesteps (B,), whole or not → (B, C_out, H, W).
 
     H and W that are no multiples of `divisor(options)` are padded with 0 on all sides, and the output is cut
     again; attention goes by the padded height. n_classes: labels 0 … n_classes − 1, and n_classes for
@@ -131,7 +131,7 @@ class UNet(nn.Module):
         embedding = self.time_2(F.silu(self.time_1(time)))
         if self.label is not None:
             if label is None:
-                label = torch.full_like(t, self.n_classes)
+                label = torch.full_like(t, self.n_classes, dtype=torch.long)
             embedding = embedding + self.label(label)
         if self.condition is not None and condition is not None:
             embedding = embedding + self.condition(condition.to(x.dtype))

@@ -23,6 +23,7 @@ MOVED = {
     "ext_common.compat.schedules": "ext_common.engine",
     "fairseq_ext.schedules": "fairseq_ext.draw_rates",
     f"{_S}.extract": f"{_S}.prepare.extract",
+    f"{_S}.inputs": f"{_S}.inference.inputs",
     f"{_S}.layouts": f"{_S}.prepare.layouts",
     f"{_S}.prepare_report": f"{_S}.prepare.report",
     f"{_S}.prepare_steps": f"{_S}.prepare.steps",
@@ -93,6 +94,8 @@ MOVED = {
     f"{_D}.metrics": f"{_D}.evaluate.metrics",
     f"{_D}.neighbours": f"{_D}.evaluate.neighbours",
     f"{_D}.trajectories": f"{_D}.sample",
+    f"{_D}.editing": f"{_D}.sample.editing",
+    f"{_D}.variational": f"{_D}.weightings",
 }
 
 

@@ -3,6 +3,7 @@
 A task of any plugin may have, and is asked for, where it does:
 
     best_metric                      (name, larger is better) of what selects checkpoints, or None
+    is_done                          why a training ends before its length, or None
     check_resume(state, same_run)    UserError where a checkpoint is another run's
     compare_anew                     why metrics of before a resume are no longer comparable, or empty
     target dictionary's scorer()     what `fairseq-generate` ends with, in place of BLEU of words
@@ -18,21 +19,18 @@ import logging
 import math
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
-import torch
-import torch.distributed as dist
 from fairseq import checkpoint_utils, options, scoring, trainer, utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import TASK_REGISTRY
 from omegaconf import open_dict
 
-from ext_common import checkpoints, compat, screen, stopping, threads
+from ext_common import checkpoints, compat, devices, screen, stopping, threads
 from ext_common.checkpoints import refuse_other_wing
 from ext_common.cli import UsageError, UserError
-from ext_common.compat import messages, resume
+from ext_common.compat import resume
 from ext_common.compat.patching import after, replace
 from ext_common.given import given
 
@@ -53,10 +51,9 @@ def apply() -> None:
         _take_the_best_metric_from_the_task,
         _take_the_scorer_from_the_dictionary,
         _take_the_task_from_the_checkpoint,
-        _leave_inputs_exact,
-        _stop_together,
     ):
         add()
+    devices.apply()
     stopping.apply()
     screen.apply()
 
@@ -300,81 +297,3 @@ def trained_for(parser: Any, words: Sequence[str]) -> Optional[dict[str, Any]]:
 def _typed(name: str, words: Sequence[str]) -> bool:
     flag = f"--{name.replace('_', '-')}"
     return any(word.partition("=")[0] == flag for word in words)
-
-
-# --- devices and several processes ----------------------------------------------------------------
-
-
-def _leave_inputs_exact() -> None:
-    """A task whose inputs need 32 bits until they are normalised has them.
-
-    Without: features are rounded to 16 bits, before their mean is taken off.
-    """
-
-    def make(original: Callable) -> Callable:
-        def _fp_convert_sample(self, sample):
-            exact = getattr(self.task, "exact_inputs", False)
-            return sample if exact else original(self, sample)
-
-        return _fp_convert_sample
-
-    replace(trainer.Trainer, "_fp_convert_sample", make, ("apply_bfloat16", "apply_half"))
-
-
-def _stop_together() -> None:
-    """A loss that is no number ends the training of all processes, with one sentence.
-
-    Without: the process that sees it raises, and the others wait for its gradients until a time-out. Here all
-    ask when the norm of the gradients, which they share, is no number: no batch waits for a device for it.
-    """
-
-    def make(original: Callable) -> Callable:
-        def clip_grad_norm(self, *args, **kwargs):
-            try:
-                norm = original(self, *args, **kwargs)
-            except OverflowError:
-                # --fp16 asks itself, and tries the update again with another scale
-                stop_together(self)
-                raise
-            if not torch.isfinite(torch.as_tensor(norm)).all():
-                stop_together(self)
-            return norm
-
-        return clip_grad_norm
-
-    replace(trainer.Trainer, "clip_grad_norm", make, ("self.optimizer.clip_grad_norm(",))
-
-
-def stop_together(trainer: Any) -> None:
-    """UserError, or in several processes their end, where the criterion of any says why."""
-    ask = getattr(trainer.get_criterion(), "why_stop", None)
-    if ask is None:
-        return
-    own = ask()
-    if trainer.data_parallel_world_size == 1:
-        if own:
-            raise UserError(own)
-        return
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, own)
-    sentence = next(filter(None, every), None)
-    if sentence is None:
-        return
-    if trainer.is_data_parallel_master:
-        for action in messages.before_an_error:
-            action()
-        messages.tell(sentence)
-    # a launcher that sees one end would end the one that speaks
-    dist.barrier()
-    sys.exit(1)
-
-
-def sums(logs: Sequence[Mapping[str, Any]]) -> defaultdict[str, float]:
-    """Sum of each key over the logs of an update; of tensors by one transfer from their device."""
-    keys = dict.fromkeys(key for log in logs for key in log)
-    found = {key: sum(log.get(key, 0) for log in logs) for key in keys}
-    tensors = {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
-    if tensors:
-        together = torch.stack([value.detach().double() for value in tensors.values()])
-        found.update(zip(tensors, together.tolist(), strict=True))
-    return defaultdict(float, found)

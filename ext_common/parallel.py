@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -90,3 +91,9 @@ def _die_with_parent() -> None:
 def _call(job: Any) -> Any:
     assert _function is not None  # _start was called first
     return _function(job)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of this machine that nobody listens on at this moment."""
+    with socket.create_server((host, 0)) as server:
+        return int(server.getsockname()[1])

@@ -222,7 +222,7 @@ def _draw_pairs(axis: Axes, pairs: list[tuple[str, str, float]]) -> None:
 def scatter_2d(
     points: np.ndarray, labels: Sequence[Any], out_png: str | os.PathLike[str], title: str = ""
 ) -> None:
-    """Draw `points` (N, 2) coloured by `labels` (N,); a legend for up to 20 different ones."""
+    """Draw `points` (N, 2) coloured by `labels` (N,): a legend for up to 20, else names in the picture."""
     points = np.asarray(points)
     if points.ndim != 2 or points.shape[1] != 2 or len(points) != len(labels):
         raise ValueError(f"points must be (N, 2) with N labels, got {points.shape}, {len(labels)}")
@@ -245,6 +245,9 @@ def scatter_2d(
                 linewidths=0,
                 label=_short(name),
             )
+            if not legend:
+                place = np.median(chosen, axis=0)
+                axis.annotate(_short(name), place, fontsize=6, color=colour, ha="center")
         if legend:
             axis.legend(
                 loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, markerscale=1.5

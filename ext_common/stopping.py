@@ -3,7 +3,9 @@
 Without: Ctrl-C and SIGTERM lose all since the last checkpoint, which comes with the end of an epoch. Here
 the update that is being made is finished, `checkpoint_last.pt` written, and the exit code is 130 (Ctrl-C) or
 143 (SIGTERM); a second Ctrl-C stops at once. Of several processes all stop after the same update, whichever
-was told. `--save-minutes` writes `checkpoint_last.pt` so often whatever the epochs.
+was told. A file SAVE_DIR/stop asks for the same where no signal reaches: a cluster tells its batch shell, not
+the training. It becomes SAVE_DIR/stopped, and the exit code is 0. `--save-minutes` writes
+`checkpoint_last.pt` so often whatever the epochs.
 """
 
 import atexit
@@ -31,6 +33,11 @@ from ext_common.compat.patching import after, replace
 logger = logging.getLogger(__name__)
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+# The file that stops a training, what it becomes, and its number among the signals, which count more.
+ASKED, OBEYED = "stop", "stopped"
+BY_FILE = 1
+# Seconds between two looks for it.
+LOOKS = 1.0
 # Seconds after a Ctrl-C in which another is the same one: launchers pass on what a terminal has sent already.
 SAME = 1.0
 
@@ -90,6 +97,7 @@ class Wishes:
 
 _wishes: Wishes | None = None
 _saved_at = 0.0
+_looked_at = 0.0
 
 
 def apply() -> None:
@@ -160,16 +168,31 @@ def _stoppable(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         before = _saved_at
         losses, stop = original(cfg, trainer, task, epoch_itr, subsets, end_of_epoch)
+        done = 0
+        if hasattr(task, "is_done"):
+            # a task may end its training, and only the first process may know it
+            done, _ = agreed(int(bool(task.is_done)), False, trainer.device)
         saved = _saved_at != before
         due = is_due(getattr(cfg.task, "save_minutes", 0.0), time.monotonic() - _saved_at)
-        number, due = agreed(_wishes.asked if _wishes else 0, due and not stop, trainer.device)
-        if (number or due) and not saved:
+        asked = (_wishes.asked if _wishes else 0) or asked_by_file(cfg)
+        number, due = agreed(asked, due and not stop, trainer.device)
+        if (number or due or done and not stop) and not saved:
             checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
         if number and not stop:
             end(number, cfg, trainer)
-        return losses, stop
+        return losses, stop or bool(done)
 
     return validate_and_save
+
+
+def asked_by_file(cfg: Any) -> int:
+    """BY_FILE where the first process finds SAVE_DIR/stop, else 0."""
+    global _looked_at
+    now = time.monotonic()
+    if now - _looked_at < LOOKS or not distributed_utils.is_master(cfg.distributed_training):
+        return 0
+    _looked_at = now
+    return BY_FILE if (Path(cfg.checkpoint.save_dir) / ASKED).exists() else 0
 
 
 def is_due(minutes: float, seconds: float) -> bool:
@@ -192,9 +215,13 @@ def end(number: int, cfg: Any, trainer: Any) -> NoReturn:
     agreed(number, False, trainer.device)
     path = Path(cfg.checkpoint.save_dir) / f"checkpoint_last{cfg.checkpoint.checkpoint_suffix}.pt"
     kept = not cfg.checkpoint.no_save and path.exists()
+    by_file = number == BY_FILE
     if distributed_utils.is_master(cfg.distributed_training):
+        if by_file:
+            os.replace(path.with_name(ASKED), path.with_name(OBEYED))
+        name = path.with_name(ASKED) if by_file else NAMES[signal.Signals(number)]
         logger.info(
-            f"stopped by {NAMES[signal.Signals(number)]} after update {trainer.get_num_updates():,}: "
+            f"stopped by {name} after update {trainer.get_num_updates():,}: "
             + (
                 f"{path} holds it, and the same command goes on"
                 if kept
@@ -205,4 +232,4 @@ def end(number: int, cfg: Any, trainer: Any) -> NoReturn:
         action()
     if _wishes and dist.is_available() and dist.is_initialized():
         _wishes.ignore()
-    sys.exit(128 + number)
+    sys.exit(0 if by_file else 128 + number)

@@ -57,6 +57,42 @@ class Store:
         return self.data[start : start + self.lengths[index]]
 
 
+class JoinedRows:
+    """The rows of several stores one behind the other, read as one array; a slice lies in one of them."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self.parts = list(parts)
+        self.first = np.cumsum([0, *map(len, parts)])
+        self.shape = (int(self.first[-1]), *parts[0].shape[1:])
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def __getitem__(self, rows: int | slice) -> np.ndarray:
+        start = rows.start if isinstance(rows, slice) else rows
+        part = int(np.searchsorted(self.first, start, side="right")) - 1
+        before = int(self.first[part])
+        if isinstance(rows, slice):
+            rows = slice(start - before, rows.stop - before)
+        else:
+            rows -= before
+        # as a plain array: slicing a memmap object takes longer than copying a few rows
+        found: np.ndarray = np.asarray(self.parts[part])[rows]
+        return found
+
+
+def joined_rows(directories: Sequence[str], name: str = "features") -> np.ndarray | JoinedRows:
+    """The data of finished stores, of several as one."""
+    parts = [open_store(directory, name).data for directory in directories]
+    return parts[0] if len(parts) == 1 else JoinedRows(parts)
+
+
+def parts_of(data: str | os.PathLike[str]) -> list[str]:
+    """The folders of DATA, which may be several as DATA1:DATA2."""
+    text = os.fspath(data)
+    return [text] if os.path.exists(text) else text.split(":")
+
+
 class StoreWriter:
     """Appends records to the store in `directory`; opened again after an interruption it
     continues.

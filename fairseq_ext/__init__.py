@@ -9,11 +9,21 @@ import sys
 from ext_common import aliases  # ext_common before torch: it settles OpenMP's threads
 
 aliases.install()
-if "fairseq" in sys.modules:
+
+
+def register() -> None:
+    """Register everything with fairseq, which is imported here where it is not yet."""
     from ext_common import engine, presets
 
     engine.apply()
     presets.apply()
+    from ext_common import muon  # noqa: F401
+
     from . import noam  # noqa: F401
     from .speaker import criterion, model, task  # noqa: F401
+    from .translation import model as translation_model  # noqa: F401
     from .translation import task as translation_task  # noqa: F401
+
+
+if "fairseq" in sys.modules:
+    register()

@@ -3,6 +3,7 @@
 python -m fairseq_ext.average CKPT/checkpoint3.pt CKPT/checkpoint4.pt --output CKPT/average.pt
 python -m fairseq_ext.average CKPT --last 5 --output CKPT/average.pt
 python -m fairseq_ext.average CKPT --best 5 --output CKPT/average.pt
+python -m fairseq_ext.average CKPT --last 5 --best-of --output CKPT/chosen.pt
 """
 
 import argparse
@@ -20,6 +21,7 @@ from ext_common.cli import Parser, UsageError, UserError, run
 from ext_common.manifest import atomic_write, check_writable
 
 _PARTS = ("model", "criterion")
+_BEST_NAME = "checkpoint_best.pt"
 _DROPPED = ("last_optimizer_state",)
 _DROPPED_EXTRA = ("ema", "ema_fp32_params")
 # A run that forgot --maximize-best-checkpoint-metric says the wrong thing about these.
@@ -41,9 +43,38 @@ def main(argv: list[str], program: str = "fairseq_ext.average") -> None:
     for path in paths:
         print(f"  {path}")
     state = average((str(path), read(path)) for path in paths)
-    with atomic_write(args.output, "wb") as file:
-        torch.save(state, file)
+    write(state, args.output)
     print(f"written to {args.output} (without optimizer state)")
+    if args.validate or args.best_of:
+        compare(Path(args.output), state, paths[-1].parent / _BEST_NAME, args.best_of, args.data)
+
+
+def write(state: dict[str, Any], output: str | Path) -> None:
+    with atomic_write(output, "wb") as file:
+        torch.save(state, file)
+
+
+def compare(output: Path, state: dict, best: Path, replace: bool, data: Optional[str]) -> None:
+    """Say which is better on the validation data, the average or `best`; `replace` it by the better one.
+
+    Averaging helps where the rate stays high to the end and harms a model that still improves.
+    """
+    from fairseq_ext.measured import measured
+
+    if not best.exists():
+        raise UserError(
+            f"{best} is not there to be compared with: leave --validate and --best-of out"
+        )
+    other = read(best)
+    ours, theirs = measured(output, state, data), measured(best, other, data)
+    print(f"on the validation data: the average has {ours}, {best} {theirs}")
+    if not theirs.is_better_than(ours):
+        print(f"use {output}")
+    elif replace:
+        write(without_optimizer(other), output)
+        print(f"{output} is now {best} (without optimizer state)")
+    else:
+        print(f"use {best}: averaging did not help here")
 
 
 def build_parser(program: str) -> argparse.ArgumentParser:
@@ -65,6 +96,22 @@ def build_parser(program: str) -> argparse.ArgumentParser:
         metavar="N",
         help="of a folder, the N newest of checkpointEPOCH.pt and checkpoint_EPOCH_UPDATE.pt "
         "(default: all of them)",
+    )
+    parser.add_argument(
+        "--validate",
+        action="store_true",
+        help=f"measure the average and {_BEST_NAME} beside its inputs on the validation data of their"
+        " training, and say which to use",
+    )
+    parser.add_argument(
+        "--best-of",
+        action="store_true",
+        help="the same, and the better of the two is what is written",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        help="where the data of the training has moved to (with these two)",
     )
     parser.add_argument(
         "--best",
@@ -173,10 +220,16 @@ def average(states: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     if first is None:
         raise UserError("no checkpoint to average")
     means: dict[tuple, torch.Tensor] = {}
-    result = {name: value for name, value in state.items() if name not in _DROPPED}
+    result = without_optimizer(state)
     for part in _PARTS:
         if isinstance(state.get(part), dict):
             result[part] = _like(state[part], f"{part}.", sums, means)
+    return result
+
+
+def without_optimizer(state: dict[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint is for inference and fine-tuning."""
+    result = {name: value for name, value in state.items() if name not in _DROPPED}
     if isinstance(state.get("extra_state"), dict):
         result["extra_state"] = {
             name: value

@@ -36,12 +36,22 @@ class NoamConfig(FairseqDataclass):
             " model's encoder embedding dimension, else its d_model)"
         },
     )
+    noam_cooldown: int = field(
+        default=0,
+        metadata={
+            "help": "so many updates before --max-update the rate begins to fall linearly, to 0 behind the"
+            " last one (0: it never does)"
+        },
+    )
     lr: List[float] = II("optimization.lr")
+    max_update: int = II("optimization.max_update")
 
 
 @register_lr_scheduler("noam", dataclass=NoamConfig)
 class NoamSchedule(FairseqLRScheduler):
     """lrate = factor · :func:`get_rate`, where step = num_updates + 1 (Vaswani et al. 2017, eq. 3).
+
+    With a cooldown it is also multiplied by :func:`falling`.
 
     fairseq sets the rate of the next update after each update, so that update k (1, 2, …) is made
     with `step_update(k - 1)`: the k-th rate of the paper. The rate is a function of the update
@@ -56,6 +66,13 @@ class NoamSchedule(FairseqLRScheduler):
             raise UserError(f"--noam-factor {self.factor:g} must be a finite number above 0")
         if self.warmup < 1:
             raise UserError(_bad_warmup(self.warmup))
+        self.cooldown = cfg.noam_cooldown
+        self.updates = cfg.max_update if self.cooldown else 0
+        if self.cooldown and not 0 < self.cooldown <= self.updates:
+            raise UserError(
+                f"--noam-cooldown {self.cooldown} must be from 0 to --max-update, which is {self.updates}:"
+                " the rate falls over the last updates of a training whose length is known"
+            )
         self.d_model = _dimension(cfg.noam_d_model)
         _refuse_lr(cfg.lr, self.d_model, self.warmup)
         self.step_update(0)
@@ -73,6 +90,8 @@ class NoamSchedule(FairseqLRScheduler):
     def step_update(self, num_updates: int) -> float:
         """Set and return the rate of the update that follows `num_updates` of them."""
         rate = self.factor * get_rate(self.d_model, num_updates + 1, self.warmup)
+        if self.cooldown:
+            rate *= falling(num_updates + 1, self.updates, self.cooldown)
         self.optimizer.set_lr(rate)
         return rate
 
@@ -158,3 +177,11 @@ def get_rate(d_model: int, step_num: int, warmup_step: int) -> float:
         raise ValueError(f"warmup_step is {warmup_step}, it must be at least 1")
     rate: float = d_model**-0.5 * min(step_num**-0.5, step_num * warmup_step**-1.5)
     return rate
+
+
+def falling(step_num: int, updates: int, cooldown: int) -> float:
+    """1, and from update `updates` − `cooldown` on a line that is 0 one update after the last.
+
+    Update `updates`, the last one, has 1 / (cooldown + 1).
+    """
+    return min(1.0, max(0.0, (updates + 1 - step_num) / (cooldown + 1)))

@@ -20,7 +20,14 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from ext_common.cli import UserError
-from fairseq_ext.noam import FAIRSEQ_LR, NoamConfig, NoamSchedule, get_rate, model_dimension
+from fairseq_ext.noam import (
+    FAIRSEQ_LR,
+    NoamConfig,
+    NoamSchedule,
+    falling,
+    get_rate,
+    model_dimension,
+)
 from tests import processes
 
 
@@ -38,9 +45,9 @@ class Rate(FairseqOptimizer):
         self.lr = lr
 
 
-def noam(d_model=512, warmup=4000, factor=1.0, lr=(FAIRSEQ_LR,)):
+def noam(d_model=512, warmup=4000, factor=1.0, lr=(FAIRSEQ_LR,), **options):
     config = NoamConfig(
-        noam_d_model=d_model, warmup_updates=warmup, noam_factor=factor, lr=list(lr)
+        noam_d_model=d_model, warmup_updates=warmup, noam_factor=factor, lr=list(lr), **options
     )
     return NoamSchedule(config, Rate())
 
@@ -92,6 +99,22 @@ def test_peaks_of_the_course(d_model, peak):
     rates = [schedule.step_update(n) for n in range(8001)]
     assert rates.index(max(rates)) == 3999
     assert max(rates) == pytest.approx(peak, abs=5e-8)
+
+
+def test_the_last_updates_fall_to_0():
+    """By hand: 10 updates, of which the last 4 have 4/5, 3/5, 2/5 and 1/5."""
+    shares = [falling(step, 10, 4) for step in range(1, 13)]
+    assert shares == pytest.approx([1] * 6 + [0.8, 0.6, 0.4, 0.2, 0, 0])
+    schedule = noam(4, 2, noam_cooldown=4, max_update=10)
+    rates = [schedule.step_update(n) for n in range(10)]
+    closed = [get_rate(4, n + 1, 2) for n in range(10)]
+    assert rates == pytest.approx([r * share for r, share in zip(closed, shares[:10], strict=True)])
+
+
+@pytest.mark.parametrize("updates", [0, 3])
+def test_a_cooldown_needs_as_long_a_training(updates):
+    with pytest.raises(UserError, match=rf"--noam-cooldown 4 .* --max-update, which is {updates}"):
+        noam(4, 2, noam_cooldown=4, max_update=updates)
 
 
 @pytest.mark.parametrize(
@@ -347,6 +370,7 @@ def runs(bitext, speakers, tmp_path_factory):
             fresh("update-freq", "--update-freq 2", updates=8),
             fresh("overflow", overflows=(1, 4, 5)),
             fresh("ema and bf16", "--store-ema --bf16", updates=6),
+            fresh("cooldown", "--noam-cooldown 4"),
             fresh("lstm", arch=LSTM, updates=6),
             fresh("agrees", "--noam-d-model 16", updates=2),
             fresh("contradicts", "--noam-d-model 512"),
@@ -429,6 +453,15 @@ def test_a_skipped_update_does_not_count(runs):
 @pytest.mark.slow
 def test_with_ema_and_bf16(runs):
     assert done(runs["ema and bf16"]) == pytest.approx(closed_form(1, 6), rel=1e-12)
+
+
+@pytest.mark.slow
+def test_a_cooldown_ends_with_the_training(runs):
+    expected = closed_form(1, UPDATES)
+    expected[-4:] = [
+        rate * share for rate, share in zip(expected[-4:], (0.8, 0.6, 0.4, 0.2), strict=True)
+    ]
+    assert done(runs["cooldown"]) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.slow

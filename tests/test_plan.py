@@ -17,7 +17,7 @@ WINGS = (SPEAKER, TRANSLATION, BACK, "diffusion_ext")
 # a wing → those that it may stand on
 STANDS_ON = {BACK: {TRANSLATION}}
 MOST_LINES = 400
-MOST_ROOMS = 28
+MOST_ROOMS = 26
 
 
 @cache

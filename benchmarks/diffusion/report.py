@@ -114,6 +114,63 @@ def ablation_table(runs: dict) -> str:
     return markdown(heads, rows)
 
 
+AVERAGES = {"usual": "the usual average", "posthoc": "of a length chosen on valid"}
+
+
+def objective_sections(records: list[dict]) -> dict[str, str]:
+    """What `benchmarks.diffusion.objectives` measured, with its headings; empty where it was not run yet."""
+    runs = defaultdict(list)
+    for record in records:
+        runs[record["run"].rsplit("-", 1)[0]].append(record)
+    command = "python -m benchmarks.diffusion.objectives"
+
+    def section(group: str, prefix: str, heading: str, head: list[str], rows: list) -> str:
+        some = [r for name, found in runs.items() if name.startswith(prefix) for r in found]
+        if not some:
+            return ""
+        return "\n\n".join([heading, markdown(head, rows), origin(f"{command} {group}", some)])
+
+    first, *others = ("Fréchet distance × floor (precision, recall), 500 digits", "average")
+    steps = (2, 5, 10, 20)
+    rows = [
+        [name.removeprefix("objective_"), AVERAGES[average]]
+        + [cell_scores(found, f"{average}-{n}") for n in steps]
+        for name, found in runs.items()
+        if name.startswith("objective_")
+        for average in AVERAGES
+    ]
+    made = {
+        "objectives": section(
+            "objectives",
+            "objective_",
+            "## What is predicted, and in how many steps",
+            [first, *others, *[f"{n} steps" for n in steps]],
+            rows,
+        )
+    }
+    titles = {"guidance": "guided, 10 steps", "distilled": "distilled, steps"}
+    for group, title in titles.items():
+        found = runs.get(f"{group}_v", [])
+        rows = [[way, *cell_more(found, way)] for way in (found[0]["cells"] if found else [])]
+        head = [title, "Fréchet distance × floor", "precision", "recall", "nearest / of held-out"]
+        heading = {"guidance": "## Guidance", "distilled": "## One and two steps"}[group]
+        made[group] = section(group, f"{group}_", heading, head, rows)
+    return made
+
+
+def cell_scores(records: list[dict], cell: str) -> str:
+    """Fréchet distance in floors, and (precision, recall)."""
+    found = [record["cells"][cell] for record in records]
+    others = [mean(one[name] for one in found) for name in ("precision", "recall")]
+    return f"{spread([one['ratio'] for one in found])} ({others[0]:.2f}, {others[1]:.2f})"
+
+
+def cell_more(records: list[dict], cell: str) -> list[str]:
+    found = [record["cells"][cell] for record in records]
+    names = ("ratio", "precision", "recall", "nearest")
+    return [spread([one[name] for one in found]) for name in names]
+
+
 def scores(records: list[dict]) -> str:
     """Fréchet distance in floors, and (precision, recall)."""
     metrics = [record["evaluation"]["metrics"] for record in records]

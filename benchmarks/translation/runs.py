@@ -21,11 +21,15 @@ ONE_AT_A_TIME = threading.Lock()
 
 @dataclass(frozen=True)
 class Runs:
-    """results: what is recorded; configs: folder of the recipes; work: of what is trained."""
+    """results: what is recorded; configs: folder of the recipes; work: of what is trained.
+
+    best_of: the average is used only where it translates valid better than the best checkpoint.
+    """
 
     results: Results
     configs: Path
     work: Path
+    best_of: bool = False
 
     def do(self, wanted: Mapping[str, tuple[str, dict, Path]], jobs: int) -> None:
         """Do what is not recorded of name → (recipe, changes, DATA), `jobs` at a time."""
@@ -48,6 +52,7 @@ class Runs:
         trained = train(config, data, digest, folder, self.configs / "model")
         checkpoints = folder / "checkpoints"
         average = [*python("translation.average"), checkpoints, "--last", str(AVERAGED)]
+        average += ["--best-of"] if self.best_of else []
         run([*average, "--output", checkpoints / "average.pt"], folder / "average.log")
         result = {"run": name, "date": date.today().isoformat(), "recipe_sha256": digest}
         result.update(trained, threads=1, machine=machine(), recipe=config)

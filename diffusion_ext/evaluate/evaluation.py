@@ -20,6 +20,7 @@ from diffusion_ext.evaluate.neighbours import memorisation
 from diffusion_ext.evaluate.texture import features_of, judged, texture
 from diffusion_ext.prepare.options import SplitOptions, StoreOptions
 from diffusion_ext.prepare.sets import ImageSet, open_reals, open_samples
+from ext_common.checkpoints import usable_device
 from ext_common.cli import UserError
 
 SPLITS = ("all", "train", "valid")
@@ -36,6 +37,9 @@ class EvaluationOptions(DetectionOptions, SplitOptions, StoreOptions):
 
     extractor: str = field(
         default="pca", metadata={"help": "features to measure on, as name or name:key=value"}
+    )
+    device: str = field(
+        default="cpu", metadata={"help": "where networks compute features: cpu, cuda, auto"}
     )
     num: Optional[int] = field(
         default=None,
@@ -114,7 +118,7 @@ def evaluate(real, fake, options: Optional[EvaluationOptions] = None, train=None
     cache = cache_folder() if options.cache else None
     # Both before anything that takes long: they may be missing.
     detector = build_detector(options.detector) if options.detector else None
-    extractor = build_extractor(options.extractor, reals, cache)
+    extractor = build_extractor(options.extractor, reals, cache, usable_device(options.device))
     images = samples.pixels[rows.fake]
     features = extractor(images)
     metrics, from_cache = compare(features, reals, rows, extractor, cache, options)

@@ -8,6 +8,7 @@ Someone's own --user-dir adds one with @EXTRACTORS.register(name, options=Option
 """
 
 import hashlib
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -73,12 +74,15 @@ class ClassifierExtractor(Extractor):
     held_out: int = 0
 
 
-def build_extractor(text: str, reals: ImageSet, cache: Path | None) -> Any:
+def build_extractor(text: str, reals: ImageSet, cache: Path | None, device: str = "cpu") -> Any:
     """The extractor that `name` or `name:key=value,key=value` describes.
 
-    reals: what is fitted is fitted on them. cache: folder for what takes time, or None. Raises UserError.
+    reals: what is fitted is fitted on them. cache: folder for what takes time, or None. device: where it
+    computes, told to those that have an argument of this name. Raises UserError.
     """
-    return EXTRACTORS.bind(text)(reals, cache)
+    build = EXTRACTORS.bind(text)
+    knows = "device" in inspect.signature(build.func).parameters
+    return build(reals, cache, device=device) if knows else build(reals, cache)
 
 
 @EXTRACTORS.register("pixels")
@@ -119,7 +123,9 @@ def pca(reals: ImageSet, cache: Path | None, components: int, fit: int) -> Extra
 
 
 @EXTRACTORS.register("classifier", options=ClassifierOptions)
-def classifier(reals: ImageSet, cache: Path | None, **given: Any) -> ClassifierExtractor:
+def classifier(
+    reals: ImageSet, cache: Path | None, device: str = "cpu", **given: Any
+) -> ClassifierExtractor:
     """Hidden layer of a small network trained on the classes of the real images.
 
     It is trained on those that are not held out, and its accuracy on the held-out ones is told.
@@ -144,16 +150,18 @@ def classifier(reals: ImageSet, cache: Path | None, **given: Any) -> ClassifierE
         return weights_of(train_classifier(pixels, reals.labels[train], count, options))
 
     arrays, _ = cached(cache, "classifier", parts, fitted)
-    model = load_weights(Classifier(*reals.shape, options.features, count), arrays)
+    model = load_weights(Classifier(*reals.shape, options.features, count), arrays).to(device)
 
     @torch.inference_mode()
     def compute(batch: np.ndarray) -> np.ndarray:
-        return np.asarray(model.features(torch.from_numpy(batch)).numpy())
+        return np.asarray(model.features(torch.from_numpy(batch).to(device)).cpu().numpy())
 
     @torch.inference_mode()
     def predict(images: np.ndarray) -> np.ndarray:
         blocks = (np.ascontiguousarray(images[i : i + BATCH]) for i in range(0, len(images), BATCH))
-        return np.concatenate([model(torch.from_numpy(b)).argmax(1).numpy() for b in blocks])
+        return np.concatenate(
+            [model(torch.from_numpy(b).to(device)).argmax(1).cpu().numpy() for b in blocks]
+        )
 
     held = np.flatnonzero(reals.held_out)
     accuracy = None
@@ -174,17 +182,21 @@ def classifier(reals: ImageSet, cache: Path | None, **given: Any) -> ClassifierE
 
 
 @EXTRACTORS.register("inception", options=InceptionOptions)
-def inception(reals: ImageSet, cache: Path | None, weights: Optional[str]) -> Extractor:
+def inception(
+    reals: ImageSet, cache: Path | None, weights: Optional[str], device: str = "cpu"
+) -> Extractor:
     """2048 features of the Inception network of Heusel et al. 2017, whose Fréchet distance is the FID.
 
     Gray images become three equal channels. Nothing is downloaded.
     """
     network = load_inception(weights)
+    module = network.module.to(device)
 
     @torch.inference_mode()
     def compute(batch: np.ndarray) -> np.ndarray:
-        (features,) = network.module(torch.from_numpy(batch).expand(-1, 3, -1, -1).contiguous())
-        return np.asarray(features.double().numpy())
+        images = torch.from_numpy(batch).to(device)
+        (features,) = module(images.expand(-1, 3, -1, -1).contiguous())
+        return np.asarray(features.double().cpu().numpy())
 
     label, about = "FID", ""
     if not network.genuine:
@@ -211,12 +223,14 @@ class TorchScriptOptions:
 
 
 @EXTRACTORS.register("torchscript", options=TorchScriptOptions)
-def torchscript(reals: ImageSet, cache: Path | None, path: str, input: str) -> Extractor:
+def torchscript(
+    reals: ImageSet, cache: Path | None, path: str, input: str, device: str = "cpu"
+) -> Extractor:
     """A network of your own in a TorchScript file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the user has no other file to give
-            network = torch.jit.load(path, map_location="cpu").eval()
+            network = torch.jit.load(path, map_location=device).eval()
     except (OSError, ValueError, RuntimeError) as error:
         reason = "it does not exist" if not Path(path).exists() else "it is no TorchScript file"
         raise UserError(
@@ -225,10 +239,10 @@ def torchscript(reals: ImageSet, cache: Path | None, path: str, input: str) -> E
 
     @torch.inference_mode()
     def compute(batch: np.ndarray) -> np.ndarray:
-        images = torch.from_numpy(batch)
+        images = torch.from_numpy(batch).to(device)
         if input == "signed":
             images = to_float(images)
-        return np.asarray(network(images).flatten(1).double().numpy())
+        return np.asarray(network(images).flatten(1).double().cpu().numpy())
 
     try:
         (dim,) = compute(np.asarray(reals.pixels[:2])).shape[1:]

@@ -1,6 +1,7 @@
 """Draw images with a trained model.
 
     python -m diffusion_ext.sample samples --path CKPT/checkpoint_last.pt --num 1000 --steps 20
+    python -m diffusion_ext.sample samples --path CKPT/checkpoint_last.pt --guidance-sweep 1,1.5,2,3
 
 Writes 000000.png … into the folder and beside it, so that the folder holds samples only, samples.grid.png and
 samples.csv, the class of each. Schedule, objective, size and classes are in the checkpoint.
@@ -24,6 +25,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import List, Optional
 
+from diffusion_ext.sample.guidance import (
+    GuidanceOptions,
+    draw_sweep,
+    guidance_of,
+    guidance_plan,
+    settled,
+    without_guidance,
+)
 from ext_common.cli import Parser, UserError, add_dataclass, from_args, progress, run
 from ext_common.folders import make_durable
 from ext_common.manifest import (
@@ -35,14 +44,13 @@ from ext_common.manifest import (
     write_manifest,
 )
 
-SAMPLER = "dpmpp_2m"
 PLAN_NAME = ".plan.json"
 NUM = 64
 PNG_END = b"IEND\xaeB`\x82"
 
 
 @dataclass
-class SampleOptions:
+class SampleOptions(GuidanceOptions):
     """What to draw."""
 
     path: str = field(metadata={"help": "checkpoint of diffusion_ext.train"})
@@ -53,14 +61,19 @@ class SampleOptions:
         },
     )
     first: int = field(default=0, metadata={"help": "number of the first image"})
-    sampler: str = field(
-        default=SAMPLER,
+    sampler: Optional[str] = field(
+        default=None,
         metadata={
-            "help": "name, with options as ddim:eta=0.5, see below; --interpolate is always by ddim,"
-            " --inpaint by ddpm"
+            "help": "name, with options as ddim:eta=0.5, see below; none: dpmpp_2m, and consistency for a"
+            " distilled model; --interpolate is always by ddim, --inpaint by ddpm"
         },
     )
-    steps: int = field(default=20, metadata={"help": "noise levels passed, at most the model's T"})
+    steps: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "noise levels passed, at most the model's T; none: 20, and 2 of a distilled model"
+        },
+    )
     spacing: str = field(
         default="trailing", metadata={"help": "which noise levels: trailing (even in t), logsnr"}
     )
@@ -122,6 +135,7 @@ class SampleOptions:
     )
 
     def __post_init__(self):
+        GuidanceOptions.__post_init__(self)
         least = dict(num=1, batch_size=1, steps=1, resample=1, first=0, ema=-1)
         for name, value in least.items():
             given = getattr(self, name)
@@ -154,9 +168,13 @@ class SampleOptions:
 
     def _check_editing(self, flag):
         sampler = {"--interpolate": "ddim", "--inpaint": "ddpm"}.get(flag, self.sampler)
-        if self.sampler not in (SAMPLER, sampler):
+        if self.sampler not in (None, "dpmpp_2m", sampler):
             raise ValueError(f"{flag} is always by {sampler}: leave --sampler out")
         self.sampler = sampler
+        if self.guide or self.guidance_sweep:
+            raise ValueError(
+                f"--guide and --guidance-sweep are for images out of noise, not {flag}"
+            )
         if self.trajectory:
             raise ValueError(f"--trajectory shows images that come out of noise, not {flag}")
         if self.guidance != 1 and self.label is None:
@@ -191,7 +209,7 @@ def sample(output: str, options: SampleOptions) -> None:
     model = DiffusionModel.from_checkpoint(
         options.path, options.device, None if options.ema < 0 else options.ema, options.user_dir
     )
-    options = replace(options, num=number_of(options))
+    options = settled(model, replace(options, num=number_of(options)))
     plan = plan_of(options)
     if plan["checkpoint"] != before:
         raise UserError(f"{options.path} was replaced while it was read: run the command again")
@@ -214,6 +232,8 @@ def sample(output: str, options: SampleOptions) -> None:
             bar.update(len(chosen))
     make_durable(folder)
     shown = draw_pictures(model, options, folder, paths, labels, sampling)
+    if options.guidance_sweep:
+        shown += f", {draw_sweep(model, options, folder, numbers, sampling)} the strengths"
     write_table(beside(folder.resolve(), "csv"), folder, paths, classes, options)
     write_manifest(
         folder,
@@ -235,6 +255,7 @@ def plan_of(options: SampleOptions) -> dict:
     first two with --interpolate, whose ends they are."""
     ways = ("num", "first", "batch_size", "device", "trajectory", "path", "user_dir", "overwrite")
     plan = {k: v for k, v in asdict(options).items() if k not in ways}
+    plan = {**without_guidance(plan), **guidance_plan(options)}
     if options.interpolate:
         plan.update(num=options.num, first=options.first)
     for key in ("image", "inpaint", "mask"):
@@ -251,7 +272,7 @@ def plan_of(options: SampleOptions) -> dict:
 
 def number_of(options: SampleOptions) -> int:
     """How many images: those asked for, or one for each file of a folder that they are made from."""
-    from diffusion_ext.editing import files_of
+    from diffusion_ext.sample.editing import files_of
 
     if options.num is not None:
         return options.num
@@ -261,7 +282,7 @@ def number_of(options: SampleOptions) -> int:
 
 def hash_of(path: str) -> str:
     """SHA-256 of a file, or of the names and hashes of a folder's images."""
-    from diffusion_ext.editing import files_of
+    from diffusion_ext.sample.editing import files_of
 
     if Path(path).is_dir():
         known = [[Path(name).name, sha256_file(name)] for name in files_of(path)]
@@ -333,6 +354,7 @@ def sampling(model, options: SampleOptions, numbers: List[int]) -> dict:
         guidance=options.guidance,
         clip=options.clip,
         bf16=options.precision == "bf16",
+        **guidance_of(options),
     )
 
 
@@ -348,15 +370,15 @@ def drawer(model, options: SampleOptions, numbers: List[int]):
     if options.edits:
         model.check_classes(options.label is not None, options.guidance)
     if options.interpolate:
-        from diffusion_ext.editing import interpolation
+        from diffusion_ext.sample.editing import interpolation
 
         return interpolation(model, options, numbers)
     if options.inpaint:
-        from diffusion_ext.editing import inpainting
+        from diffusion_ext.sample.editing import inpainting
 
         return inpainting(model, options, numbers)
     if options.image:
-        from diffusion_ext.editing import variation
+        from diffusion_ext.sample.editing import variation
 
         return variation(model, options, numbers)
 

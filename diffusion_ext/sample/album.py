@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from diffusion_ext.editing import files_of, masks_of, read, read_mask, source_of
 from diffusion_ext.inference import DiffusionModel
 from diffusion_ext.pictures import (
     by_class,
@@ -18,6 +17,7 @@ from diffusion_ext.pictures import (
     sheet,
     to_uint8,
 )
+from diffusion_ext.sample.editing import files_of, masks_of, read, read_mask, source_of
 from diffusion_ext.samplers import trajectory
 from ext_common.manifest import beside
 

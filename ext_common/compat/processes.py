@@ -8,7 +8,6 @@ fairseq-train DATA --cpu --distributed-world-size 2 …                   (witho
 
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -28,6 +27,7 @@ from ext_common.compat.command import in_training_command
 from ext_common.compat.messages import before_an_error, tell
 from ext_common.compat.patching import after, as_expected, before, replace
 from ext_common.given import given
+from ext_common.parallel import free_port
 
 
 def form_one_group() -> None:
@@ -239,6 +239,8 @@ def arrange(cfg: Any) -> int:
     launch = launched()
     if launch and not options.distributed_no_spawn:
         join_launch(options, launch, on_cpu)
+    elif not launch:
+        refuse_one_task_each(options)
     if on_cpu and options.distributed_backend == "nccl":
         options.distributed_backend = "gloo"
     by_hand = options.distributed_no_spawn or options.distributed_world_size == 1
@@ -248,7 +250,7 @@ def arrange(cfg: Any) -> int:
         return started_on_gpus(options)
     method = options.distributed_init_method
     if method is None:
-        port = options.distributed_port if options.distributed_port > 0 else _free_port()
+        port = options.distributed_port if options.distributed_port > 0 else free_port()
         options.distributed_init_method = f"tcp://127.0.0.1:{port}"
     elif not method.startswith(("tcp://localhost:", "tcp://127.0.0.1:", "file://")):
         raise UserError(
@@ -257,6 +259,20 @@ def arrange(cfg: Any) -> int:
             "--nnodes N --nproc_per_node M --no-python fairseq-train … --cpu"
         )
     return options.distributed_world_size
+
+
+def refuse_one_task_each(options: Any) -> None:
+    """UserError in one of several tasks of SLURM that each see one GPU, or none, and know of no other.
+
+    fairseq then trains once in each, all into one folder.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    group = options.distributed_init_method is not None or options.distributed_port > 0
+    if tasks > 1 and options.distributed_world_size == 1 and not group:
+        raise UserError(
+            f"this is one of {tasks} tasks of a SLURM step, and each would train alone into the same folder:"
+            " use python -m ext_common.launch, or srun --ntasks-per-node=1 torchrun …"
+        )
 
 
 def started_on_gpus(options: Any) -> int:
@@ -318,12 +334,6 @@ def average_buffers(trainer: Any) -> None:
 def _slurm_does_it(options: Any) -> bool:
     in_slurm = "SLURM_STEP_NODELIST" in os.environ or "SLURM_JOB_NODELIST" in os.environ
     return in_slurm and options.distributed_init_method is None and options.distributed_port > 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _spawn(count: int, main: Callable, cfg: Any, kwargs: dict) -> None:

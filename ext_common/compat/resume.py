@@ -361,4 +361,5 @@ def why_finished(cfg: Any, trainer: Any) -> Optional[str]:
     hours = trainer.cumulative_training_time() / 3600
     if updates and limit > 0 and hours > limit:
         return f"{hours:.2f} hours of training (--stop-time-hours {limit:g} was asked for)"
-    return None
+    said: Optional[str] = getattr(getattr(trainer, "task", None), "is_done", None)
+    return said

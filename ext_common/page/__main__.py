@@ -5,7 +5,6 @@ python -m ext_common.page CKPT [CKPT...]  these, or what is in these folders
 """
 
 import secrets
-import socket
 import sys
 import time
 from importlib.metadata import entry_points
@@ -15,6 +14,7 @@ from ext_common.checkpoints import load_plugin
 from ext_common.cli import Parser, UserError, add_dataclass, from_args, run
 from ext_common.page import ENTRY_POINTS, MAX_UPLOAD, TABS, Model, Settings
 from ext_common.page.find import find
+from ext_common.parallel import free_port
 
 EPILOG = """
 A tab for each kind of model, and one for the curves of the trainings. It listens on this machine only unless
@@ -125,12 +125,6 @@ def listen(page: Any, settings: Settings) -> str:
             f"port {settings.port} cannot be used: give another --port, or 0"
         ) from error
     return str(url)
-
-
-def free_port(host: str) -> int:
-    """One that nobody listens on."""
-    with socket.create_server((host, 0)) as server:
-        return int(server.getsockname()[1])
 
 
 if __name__ == "__main__":

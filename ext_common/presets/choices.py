@@ -70,6 +70,19 @@ class PresetOptions:
             "help": "write checkpoint_last.pt at least so often, minutes (0: with the epochs)"
         },
     )
+    deterministic: bool = field(
+        default=False,
+        metadata={
+            "help": "the same bits again on the same GPU, by slower kernels (a CPU gives them anyway)"
+        },
+    )
+    compile: str = field(
+        default="",
+        metadata={
+            "help": "fuse the network's kernels by this backend of torch.compile, as inductor: the first"
+            " updates take minutes ('': not)"
+        },
+    )
     chosen: str = field(default="", metadata={"help": "what was chosen, and why (JSON)"})
 
     def _get_all_attributes(self) -> list[str]:

@@ -309,11 +309,12 @@ class Budget:
 def fit_schedule(cfg: Any, updates: int) -> dict[str, str]:
     """Write a length into the options of the training and of its schedule; the flags that say the same.
 
-    A warm-up that nobody gave gets shorter with a short training; noam keeps its peak.
+    A warm-up that nobody gave gets shorter with a short training, and noam's cooldown stays the same share of
+    it; noam keeps its peak.
     """
     from ext_common.given import given
 
-    cfg.optimization.max_update = updates
+    before, cfg.optimization.max_update = cfg.optimization.max_update, updates
     options, changed = cfg.lr_scheduler, {}
     names = set(options) if options else set()
     for name in {"max_update", "total_num_update"} & names:
@@ -327,6 +328,10 @@ def fit_schedule(cfg: Any, updates: int) -> dict[str, str]:
         if "noam_factor" in names and "noam_factor" not in given():
             options.noam_factor *= math.sqrt(options.warmup_updates / warmup)
             changed["--noam-factor"] = repr(options.noam_factor)
+    cooldown = options.noam_cooldown if "noam_cooldown" in names else 0
+    if cooldown and before and "noam_cooldown" not in given():
+        options.noam_cooldown = max(1, round(cooldown * updates / before))
+        changed["--noam-cooldown"] = str(options.noam_cooldown)
     if "lr_period_updates" in names and options.lr_period_updates > 0:
         options.lr_period_updates = updates - options.warmup_updates
         changed["--lr-period-updates"] = str(options.lr_period_updates)

@@ -85,6 +85,43 @@ class ReverbOptions:
         _check(self, "p", 0, 1)
 
 
+@dataclass
+class BandwidthOptions:
+    p: float = field(default=0.5, metadata={"help": "share of crops that are narrowed"})
+    low: float = field(default=3400.0, metadata={"help": "lowest frequency it may end at, Hz"})
+    high: float = field(default=4200.0, metadata={"help": "highest frequency it may end at, Hz"})
+    telephone: float = field(
+        default=0.3,
+        metadata={"help": "share of the narrowed that begin at 300 Hz, as telephones do"},
+    )
+
+    def __post_init__(self) -> None:
+        _check(self, "p", 0, 1)
+        _check(self, "telephone", 0, 1)
+        _check(self, "low", 1, self.high)
+
+
+@AUGMENTATIONS.register("bandwidth", options=BandwidthOptions)
+def narrow_band(
+    x: np.ndarray, rng: np.random.Generator, context: Context, **options: Any
+) -> np.ndarray:
+    """A crop without its high frequencies, as 8 kHz audio stored at 16 is: a filter with a random slope.
+
+    Above it is what a resampler leaves (45 to 90 dB less) or rounding to 16 bits, whichever is louder.
+    """
+    o = BandwidthOptions(**options)
+    if rng.random() >= o.p:
+        return x
+    end = rng.uniform(o.low, o.high)
+    gain = -rng.uniform(45, 90) * ramp(context.frequencies, end, end * rng.uniform(1.02, 1.2))
+    if rng.random() < o.telephone:
+        start = rng.uniform(200, 300)
+        gain -= rng.uniform(10, 40) * (1 - ramp(context.frequencies, start / 2, start))
+    rounding = context.floor + rng.uniform(0, 4)
+    quiet = np.where(gain < -20, max(context.floor, rounding), context.floor)
+    return np.asarray(np.maximum(x + (np.log(10) / 10 * gain), quiet), dtype=np.float32)
+
+
 @AUGMENTATIONS.register("specaugment", options=SpecAugmentOptions)
 def spec_augment(
     x: np.ndarray, rng: np.random.Generator, context: Context, **options: Any
@@ -165,6 +202,11 @@ def tilt_response_db(a: float, frequencies: np.ndarray, sample_rate: int) -> np.
     """Power response of 1 − a·z^-1 at the given frequencies in Hz: 10 log10(1 − 2a cos ω + a²)."""
     w = 2 * np.pi * frequencies / sample_rate
     return np.asarray(10 * np.log10(1 - 2 * a * np.cos(w) + a * a))
+
+
+def ramp(frequencies: np.ndarray, first: float, last: float) -> np.ndarray:
+    """0 up to `first` Hz, 1 from `last` on, straight in between."""
+    return np.clip((frequencies - first) / (last - first), 0, 1)
 
 
 def add_noise(x: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:

@@ -7,6 +7,9 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
+# 30 s: what is not longer is computed whole, the rest in windows (`chunks`).
+CHUNK_FRAMES = 3000
+
 
 def pad(features: List["Tensor"]) -> Tuple["Tensor", Optional["Tensor"]]:
     """[(T_i, F)] → (B, max T, F) filled with zeros, and the padding mask (B, max T) or None."""

@@ -156,6 +156,8 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"d_model {d_model} is not a multiple of nhead {nhead}")
         self.nhead = nhead
         self.in_proj = Linear(d_model, 3 * d_model)
+        # matrices above one another, which Muon takes apart
+        self.in_proj.stacked = 3  # type: ignore[assignment]
         self.out_proj = Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
         nn.init.xavier_uniform_(self.in_proj.weight)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ext_common.cli import UserError, progress
 from ext_common.manifest import atomic_json, atomic_write, sha256_file
-from ext_common.store import open_store, store_paths
+from ext_common.store import JoinedRows, joined_rows, open_store, parts_of, store_paths
 from fairseq_ext.speaker.features import FeatureSpec
 
 FORMAT = 1
@@ -53,7 +53,9 @@ class Corpus:
 
     @classmethod
     def open(cls, path):
-        """The corpus in the folder `path`; UserError where it is not a whole prepared folder."""
+        """The corpus in the folder `path`, or of several as "A:B"; UserError for one that is not prepared."""
+        if len(parts := parts_of(path)) > 1:
+            return joined([cls.open(part) for part in parts], Path(path))
         path = Path(path)
         meta = described(path)
         store = open_store(path)
@@ -88,7 +90,7 @@ class Corpus:
         return {**self.__dict__, "features": None}
 
     def __setstate__(self, state):
-        self.__dict__.update(state, features=open_store(state["path"]).data)
+        self.__dict__.update(state, features=joined_rows(parts_of(state["path"])))
 
     def __len__(self):
         return len(self.ids)
@@ -114,16 +116,58 @@ class Corpus:
                 f"{self.ids[row]}: frames {start} to {start + length} of {available} do not exist"
             )
         first = int(self.offsets[row]) + start
+        if isinstance(self.features, JoinedRows):
+            return self.features[first : first + length].copy()
         # as a plain array: slicing a memmap object takes longer than copying a crop
         return np.asarray(self.features)[first : first + length].copy()
 
 
-def write_corpus(path, features_file, rows, speakers, spec):
+def joined(parts, path):
+    """Several corpora as one: utterances one behind the other, speakers of one name are one.
+
+    Mean and deviation are over the training frames of all. UserError where features differ.
+    """
+    spec = parts[0].spec
+    for part in parts[1:]:
+        if part.spec != spec:
+            raise UserError(
+                f"{part.path} has features {part.spec.to_dict()}, {parts[0].path} has {spec.to_dict()}:"
+                " prepare them with the same options"
+            )
+    speakers = sorted({name for part in parts for name in part.speakers})
+    number = {name: label for label, name in enumerate(speakers)}
+    # label −1, of no known speaker, is the last
+    maps = [np.array([*map(number.get, part.speakers), -1], dtype=np.int64) for part in parts]
+    first = np.cumsum([0, *(len(part.features) for part in parts)])
+    frames = [part.lengths[(part.splits == "train") & (part.labels >= 0)].sum() for part in parts]
+    weights = np.array(frames, dtype=np.float64) / max(1, sum(frames))
+    means = np.stack([part.mean.astype(np.float64) for part in parts])
+    squares = np.stack([part.std.astype(np.float64) ** 2 for part in parts]) + means**2
+    mean = weights @ means
+    std = np.sqrt(np.maximum(weights @ squares - mean**2, 0))
+    return Corpus(
+        path=path,
+        ids=[name for part in parts for name in part.ids],
+        labels=np.concatenate([m[part.labels] for m, part in zip(maps, parts, strict=True)]),
+        splits=np.concatenate([part.splits for part in parts]),
+        groups=[group for part in parts for group in part.groups],
+        offsets=np.concatenate([p.offsets + n for p, n in zip(parts, first, strict=False)]),
+        lengths=np.concatenate([part.lengths for part in parts]),
+        speakers=speakers,
+        spec=spec,
+        mean=mean.astype(np.float32),
+        std=usable_std(std.astype(np.float32)),
+        features=JoinedRows([part.features for part in parts]),
+    )
+
+
+def write_corpus(path, features_file, rows, speakers, spec, narrow=None):
     """Write utterances.csv and corpus.json for features that lie in `features_file` (raw
     float32).
 
-    rows: list of (id, speaker or None, split, group or None, offset, length). The features
-    themselves are renamed into place by the caller, last.
+    rows: list of (id, speaker or None, split, group or None, offset, length); narrow: how many of the
+    recordings have less than their rate could hold (`bandwidth`). The features themselves are renamed
+    into place by the caller, last.
     """
     path = Path(path)
     with atomic_write(path / "utterances.csv") as file:
@@ -143,6 +187,7 @@ def write_corpus(path, features_file, rows, speakers, spec):
             "format": FORMAT,
             "utterances": len(rows),
             "frames": frames,
+            **({} if narrow is None else {"narrow": narrow}),
             "splits": splits,
             "spec": spec.to_dict(),
             "speakers": speakers,

@@ -16,7 +16,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor
 
-from ext_common.engine import sums
+from ext_common.devices import sums
 from fairseq_ext.speaker.margins import MARGINS, margin_at
 
 

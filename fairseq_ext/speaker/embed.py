@@ -13,7 +13,7 @@ import numpy as np
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
 from ext_common.manifest import MANIFEST_NAME, atomic_json, atomic_write, beside
-from fairseq_ext.speaker.inputs import (
+from fairseq_ext.speaker.inference.inputs import (
     PredictOptions,
     check_output,
     load_model,
@@ -29,9 +29,10 @@ float32, in source order:
   found = numpy.load("embeddings.npz"); found["ids"], found["embeddings"]
 
 Format ark is Kaldi's: OUTPUT holds the vectors, and the file of the same name with the ending .scp
-their index. Ids are source paths (path#start-end for a cut). Embeddings are not scaled to a length:
+their index. Ids are those of the data: source paths (path#start-end for a cut), or Kaldi's.
+Embeddings are not scaled to a length:
 compare them by cosine. The plot shows the two directions of largest variance (PCA) of embeddings
-scaled to length 1.
+scaled to length 1, with the names of the speakers, or of the files.
 
 Exit codes: 0 done, 1 failed (also where an audio file was left out), 2 bad usage.
 """
@@ -62,7 +63,8 @@ def main(argv):
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="one folder made by fairseq_ext.speaker.prepare, or audio files",
+        help="one folder made by fairseq_ext.speaker.prepare; or audio files, a folder or a list of them"
+        " (.txt: a path a line; .scp), or - for audio on standard input",
     )
     add_dataclass(parser, EmbedOptions)
     args = parser.parse_args(argv)
@@ -78,7 +80,7 @@ def embed(inputs, options):
         check_output(path, [*inputs, options.path])
     if options.format == "ark":
         import_kaldiio()
-    source = open_inputs(inputs, options.subset)
+    source = open_inputs(inputs, options.subset, options.channel)
     if options.format == "ark":
         check_kaldi_ids(getattr(source, "paths", source.ids))
     model = load_model(source, options)
@@ -98,7 +100,9 @@ def embed(inputs, options):
     if options.plot:
         from ext_common.plots import scatter_2d
 
-        shown = [name or "unlabelled" for name in speakers]
+        # without speakers the files' own names say which is which
+        shown = speakers if any(speakers) else [Path(name).stem for name in source.ids]
+        shown = [name or "unlabelled" for name in shown]
         scatter_2d(project(embeddings), shown, options.plot, source.name)
         print(f"projection in {options.plot}")
     return 1 if source.bad else 0

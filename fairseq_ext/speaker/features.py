@@ -9,20 +9,18 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Optional, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ext_common.cli import UserError
-from fairseq_ext.speaker.audio import (  # noqa: F401 (public here of old)
-    CHANNELS,
-    Recording,
-    Source,
-    load_audio,
-    resample,
-)
-from fairseq_ext.speaker.containers import AudioError
+from fairseq_ext.speaker.audio.bandwidth import bandwidth
+from fairseq_ext.speaker.audio.containers import AudioError as AudioError
+from fairseq_ext.speaker.audio.recording import CHANNELS as CHANNELS
+from fairseq_ext.speaker.audio.recording import Recording as Recording
+from fairseq_ext.speaker.audio.recording import Source, resample
+from fairseq_ext.speaker.audio.recording import load_audio as load_audio
 
 if TYPE_CHECKING:
     from torchaudio.transforms import MelSpectrogram
@@ -120,6 +118,34 @@ def audio_features(
     with Recording(path, spec.channel) as recording:
         samples = recording.read(start, end)
         return samples_features(samples, recording.rate, spec, recording.name, min_seconds)
+
+
+class Heard(NamedTuple):
+    """A recording or a cut of it.
+
+    features: as of `audio_features`; samples: float32 (n,) mono at `rate` Hz; hertz: up to where there is
+    something (`bandwidth`); said: what somebody should know of it, or None.
+    """
+
+    features: np.ndarray
+    samples: np.ndarray
+    rate: int
+    hertz: float
+    said: str | None
+
+
+def hear(
+    recording: Recording,
+    spec: FeatureSpec,
+    start: float | None = None,
+    end: float | None = None,
+    min_seconds: float = MIN_SECONDS,
+) -> Heard:
+    """As `audio_features`, of an open recording, with what was noticed on the way."""
+    samples = recording.read(start, end)
+    features = samples_features(samples, recording.rate, spec, recording.name, min_seconds)
+    hertz = min(bandwidth(samples, recording.rate), spec.sample_rate / 2)
+    return Heard(features, samples, recording.rate, hertz, recording.said)
 
 
 def samples_features(

@@ -16,7 +16,7 @@ import numpy as np
 from ext_common.cli import Parser, add_dataclass, from_args, run
 from ext_common.manifest import MANIFEST_NAME, atomic_json, atomic_write, beside
 from fairseq_ext.speaker.inference import SpeakerModel, rank
-from fairseq_ext.speaker.inputs import (
+from fairseq_ext.speaker.inference.inputs import (
     PredictOptions,
     check_output,
     load_model,
@@ -83,7 +83,8 @@ def main(argv):
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="one folder made by fairseq_ext.speaker.prepare, or audio files",
+        help="one folder made by fairseq_ext.speaker.prepare; or audio files, a folder or a list of them"
+        " (.txt: a path a line; .scp), or - for audio on standard input",
     )
     add_dataclass(parser, IdentifyOptions)
     args = parser.parse_args(argv)
@@ -92,7 +93,7 @@ def main(argv):
 
 def identify(inputs, options):
     """Predict, write and print; returns the exit code."""
-    source = open_inputs(inputs, options.subset)
+    source = open_inputs(inputs, options.subset, options.channel)
     from_folder = os.path.isdir(inputs[0])
     output = options.output or ("predictions.csv" if from_folder else None)
     if output:

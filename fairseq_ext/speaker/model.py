@@ -10,6 +10,7 @@ from omegaconf import II
 from torch import Tensor
 
 from ext_common.cli import UserError
+from ext_common.muon import mark_hidden
 from fairseq_ext.speaker.network import (
     PRESETS,
     NamedNetwork,
@@ -45,6 +46,7 @@ class SpeakerModelBase(NamedNetwork, BaseFairseqModel):
 
     def __init__(self, network: SpeakerNetwork, frozen: bool = False):
         super().__init__(network)
+        mark_hidden(network.encoder)
         self.frozen = frozen
         if frozen:
             for name, parameter in network.named_parameters():

@@ -126,15 +126,32 @@ class SpeakerNetwork(nn.Module):
                 setattr(self, name, value.to(moved.device))
         return self
 
-    def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None) -> Dict[str, Tensor]:
-        x = normalise(source, padding_mask, self.feature_norm, self.feature_mean, self.feature_std)
+    @property
+    def step(self) -> int:
+        """Frames of the features that the encoder takes as one."""
+        step: int = self.input.step  # type: ignore[assignment]
+        return step
+
+    def frames(
+        self, x: Tensor, padding_mask: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """Normalised features (B, T, F) → what is pooled, (B, ⌈T / step⌉, C), and its padding mask."""
         # only now may it be in 16 bits: those of a log-mel value hold 0.06 nat
         x = x.to(self.embedding.weight.dtype)
         x, padding_mask = self.input(x, padding_mask)
         layers = self.encoder(x, padding_mask)
-        x = self.encoder_norm(torch.cat(layers, -1) if self.pooled_layers == "all" else layers[-1])
-        pooled = self.pooling(x, padding_mask)
-        embedding = self.embedding(self.embedding_norm(pooled))
+        x = torch.cat(layers, -1) if self.pooled_layers == "all" else layers[-1]
+        return self.encoder_norm(x), padding_mask
+
+    def embed(self, pooled: Tensor) -> Tensor:
+        """(B, pooling.output_dim) → embeddings (B, D)."""
+        embedding: Tensor = self.embedding(self.embedding_norm(pooled))
+        return embedding
+
+    def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None) -> Dict[str, Tensor]:
+        x = normalise(source, padding_mask, self.feature_norm, self.feature_mean, self.feature_std)
+        x, padding_mask = self.frames(x, padding_mask)
+        embedding = self.embed(self.pooling(x, padding_mask))
         return {"embedding": embedding, "logits": self.head(self.dropout(embedding))}
 
 
@@ -155,7 +172,7 @@ class LinearFrontEnd(nn.Module):
 
     def __init__(self, n_mels: int, d_model: int, stack: int):
         super().__init__()
-        self.stack = stack
+        self.stack = self.step = stack
         self.linear = Linear(n_mels * stack, d_model)
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
@@ -169,6 +186,8 @@ class ConvFrontEnd(nn.Module):
     Strides are (2, 2) and (1, 2), as the subsampling of Gulati et al. 2020 with half its step in time.
     Padded frames are zeroed before each convolution: past its end an utterance sees zeros, as alone.
     """
+
+    step = 2
 
     def __init__(self, n_mels: int, d_model: int, channels: int):
         super().__init__()

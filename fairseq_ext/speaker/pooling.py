@@ -3,10 +3,13 @@
 Every entry of POOLINGS is a module built as `entry(d_model, **options)` with an attribute `output_dim`.
 Padded frames have no influence whatever they hold; an utterance without a valid frame raises ValueError.
 Sums over time are computed in float32 or better.
+
+One that has `statistics(x)` and `pooled(statistics)` besides, whose composition is itself, can be put
+together from windows of a long recording (`chunks`).
 """
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,45 @@ from ext_common.registry import Registry
 from fairseq_ext.speaker.conformer import MultiHeadAttention, zero_padding
 
 POOLINGS = Registry("pooling")
+
+
+class Statistics(NamedTuple):
+    """What a pooling knows of a stretch of frames: how much each weighs is not yet divided by a sum.
+
+    log_weight: logarithm of the sum of the weights, (B, C) or (B, 1); mean, variance: (B, C), weighted.
+    """
+
+    log_weight: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Those of both stretches together (Chan, Golub & LeVeque 1983, with weights)."""
+        log_weight = torch.logaddexp(self.log_weight, other.log_weight)
+        a, b = (self.log_weight - log_weight).exp(), (other.log_weight - log_weight).exp()
+        mean = a * self.mean + b * other.mean
+        between = a * b * (self.mean - other.mean).square()
+        return Statistics(log_weight, mean, a * self.variance + b * other.variance + between)
+
+
+def statistics_of(x: Tensor, scores: Optional[Tensor] = None) -> Statistics:
+    """`Statistics` of x (B, T, C), weights e^scores, (B, T, C) or (B, T, 1), or 1; at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    scores = x.new_zeros(len(x), x.shape[1], 1) if scores is None else scores.to(x.dtype)
+    weights = scores.softmax(1)
+    mean = weighted_mean(x, weights)
+    variance = weighted_mean((x - mean.unsqueeze(1)).square(), weights)
+    return Statistics(scores.logsumexp(1), mean, variance)
+
+
+def mean_of(found: Statistics) -> Tensor:
+    """What a pooling of means gives: (B, C)."""
+    return found.mean
+
+
+def mean_and_deviation(found: Statistics, eps: float = 1e-5) -> Tensor:
+    """What a pooling of means and deviations gives, as `mean_and_std`: (B, 2 C)."""
+    return torch.cat([found.mean, (found.variance + eps).sqrt()], -1)
 
 
 @dataclass
@@ -49,6 +91,8 @@ class MeanPooling(nn.Module):
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
         return weighted_mean(x, uniform_weights(x, padding_mask)).to(x.dtype)
 
+    statistics, pooled = staticmethod(statistics_of), staticmethod(mean_of)
+
 
 @POOLINGS.register("statistics")
 class StatisticsPooling(nn.Module):
@@ -61,6 +105,8 @@ class StatisticsPooling(nn.Module):
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
         x = zero_padding(x, padding_mask)
         return mean_and_std(x, uniform_weights(x, padding_mask)).to(x.dtype)
+
+    statistics, pooled = staticmethod(statistics_of), staticmethod(mean_and_deviation)
 
 
 @POOLINGS.register("self_attentive", options=SelfAttentiveOptions)
@@ -84,6 +130,12 @@ class SelfAttentivePooling(nn.Module):
         weights = weights.repeat_interleave(x.shape[-1] // weights.shape[-1], -1)
         return weighted_mean(x, weights).to(x.dtype)
 
+    pooled = staticmethod(mean_of)
+
+    def statistics(self, x: Tensor) -> Statistics:
+        scores = self.score(x)
+        return statistics_of(x, scores.repeat_interleave(x.shape[-1] // scores.shape[-1], -1))
+
 
 @POOLINGS.register("attentive_statistics", options=AttentiveStatisticsOptions)
 class AttentiveStatisticsPooling(nn.Module):
@@ -97,6 +149,11 @@ class AttentiveStatisticsPooling(nn.Module):
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
         x = zero_padding(x, padding_mask)
         return mean_and_std(x, softmax_over_time(self.score(x), padding_mask)).to(x.dtype)
+
+    pooled = staticmethod(mean_and_deviation)
+
+    def statistics(self, x: Tensor) -> Statistics:
+        return statistics_of(x, self.score(x))
 
 
 @POOLINGS.register("self_attention", options=SelfAttentionOptions)
@@ -116,6 +173,12 @@ class SelfAttentionPooling(nn.Module):
         weights = uniform_weights(x, padding_mask)
         y = self.attention(zero_padding(x, padding_mask), padding_mask)
         return weighted_mean(y, weights).to(x.dtype)
+
+    pooled = staticmethod(mean_of)
+
+    def statistics(self, x: Tensor) -> Statistics:
+        """Of the attended frames; those beyond `x` are not attended to."""
+        return statistics_of(self.attention(x, None))
 
 
 def scoring_layer(d_model: int, hidden: int, outputs: int) -> nn.Module:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ext_common.presets import Choice, Machine, TaskPresets, cosine, shared_batch
+from ext_common.store import parts_of
 from fairseq_ext.speaker.balance import is_uneven
 from fairseq_ext.speaker.corpus import described, read_table
 
@@ -19,11 +20,15 @@ WORDS = 0.8
 # Hours from which the speakers of a course's size are expected.
 MANY_HOURS = 10
 TOTAL_BATCH = 64
+# From this share of narrow recordings on there is a mixture to be learnt.
+MIXED = 0.02
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What corpus.json says of all splits together; least, most: frames of a speaker in train."""
+    """What corpus.json says of all splits together; least, most: frames of a speaker in train;
+    narrow: share of the recordings that lack high frequencies (`bandwidth`).
+    """
 
     hours: float
     speakers: int
@@ -31,6 +36,7 @@ class Facts:
     least: int = 0
     most: int = 0
     uneven: bool = False
+    narrow: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -60,23 +66,30 @@ HOURS = Size("large, many hours", 128, 200, "0.002", 1000, 70000, 200, margin_en
 
 def read(data: str, asked: Mapping[str, Any]) -> Facts:
     """UserError where DATA is no folder made by speaker.prepare."""
-    meta = described(Path(data))
-    hours = meta["frames"] / FRAMES_PER_HOUR
-    frames = trained_frames(Path(data))
-    known = (min(frames), max(frames), is_uneven(frames)) if frames else ()
-    return Facts(hours, len(meta["speakers"]), meta["utterances"], *known)
-
-
-def trained_frames(data: Path) -> list[int]:
-    """Frames that each speaker has in train."""
-    if not (data / "utterances.csv").exists():
-        return []
-    table = read_table(data / "utterances.csv")
+    folders = [Path(part) for part in parts_of(data)]
+    metas = [described(folder) for folder in folders]
+    hours = sum(meta["frames"] for meta in metas) / FRAMES_PER_HOUR
+    speakers = {name for meta in metas for name in meta["speakers"]}
+    utterances = sum(meta["utterances"] for meta in metas)
     frames: Counter[str] = Counter()
+    for folder in folders:
+        frames += trained_frames(folder)
+    each = list(frames.values())
+    known = (min(each), max(each), is_uneven(each)) if each else (0, 0, False)
+    narrow = sum(meta.get("narrow", 0) for meta in metas) / max(1, utterances)
+    return Facts(hours, len(speakers), utterances, *known, narrow)
+
+
+def trained_frames(data: Path) -> Counter[str]:
+    """Frames that each speaker has in train."""
+    frames: Counter[str] = Counter()
+    if not (data / "utterances.csv").exists():
+        return frames
+    table = read_table(data / "utterances.csv")
     for speaker, split, n in zip(table["speaker"], table["split"], table["length"], strict=True):
         if split == "train" and speaker:
             frames[speaker] += int(n)
-    return list(frames.values())
+    return frames
 
 
 def duration(hours: float) -> str:
@@ -105,6 +118,7 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
     return [
         Choice("data", {"--crop-frames": str(size.crop), "--epoch-updates": str(size.epoch)}, data),
         balance_of(facts),
+        *augmentation_of(facts),
         Choice("arch", {"--arch": "conformer_speaker"}, "the best encoder of the ablation"),
         Choice("criterion", {"--criterion": "am_softmax"} | margin, "earns 6 points over softmax"),
         Choice(
@@ -143,6 +157,14 @@ def balance_of(facts: Facts) -> Choice:
     return Choice(
         "balance", {"--balance": "speaker"}, f"as many crops of each: they have {least} to {most}"
     )
+
+
+def augmentation_of(facts: Facts) -> list[Choice]:
+    """Crops narrowed as the narrow recordings are, where there are some and not only these."""
+    if not MIXED <= facts.narrow <= 1 - MIXED:
+        return []
+    about = f"{100 * facts.narrow:.0f} % of the recordings hold nothing above 5 kHz"
+    return [Choice("augmentation", {"--augment": "bandwidth;channel;specaugment"}, about)]
 
 
 PRESETS = TaskPresets(

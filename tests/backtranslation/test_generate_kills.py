@@ -138,3 +138,35 @@ def test_killed_at_random_moments(tmp_path, seed):
     assert redone <= 20 * (kills["chunks"] + 2)
     manifest = json.loads((dest / "manifest.json").read_text("utf-8"))
     assert manifest["counts"]["in"] == 1500
+
+
+@pytest.mark.slow
+def test_64_tasks_of_an_array_killed_at_random(tmp_path):
+    """As a cluster runs them: in any order, eight at a time here; two thirds are killed and never come back.
+
+    Another task may come at any time, and the last of all ends it.
+    """
+    data = write_mono(tmp_path / "mono", 1200)
+    alone = start(tmp_path / "mono", tmp_path / "alone")
+    assert alone.wait() == 0, alone.stderr.read()
+    dest, draw = tmp_path / "out", random.Random(64)
+    ends = {task: draw.uniform(0.2, 4) if draw.random() < 2 / 3 else 600 for task in range(64)}
+    waiting, running, codes = list(ends), {}, Counter()
+    while waiting or running:
+        while waiting and len(running) < 8:
+            task = waiting.pop(draw.randrange(len(waiting)))
+            environ = {"STUB_SLEEP": "0.05", "SLURM_ARRAY_TASK_ID": str(task)}
+            worker = start(tmp_path / "mono", dest, 5, **environ)
+            running[task] = (worker, time.monotonic() + ends[task])
+        for task, (worker, until) in list(running.items()):
+            if worker.poll() is None and time.monotonic() > until:
+                worker.kill()
+            if worker.poll() is not None:
+                del running[task]
+                _, err = worker.communicate()
+                assert worker.returncode in (0, -signal.SIGKILL), err
+                codes[worker.returncode] += 1
+        time.sleep(0.02)
+    assert codes[-signal.SIGKILL] >= 20 and sum(codes.values()) == 64
+    assert contents(dest) == contents(tmp_path / "alone")
+    check_complete(dest, data, 2)

@@ -127,6 +127,71 @@ def test_guidance_leaves_the_learned_variance_to_the_label(weight):
     torch.testing.assert_close(found.x0, 0.5 * x + 0.1 * weight)
 
 
+def test_both_halves_are_one_batch_where_the_label_of_none_is_known():
+    """As `DiffusionModel` asks: the same images as by two looks, by one at twice as many."""
+    x, label = images(), torch.tensor([1, 2, 3])
+
+    def network(x, t, label, x0):
+        assert t.shape == (len(x),) and (x0 is None or x0.shape == x.shape)
+        label = torch.zeros(len(x)) if label is None else label % 7
+        return 0.5 * x + 0.1 * label[:, None, None, None] + (0 if x0 is None else 0.1 * x0)
+
+    def drawn(**more):
+        asked = Recorder(network)
+        denoise = Denoiser(
+            asked, SCHEDULE, "v", label=label, guidance=2.0, self_condition=True, **more
+        )
+        denoise(x, 30)
+        return denoise(x, 20), asked.asked
+
+    (one, asked), (two, _) = drawn(none_label=7), drawn()
+    torch.testing.assert_close(one, two)
+    assert [len(x) for x, *_ in asked] == [6, 6]
+    assert asked[0][2].tolist() == [1, 2, 3, 7, 7, 7]
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("weight", [0.0, 1.0, 3.0])
+def test_a_worse_model_guides_with_and_without_classes(labelled, weight):
+    """out = worse + w (ours − worse), each with the same labels; the weight 1 does not even ask it."""
+    x, label = images(), torch.tensor([1, 2, 3]) if labelled else None
+    guide = Recorder(lambda x, t, label, x0: 0.3 * by_label(x, t, label, x0))
+    ours = by_label(x, None, label, None)
+    found = Denoiser(
+        by_label,
+        SCHEDULE,
+        "x0",
+        label=label,
+        guidance=weight,
+        clip=False,
+        guide=guide,
+        none_label=9,
+    )(x, 20)
+    torch.testing.assert_close(found.x0, 0.3 * ours + weight * 0.7 * ours)
+    assert len(guide.asked) == (weight != 1)
+    if guide.asked:
+        assert guide.asked[0][2] is label
+    else:
+        alone = Denoiser(by_label, SCHEDULE, "x0", label=label, clip=False)(x, 20)
+        assert torch.equal(found.x0, alone.x0)
+
+
+def test_guidance_holds_inside_its_interval_of_noise_alone():
+    x, label = images(), torch.tensor([1, 2, 3])
+    schedule = build_schedule("cosine", 50, True)
+    sigma = (schedule.sigma / schedule.alpha).tolist()
+    interval = (sigma[10], sigma[30])
+    denoise, full, none = (
+        Denoiser(by_label, schedule, "x0", label=label, clip=False, **options)
+        for options in (dict(guidance=3.0, interval=interval), dict(guidance=3.0), {})
+    )
+    for t in range(50):
+        expected = full if 10 < t <= 30 else none
+        assert torch.equal(denoise(x, t).x0, expected(x, t).x0), t
+    # everywhere is everywhere, pure noise too
+    assert not torch.equal(full(x, 49).x0, none(x, 49).x0)
+
+
 # --- self-conditioning ----------------------------------------------------------------------------
 
 

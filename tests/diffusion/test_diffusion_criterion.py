@@ -13,7 +13,7 @@ from fairseq.distributed import ModuleProxyWrapper
 from fairseq.logging import metrics
 
 from diffusion_ext.randomness import training_draws, validation_draws
-from diffusion_ext.variational import PosteriorTables
+from diffusion_ext.weightings import PosteriorTables
 from ext_common.cli import UserError
 
 T = 100

@@ -9,7 +9,12 @@ from PIL import Image
 
 pytest.importorskip("fairseq")
 
-from diffusion_ext.editing import (
+from diffusion_ext.inference import DiffusionModel
+from diffusion_ext.objectives import Prediction
+from diffusion_ext.pictures import to_float, to_uint8
+from diffusion_ext.randomness import ImageNoise
+from diffusion_ext.sample import SampleOptions, main
+from diffusion_ext.sample.editing import (
     inpainting,
     interpolation,
     invert,
@@ -19,11 +24,6 @@ from diffusion_ext.editing import (
     slerp,
     variation,
 )
-from diffusion_ext.inference import DiffusionModel
-from diffusion_ext.objectives import Prediction
-from diffusion_ext.pictures import to_float, to_uint8
-from diffusion_ext.randomness import ImageNoise
-from diffusion_ext.sample import SampleOptions, main
 from diffusion_ext.samplers import ddim, ddpm, trajectory
 from diffusion_ext.schedules import NoiseSchedule, build_schedule
 from ext_common.checkpoints import untouched_logging

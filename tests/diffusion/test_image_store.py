@@ -528,3 +528,27 @@ def test_real_images(shared_data, tmp_path):
     began = time.monotonic()
     open_images(shared_data / "emoji64", options(image_size=[32]))
     assert time.monotonic() - began < 1
+
+
+# --- several as one ----------------------------------------------------------------------------------
+
+
+def test_several_folders_are_one(tmp_path):
+    """One behind the other, prepared or not; classes of one name are one; a worker gets the same."""
+    for place, names in (("a", ("ant", "bee")), ("b", ("bee", "cat"))):
+        for number, name in enumerate(names):
+            write(tmp_path / place / name / f"{number}.png", number + 10 * (place == "b"))
+    options = ImageOptions(image_size=[8], class_labels=True)
+    a, b = (open_images(tmp_path / place, options) for place in "ab")
+    both = open_images(f"{tmp_path / 'a'}:{b.path}", options)
+    again = pickle.loads(pickle.dumps(both))
+    for one in (both, again):
+        found = [one.pixels[row] for row in range(4)]
+        assert np.array_equal(found, [*a.pixels, *b.pixels]) and one.pixels.shape == (4, 3, 8, 8)
+    assert both.classes == ["ant", "bee", "cat"] and both.labels.tolist() == [0, 1, 1, 2]
+    assert both.content_hash not in (a.content_hash, b.content_hash)
+    rows = [both.rows(split, 0.25, 10).tolist() for split in ("train", "valid")]
+    assert sorted(rows[0] + rows[1]) == [0, 1, 2, 3] and len(rows[1]) == 1
+    with pytest.raises(UserError, match="3×8×8.*3×16×16|3×16×16.*3×8×8"):
+        other = open_images(tmp_path / "b", ImageOptions(image_size=[16], class_labels=True))
+        image_store.joined([a, other])

@@ -19,7 +19,7 @@ objectives = pytest.mark.parametrize("objective", OBJECTIVES.names())
 
 
 def test_what_is_registered():
-    assert OBJECTIVES.names() == ("eps", "v", "x0")
+    assert OBJECTIVES.names() == ("edm", "eps", "flow", "v", "x0")
 
 
 def pair(seed=0, shape=(3, 2, 4, 4), dtype=torch.float64):
@@ -93,7 +93,7 @@ def test_v_is_the_velocity_along_the_circle(angle, x0, eps):
 
 
 @pytest.mark.parametrize("name", SCHEDULES.names())
-@objectives
+@pytest.mark.parametrize("objective", TYPES)
 def test_targets_and_predictions_as_diffusers(name, objective):
     """add_noise, get_velocity, and the x_0 and ε that DDIMScheduler derives, at some timesteps."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -188,6 +188,6 @@ def test_a_decorator_is_enough(monkeypatch):
     found = loss_weights("min_snr", "negative", schedule.snr)
     torch.testing.assert_close(found, loss_weights("min_snr", "x0", schedule.snr))
     with pytest.raises(
-        UserError, match="'negativ': did you mean 'negative'.* eps, negative, v, x0"
+        UserError, match="'negativ': did you mean 'negative'.* edm, eps, flow, negative, v, x0"
     ):
         Denoiser(None, schedule, "negativ")

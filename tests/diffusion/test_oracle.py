@@ -37,6 +37,9 @@ VARIANTS = {
     "dpmpp_2m": ("dpmpp_2m", {}),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
+# and those that follow the ODE in the time of flow matching
+ORDERS = [("ddim-0", 1), ("heun", 2), ("dpmpp_2m", 2), ("euler", 1), ("heun-straight", 2)]
+STRAIGHT = {"euler": ("euler", {}), "heun-straight": ("heun", dict(time="straight"))}
 DETERMINISTIC = ("ddim-0", "heun", "dpmpp_2m")
 make = cache(build_schedule)
 
@@ -44,10 +47,13 @@ make = cache(build_schedule)
 def regression(what, a, s):
     """(gain, offset) of E[what | x] = gain · x + offset for x = a x_0 + s ε: Cov / Var, by hand."""
     variance = a * a * S * S + s * s
+    total = math.sqrt(s * s + (0.5 * a) ** 2)
     covariance, mean = {
         "x0": (a * S * S, MU),
         "eps": (s, 0.0),
         "v": (a * s * (1 - S * S), -s * MU),
+        "flow": (s - a * S * S, -MU),
+        "edm": (a * s * (S * S / 0.5 - 0.5) / total, s / 0.5 * MU / total),
     }[what]
     gain = covariance / variance
     return gain, mean - gain * a * MU
@@ -66,7 +72,7 @@ def exact(schedule, objective="v"):
 
 
 def run(variant, denoise, path, x, noise):
-    name, options = VARIANTS[variant]
+    name, options = (VARIANTS | STRAIGHT)[variant]
     return SAMPLERS.build(name, denoise, x, path, noise, options=options)
 
 
@@ -329,7 +335,7 @@ def errors(variant, paths, denoise, end=None):
     return np.array(found)
 
 
-@pytest.mark.parametrize("variant, order", [("ddim-0", 1), ("heun", 2), ("dpmpp_2m", 2)])
+@pytest.mark.parametrize("variant, order", ORDERS)
 @pytest.mark.parametrize("objective", OBJECTIVES.names())
 def test_order_of_convergence(variant, order, objective):
     """Between two noise levels, 40 to 1,280 steps even in λ: the error falls by 2^order a doubling."""
@@ -348,7 +354,7 @@ def two_peaks(x, a, s, peak=0.6, width=0.2):
     return (1 - right) * means[0] + right * means[1]
 
 
-@pytest.mark.parametrize("variant, order", [("ddim-0", 1), ("heun", 2), ("dpmpp_2m", 2)])
+@pytest.mark.parametrize("variant, order", ORDERS)
 def test_order_of_convergence_where_the_predictor_is_curved(variant, order):
     """Against scipy's eighth-order Runge-Kutta on dx/dλ, to 1e-11."""
     start, found = X.numpy(), []
@@ -426,6 +432,7 @@ def test_real_draws_have_the_mean_and_variance_of_the_recursion(objective, varia
     alpha, sigma = schedule.alpha.tolist(), schedule.sigma.tolist()
 
     def network(x, t, label, x0):
+        # the levels' own x, which `DiffusionModel` divides as the objective wants it
         gain, offset = regression(objective, alpha[int(t[0])], sigma[int(t[0])])
         return (gain * x + offset).float()
 

@@ -453,5 +453,5 @@ def test_help_lists_what_there_is(capsys):
         main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
-    for word in ("dpmpp_2m", "ddim", "eta", "logsnr", "--interpolate", "default: 20"):
+    for word in ("dpmpp_2m", "ddim", "eta", "logsnr", "--interpolate", "none: 20"):
         assert word in said

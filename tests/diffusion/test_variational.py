@@ -12,7 +12,7 @@ from torch.distributions import Normal, kl_divergence
 
 from diffusion_ext import criterion
 from diffusion_ext.schedules import SCHEDULES, build_schedule
-from diffusion_ext.variational import (
+from diffusion_ext.weightings import (
     PosteriorTables,
     bound,
     discretised_log_likelihood,

@@ -88,6 +88,14 @@ def test_noam_keeps_its_peak(nothing_given):
     assert options.noam_factor / options.warmup_updates**0.5 == pytest.approx(0.45 / 400**0.5)
 
 
+def test_noams_cooldown_stays_the_same_share(nothing_given):
+    cfg = config(
+        _name="noam", warmup_updates=10, noam_factor=1.0, noam_cooldown=1000, max_update=3000
+    )
+    assert minutes.fit_schedule(cfg, 600)["--noam-cooldown"] == "200"
+    assert (cfg.lr_scheduler.noam_cooldown, cfg.lr_scheduler.max_update) == (200, 600)
+
+
 def test_a_warm_up_that_was_given_stays(monkeypatch):
     monkeypatch.setattr("ext_common.given.given", lambda: frozenset({"warmup_updates"}))
     cfg = config(_name="noam", warmup_updates=400, noam_factor=0.45)

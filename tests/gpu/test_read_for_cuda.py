@@ -3,6 +3,8 @@
 Tensors on "meta" hold no numbers, so that whoever asks a device for one fails; and what is asked is counted.
 """
 
+import os
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,8 +17,10 @@ from fairseq import trainer
 from fairseq.logging import metrics
 
 from diffusion_ext.augment import build_augmentations
-from ext_common import engine
+from diffusion_ext.evaluate import extractors
+from ext_common import devices, engine
 from ext_common.cli import UserError
+from ext_common.registry import Registry
 from fairseq_ext.speaker.criterion import SpeakerCriterion
 from fairseq_ext.speaker.kernels import DepthwiseConv
 from fairseq_ext.speaker.network import NetworkOptions, SpeakerNetwork
@@ -87,9 +91,9 @@ def test_what_is_logged_of_an_update_is_fetched_at_once(build, job):
 
 def test_sums_are_those_of_each_key():
     logs = [{"a": torch.tensor(0.1), "n": 2}, {"a": torch.tensor(0.2), "n": 3, "b": 1.5}]
-    found = engine.sums(logs)
+    found = devices.sums(logs)
     assert found == {"a": float(torch.tensor(0.1) + torch.tensor(0.2)), "n": 5, "b": 1.5}
-    assert found["no such key"] == 0 and engine.sums([]) == {}
+    assert found["no such key"] == 0 and devices.sums([]) == {}
 
 
 OPTIONS = NetworkOptions(
@@ -173,10 +177,56 @@ class TestOneStopsAll:
             assert own is None
             every[:] = [None, "a loss"]
 
-        monkeypatch.setattr(engine.dist, "get_world_size", lambda: 2)
-        monkeypatch.setattr(engine.dist, "all_gather_object", gather)
-        monkeypatch.setattr(engine.dist, "barrier", lambda: order.append(capsys.readouterr().err))
+        monkeypatch.setattr(devices.dist, "get_world_size", lambda: 2)
+        monkeypatch.setattr(devices.dist, "all_gather_object", gather)
+        monkeypatch.setattr(devices.dist, "barrier", lambda: order.append(capsys.readouterr().err))
         with pytest.raises(SystemExit) as ended:
-            engine.stop_together(self.trainer(None, 2, rank))
+            devices.stop_together(self.trainer(None, 2, rank))
         assert ended.value.code == 1
         assert order == (["error: a loss\n"] if rank == 0 else [""])
+
+
+class TestSettled:
+    def settle(self, **task):
+        model = torch.nn.Linear(2, 2)
+        names, x = list(model.state_dict()), torch.ones(1, 2)
+        before = model(x)
+        devices.settle(None, SimpleNamespace(task=SimpleNamespace(**task)), None, model)
+        assert list(model.state_dict()) == names and torch.equal(model(x), before)
+        return model
+
+    def test_compiled_it_keeps_the_names_of_its_weights(self):
+        assert self.settle(compile="eager")._compiled_call_impl is not None
+        assert self.settle()._compiled_call_impl is None
+        with pytest.raises(UserError, match="--compile inductr is unknown: known are .*inductor"):
+            self.settle(compile="inductr")
+
+    def test_deterministic(self, monkeypatch):
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        try:
+            self.settle(deterministic=True)
+            assert torch.are_deterministic_algorithms_enabled()
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        finally:
+            torch.use_deterministic_algorithms(False)
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_extractors_compute_where_they_are_told():
+    """Those that say that they can; a network of one's own entry need not."""
+    seen = []
+
+    def without(reals, cache):
+        seen.append(None)
+
+    def with_one(reals, cache, device="cpu"):
+        seen.append(device)
+
+    fresh = Registry("feature extractor")
+    fresh.register("without")(without)
+    fresh.register("with")(with_one)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extractors, "EXTRACTORS", fresh)
+        for name in ("without", "with"):
+            extractors.build_extractor(name, None, None, "meta")
+    assert seen == [None, "meta"]

@@ -416,3 +416,39 @@ def test_steps_travel_to_a_loading_worker():
     steps = build_augmentation("channel:gain_db=3;specaugment:freq_masks=1")
     again = pickle.loads(pickle.dumps(steps))
     assert [step.keywords for step in again] == [step.keywords for step in steps]
+
+
+# --- bandwidth --------------------------------------------------------------------------------
+
+
+def test_a_narrowed_crop_is_like_audio_that_was_once_at_8_khz():
+    from fairseq_ext.speaker.features import resample
+
+    rng = np.random.default_rng(0)
+    samples = (0.1 * rng.standard_normal(32000)).astype(np.float32)
+    spec = FeatureSpec()
+    wide = log_mel(samples, spec)
+    narrow = log_mel(resample(resample(samples, 16000, 8000), 8000, 16000), spec)
+    about = context()
+    step = build_augmentation("bandwidth:p=1,telephone=0")[0]
+    low, high = about.frequencies < 3000, about.frequencies > 5300
+    for seed in range(20):
+        got = step(wide, np.random.default_rng(seed), about)
+        assert got.dtype == np.float32 and got.shape == wide.shape and np.isfinite(got).all()
+        np.testing.assert_allclose(got[:, low], wide[:, low], atol=1e-5)
+        # both are more than 40 dB below what was there
+        for found in (got, narrow):
+            assert (wide[:, high] - found[:, high]).min() > np.log(10) / 10 * 30
+        assert got.min() >= about.floor
+
+
+def test_a_telephone_begins_at_300_hz_and_p_is_a_share():
+    about = context()
+    x = np.zeros((5, 40), np.float32)
+    step = build_augmentation("bandwidth:p=0.25,telephone=1")[0]
+    found = [step(x, np.random.default_rng(seed), about) for seed in range(400)]
+    changed = [y for y in found if y is not x]
+    assert 70 <= len(changed) <= 130
+    assert all((y[:, 0] < -2).all() for y in changed), "below 100 Hz at least 10 dB are gone"
+    band = (about.frequencies > 300) & (about.frequencies < 3400)
+    assert all((y[:, band] == 0).all() for y in changed)

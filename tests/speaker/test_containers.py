@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from fairseq_ext.speaker.audio import load_audio
-from fairseq_ext.speaker.containers import AudioError, mp3_frames
+from fairseq_ext.speaker.audio.containers import AudioError, mp3_frames
+from fairseq_ext.speaker.audio.recording import load_audio
 
 RATE = 16000
 SECONDS = 4
@@ -86,6 +86,16 @@ def test_an_mp3_without_a_length_and_several_in_one_are_read_whole(content, samp
         match = np.correlate(end, part, "valid")
         place = int(match.argmax())
         np.testing.assert_allclose(end[place : place + 1000], part, atol=1e-4)
+
+
+def test_a_guess_that_is_too_long_is_no_promise(samples, tmp_path):
+    options = {"bitrate_mode": "VARIABLE", "compression_level": 0.4}
+    quiet = samples * (np.arange(len(samples)) > len(samples) // 2)
+    soundfile.write(tmp_path / "a.mp3", quiet.astype(np.float32), RATE, **options)
+    data = (tmp_path / "a.mp3").read_bytes()
+    second = list(mp3_frames(data))[1].start
+    assert soundfile.info(io.BytesIO(data[second:])).frames > 2 * len(samples)
+    assert len(samples) <= len(read(data[second:])) <= len(samples) + 4 * 1152
 
 
 def test_an_mp3_whose_rate_changes_is_refused(content, tmp_path):

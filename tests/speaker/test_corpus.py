@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from ext_common.cli import UserError
+from ext_common.manifest import sha256_file
 from ext_common.store import StoreWriter
 from fairseq_ext.speaker import corpus as corpus_module
 from fairseq_ext.speaker.augment import Context, build_augmentation, mel_frequencies
 from fairseq_ext.speaker.corpus import Corpus, frame_statistics, write_corpus
+from fairseq_ext.speaker.dataset import CropDataset
 from fairseq_ext.speaker.features import FeatureSpec
 from fairseq_ext.speaker.network import normalise
 from fairseq_ext.speaker.task import SpeakerIdConfig
@@ -183,3 +185,82 @@ def test_pickled_without_its_features(tiny_data):
     again = pickle.loads(pickled)
     for row in range(len(corpus)):
         assert np.array_equal(again.read(row), corpus.read(row))
+
+
+# --- more than one store, and more than memory ---------------------------------------------------------
+
+
+class TestSeveral:
+    def test_are_one(self, tmp_path):
+        """Utterances one behind the other; statistics as of one store with the frames of both."""
+        make(tmp_path / "a")
+        make(tmp_path / "b", ("train", "valid", "train", "test"))
+        a, b = Corpus.open(tmp_path / "a"), Corpus.open(tmp_path / "b")
+        text = f"{tmp_path / 'a'}:{tmp_path / 'b'}"
+        both = Corpus.open(text)
+        arrays = [a.read(row) for row in range(4)] + [b.read(row) for row in range(4)]
+        for one in (both, pickle.loads(pickle.dumps(both))):
+            assert all(np.array_equal(one.read(row), array) for row, array in enumerate(arrays))
+            assert np.array_equal(one.read(6, 2, 3), arrays[6][2:5])
+        assert both.rows("train").tolist() == [0, 1, 4, 6]
+        assert both.labels.tolist() == [*a.labels, *b.labels] and both.speakers == ["a", "b"]
+        trained = np.concatenate([arrays[row] for row in (0, 1, 4, 6)]).astype(np.float64)
+        np.testing.assert_allclose(both.mean, trained.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(both.std, trained.std(0), rtol=1e-5)
+
+    def test_speakers_of_one_name_are_one(self, tmp_path):
+        make(tmp_path / "a")
+        make(tmp_path / "b")
+        other = Corpus.open(tmp_path / "b")
+        meta = json.loads((other.path / "corpus.json").read_text())
+        rows = (other.path / "utterances.csv").read_text().replace(",a,", ",z,")
+        (other.path / "utterances.csv").write_text(rows)
+        meta.update(
+            speakers=["b", "z"], utterances_sha256=sha256_file(other.path / "utterances.csv")
+        )
+        (other.path / "corpus.json").write_text(json.dumps(meta))
+        both = Corpus.open(f"{tmp_path / 'a'}:{tmp_path / 'b'}")
+        assert both.speakers == ["a", "b", "z"]
+        assert both.labels.tolist() == [1, 0, 1, -1, 1, 2, 1, -1]
+
+    def test_of_other_features_are_refused(self, tmp_path):
+        make(tmp_path / "a")
+        make(tmp_path / "b")
+        other = Corpus.open(tmp_path / "b")
+        meta = json.loads((other.path / "corpus.json").read_text())
+        meta["spec"]["f_min"] = 20.0
+        (other.path / "corpus.json").write_text(json.dumps(meta))
+        with pytest.raises(UserError, match="prepare them with the same options"):
+            Corpus.open(f"{tmp_path / 'a'}:{tmp_path / 'b'}")
+
+
+def anonymous_mb():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+
+
+def test_a_store_of_50_gb_needs_no_memory(tmp_path):
+    """Sparse: its holes are read as zeros. Crops from all over it, of an epoch of a million."""
+    frames, length = 312_500_000, 100_000
+    offsets = range(0, frames, length)
+    with open(tmp_path / "features.bin", "wb") as file:
+        file.truncate(frames * 160)
+    index = {"format": 1, "dtype": "<f4", "row_shape": [40], "rows": frames}
+    index["lengths"] = [length] * len(offsets)
+    (tmp_path / "features.json").write_text(json.dumps(index))
+    lines = [f"{k},{'ab'[k % 2]},train,,{offset},{length}" for k, offset in enumerate(offsets)]
+    table = "\n".join(["id,speaker,split,group,offset,length", *lines, ""])
+    (tmp_path / "utterances.csv").write_text(table)
+    meta = {"format": 1, "utterances": len(offsets), "frames": frames, "speakers": ["a", "b"]}
+    meta |= {"spec": FeatureSpec(n_mels=40).to_dict(), "mean": [0.0] * 40, "std": [1.0] * 40}
+    meta |= {"utterances_sha256": sha256_file(tmp_path / "utterances.csv")}
+    (tmp_path / "corpus.json").write_text(json.dumps(meta))
+    before = anonymous_mb()
+    corpus = Corpus.open(tmp_path)
+    dataset = CropDataset(corpus, corpus.rows("train"), 300, seed=1)
+    assert len(dataset) > 10**6
+    built = anonymous_mb()
+    for index in range(0, len(dataset), len(dataset) // 200):
+        assert len(dataset[index]["source"]) == 300
+    # tables of an epoch's crops; nothing more for what is read
+    assert built - before < 300 and anonymous_mb() - built < 20

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from ext_common.cli import UserError
-from fairseq_ext.speaker import audio
+from fairseq_ext.speaker.audio import recording as audio
 from fairseq_ext.speaker.features import (
     BLOCK_FRAMES,
     AudioError,

@@ -1,6 +1,7 @@
 """python -m fairseq_ext.speaker.identify: the prediction file, the accuracy, and refusals."""
 
 import csv
+import io
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ import torch
 
 from ext_common.cli import UsageError, UserError
 from fairseq_ext.speaker.corpus import Corpus
-from fairseq_ext.speaker.features import FeatureSpec
+from fairseq_ext.speaker.features import FeatureSpec, resample
 from fairseq_ext.speaker.identify import main
 from fairseq_ext.speaker.inference import SpeakerModel
 from fairseq_ext.speaker.metrics import wilson_interval
@@ -227,6 +228,50 @@ def test_audio_files_print_a_table_and_leave_nothing_behind(identify, tiny_recor
     assert os.listdir() == []
 
 
+def test_a_folder_a_list_and_standard_input(
+    identify, tiny_recordings, tmp_path, monkeypatch, capsys
+):
+    assert identify(tiny_recordings) == 0
+    rows = read_csv("predictions.csv")[1:]
+    assert len(rows) == 40 and ["anna/9.wav", "anna"] in rows
+    # the folders are names that the model knows
+    assert json.load(open("predictions.metrics.json"))["top1"]["total"] == 40
+
+    (tiny_recordings / "few.txt").write_text("dora/9.wav\n\nanna/9.wav\n")
+    (tiny_recordings / "few.scp").write_text("utt-1 ben/9.wav\n")
+    capsys.readouterr()
+    for name, expected in (
+        ("few.txt", [["dora/9.wav", "dora"], ["anna/9.wav", "anna"]]),
+        ("few.scp", [["utt-1", "ben"]]),
+    ):
+        assert identify(tiny_recordings / name) == 0
+        assert [x.split() for x in capsys.readouterr().out.splitlines()[1:]] == expected
+    (tiny_recordings / "few.txt").write_text("dora/9.wav\nnobody.wav\n")
+    with pytest.raises(UserError, match="few.txt line 2: .*nobody.wav does not exist"):
+        identify(tiny_recordings / "few.txt")
+    for name in ("few.txt", "few.scp"):
+        (tiny_recordings / name).unlink()
+
+    with open(tiny_recordings / "carl" / "9.wav", "rb") as file:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file))
+        assert identify("-") == 0
+    assert capsys.readouterr().out.split()[-2:] == ["-", "carl"]
+
+
+def test_channels_and_bandwidth_are_said(identify, tiny_recordings, tmp_path, capsys):
+    samples, rate = soundfile.read(tiny_recordings / "dora" / "9.wav", dtype="float32")
+    soundfile.write(tmp_path / "turned.wav", np.stack([samples, -samples], 1), rate)
+    narrow = resample(resample(samples, rate, 8000), 8000, rate)
+    soundfile.write(tmp_path / "narrow.wav", narrow, rate)
+    assert identify(tmp_path / "turned.wav", tmp_path / "narrow.wav") == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[1].endswith("dora")
+    assert "turned.wav: its channels cancel (one is inverted): the left was taken" in shown.err
+    assert "recordings hold nothing above" in shown.err
+    assert identify(tmp_path / "turned.wav", "--channel", "mean") == 0
+    assert "cancel in their mean" in capsys.readouterr().err
+
+
 def test_a_broken_audio_file_is_left_out_and_told(identify, tiny_recordings, tmp_path, capsys):
     good, bad = tiny_recordings / "ben" / "9.wav", tmp_path / "bad.wav"
     bad.write_bytes(b"RIFF nonsense")
@@ -264,8 +309,8 @@ def test_refusals_before_the_model_is_loaded(identify, tiny_data, tiny_recording
     with pytest.raises(UserError, match="absent.wav does not exist"):
         identify(wav, tmp_path / "absent.wav", path=nowhere)
     with pytest.raises(UserError, match="not a prepared folder"):
-        identify(tiny_recordings, path=nowhere)
-    with pytest.raises(UsageError, match="is a folder: give one prepared folder, or audio files"):
+        identify(tmp_path / "work", path=nowhere)
+    with pytest.raises(UsageError, match="is a folder: give one folder, or audio files"):
         identify(tiny_data, wav, path=nowhere)
     with pytest.raises(UsageError, match="is a folder: give the file"):
         identify(tiny_data, "--output", tmp_path, path=nowhere)

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import os
+import pickle
 import shutil
 import sys
 from argparse import Namespace
@@ -368,3 +369,31 @@ def test_no_output_replaces_the_model(command, tiny_recordings, save_checkpoint)
     )
     assert result.returncode == 2 and "would replace" in result.stderr
     assert path.read_bytes() == before
+
+
+# --- what an utterance is ----------------------------------------------------------------------
+
+
+def test_one_utterance_in_every_form_is_one_embedding(model, tiny_recordings):
+    path = tiny_recordings / "dora" / "9.wav"
+    expected = model.embed([path])[0]
+    assert expected.ndim == 1
+    samples, rate = soundfile.read(path, dtype="float32")
+    stereo = np.stack([samples, -samples], 1)
+    with open(path, "rb") as file:
+        forms = [str(path), path, file, (samples, rate), (stereo, rate)]
+        for form in forms:
+            np.testing.assert_allclose(model.embed(form), expected, atol=1e-5)
+    assert model.identify((samples, rate)).speaker == "dora"
+    assert model.scores(path).shape == (len(model.speakers),)
+    # a pair of utterances is two of them
+    assert model.embed((path, path)).shape == (2, len(expected))
+    with pytest.raises(ValueError, match="finite"):
+        model.embed((np.full(4000, np.nan), rate))
+    with pytest.raises(UserError, match="0.025 s, at least 0.1 s"):
+        model.identify((samples[:400], rate))
+
+
+def test_a_model_can_be_pickled(model, utterances):
+    copy = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(copy.embed(utterances), model.embed(utterances))

@@ -172,6 +172,45 @@ def test_csv_that_is_absent_or_no_text(tmp_path):
         read("csv", tmp_path)
 
 
+AS_EXCEL_WRITES = (
+    "Path;SPEAKER;Split;Start;End\r\nsub\\a.wav;Jörg;Train;0,5;1,25\r\nb.wav;x;dev;;\r\n;;;;\r\n"
+)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_csv_as_excel_writes_it(tmp_path, encoding, delimiter):
+    touch(tmp_path, "sub/a.wav", "b.wav")
+    text = AS_EXCEL_WRITES.replace(";", delimiter)
+    (tmp_path / "metadata.csv").write_bytes(text.encode(encoding))
+    found = read("csv", tmp_path)
+    assert brief(found) == [
+        ("sub/a.wav#0,5-1,25", "Jörg", "train", None),
+        ("b.wav", "x", "valid", None),
+    ]
+    assert (found.records[0].start, found.records[0].end) == (0.5, 1.25)
+    assert found.records[0].path == tmp_path / "sub" / "a.wav"
+
+
+def test_csv_finds_a_name_however_its_letters_are_composed(tmp_path):
+    composed, apart = "J\u00f6rg.wav", "Jo\u0308rg.wav"
+    touch(tmp_path, apart)
+    table(tmp_path, f"path,speaker\n{composed},x\n")
+    assert read("csv", tmp_path).records[0].path == tmp_path / apart
+
+
+def test_csv_that_could_mean_two_things(tmp_path):
+    table(tmp_path, "path,speaker,split\na,x,dev\nb,x,valid\nc,x,VAL\nd,x,train\n")
+    splits = [record.split for record in read("csv", tmp_path).records]
+    assert splits == ["dev", "valid", "VAL", "train"]
+    table(tmp_path, 'path,speaker,start,end\na,x,"1,234.5",\n')
+    with pytest.raises(UserError, match="line 2: start is '1,234.5'"):
+        read("csv", tmp_path)
+    table(tmp_path, "path,speaker,Path\na,x,b\n")
+    with pytest.raises(UserError, match="'path' is there twice"):
+        read("csv", tmp_path)
+
+
 # --- kaldi ------------------------------------------------------------------------------------
 
 
@@ -185,15 +224,16 @@ def kaldi(folder, wav, spk, segments=None):
 def test_kaldi_whole_recordings(tmp_path):
     kaldi(tmp_path, "u1 a b.wav\nu2 /abs/c.wav\nu3 d.wav\n", "u1 ann\nu2 bob\n")
     found = read("kaldi", tmp_path)
-    assert brief(found) == [("a b.wav", "ann", None, None), ("/abs/c.wav", "bob", None, None)]
+    assert brief(found) == [("u1", "ann", None, None), ("u2", "bob", None, None)]
     assert [str(r.path) for r in found.records] == [str(tmp_path / "a b.wav"), "/abs/c.wav"]
-    assert [(bad.path, bad.reason) for bad in found.bad] == [("d.wav", "no speaker")]
+    assert [(bad.path, bad.reason) for bad in found.bad] == [("u3", "no speaker")]
 
 
 def test_kaldi_segments(tmp_path):
     kaldi(tmp_path, "r a.wav\n", "u1 ann\nu2 ann\n", "u2 r 1.50 2.5\nu1 r 3 -1\n")
     found = read("kaldi", tmp_path)
-    assert [r.record_id for r in found.records] == ["a.wav#1.50-2.5", "a.wav#3-"]
+    assert [r.record_id for r in found.records] == ["u2", "u1"]
+    assert {r.recording for r in found.records} == {"a.wav"}
     assert [(r.start, r.end) for r in found.records] == [(1.5, 2.5), (3.0, None)]
 
 

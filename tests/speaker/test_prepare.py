@@ -495,7 +495,7 @@ def test_kaldi(tmp_path):
     (source / "segments").write_text("".join(segments))
     (source / "utt2spk").write_text("".join(f"u{i} spk{i // 3}\n" for i in range(6)))
     corpus = prepare(source, tmp_path / "data", one(layout="kaldi"))
-    assert corpus.ids == [f"{name}#0.1-0.4" for name in names]
+    assert corpus.ids == [f"u{i}" for i in range(6)]
     assert corpus.speakers == ["spk0", "spk1"]
     expected = audio_features(source / names[4], FeatureSpec(), 0.1, 0.4)
     np.testing.assert_array_equal(corpus.read(4), expected)
@@ -741,3 +741,56 @@ def test_one_speaker_is_nobody_to_tell_apart(tmp_path, capsys):
     source = recordings(tmp_path / "source", speakers=1, each=3)
     prepare(source, tmp_path / "data", one())
     assert "one speaker in train" in capsys.readouterr().err
+
+
+# --- adding -----------------------------------------------------------------------------------
+
+
+def test_adding_reads_only_what_is_new_and_leaves_all_in_its_split(tmp_path, monkeypatch, capsys):
+    from fairseq_ext.speaker.prepare import extract
+
+    source = recordings(tmp_path / "source", speakers=2, each=4)
+    first = prepare(source, tmp_path / "data", one())
+    splits = dict(zip(first.ids, first.splits.tolist(), strict=True))
+    (source / "new").mkdir()
+    for n in range(3):
+        soundfile.write(source / "new" / f"{n}.wav", noise(0.4, 900 + n), RATE)
+    (source / "s0" / "1.wav").unlink()
+    soundfile.write(source / "s1" / "2.wav", noise(0.7, 950), RATE)
+    opened = []
+    monkeypatch.setattr(extract, "Recording", counting_opener(opened))
+    with pytest.raises(UserError, match="use --overwrite"):
+        prepare(source, tmp_path / "data", one())
+    corpus = prepare(source, tmp_path / "data", one(add=True))
+    assert sorted(opened) == ["0.wav", "1.wav", "2.wav", "2.wav"]
+    assert "6 of 10 utterances are as they were" in capsys.readouterr().out
+    assert "s0/1.wav" not in corpus.ids and "new/2.wav" in corpus.ids and len(corpus) == 10
+    assert corpus.speakers == ["new", "s0", "s1"]
+    fresh = prepare(source, tmp_path / "fresh", one())
+    for row, name in enumerate(corpus.ids):
+        np.testing.assert_array_equal(corpus.read(row), fresh.read(fresh.ids.index(name)))
+        if name in splits:
+            assert corpus.splits[row] == splits[name]
+    new = [corpus.splits[row] for row, name in enumerate(corpus.ids) if name.startswith("new/")]
+    assert sorted(new) == ["test", "train", "valid"]
+    assert not (tmp_path / "data" / ".before").exists()
+    prepare(source, tmp_path / "data", one(add=True))
+    assert "already prepared" in capsys.readouterr().out and len(opened) == 4 + 10
+
+
+def test_adding_that_was_killed_continues(tmp_path, monkeypatch):
+    from fairseq_ext.speaker.prepare import __main__ as command
+
+    source = recordings(tmp_path / "source", speakers=2, each=4)
+    prepare(source, tmp_path / "data", one())
+    soundfile.write(source / "s0" / "9.wav", noise(0.4, 900), RATE)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "write_corpus", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, tmp_path / "data", one(add=True))
+    corpus = prepare(source, tmp_path / "data", one(add=True))
+    assert len(corpus) == 9 and not (tmp_path / "data" / ".before").exists()

@@ -181,7 +181,7 @@ def compare(model, theirs, checkpoint: str, options: ExportOptions) -> dict:
     """
     from fairseq_ext.speaker.export.parity import LOSS
     from fairseq_ext.speaker.identify import IdentifyOptions, known_labels, ranked_predictions
-    from fairseq_ext.speaker.inputs import PreparedSplit
+    from fairseq_ext.speaker.inference.inputs import PreparedSplit
 
     assert options.data is not None
     source = PreparedSplit(options.data, options.subset)

@@ -24,7 +24,7 @@ from fairseq_ext.speaker.gallery.options import (
     load_runner,
 )
 from fairseq_ext.speaker.gallery.store import Gallery, changing, window_key
-from fairseq_ext.speaker.inputs import check_output
+from fairseq_ext.speaker.inference.inputs import check_output
 from fairseq_ext.speaker.verify.backend import Backend, Side
 from fairseq_ext.speaker.verify.voices import named_rows, open_voices
 

@@ -11,12 +11,12 @@ import numpy as np
 
 from ext_common.cli import UsageError, UserError
 from ext_common.manifest import atomic_json, atomic_write, beside
-from fairseq_ext.speaker.audio import load_audio
+from fairseq_ext.speaker.audio.recording import load_audio
 from fairseq_ext.speaker.gallery.open_set import open_set_curve, open_set_rates, posteriors
 from fairseq_ext.speaker.gallery.options import GalleryIdentifyOptions, load_runner
 from fairseq_ext.speaker.gallery.store import Gallery
 from fairseq_ext.speaker.gallery.stream import rttm, turns
-from fairseq_ext.speaker.inputs import check_output
+from fairseq_ext.speaker.inference.inputs import check_output
 from fairseq_ext.speaker.verify.backend import Side
 from fairseq_ext.speaker.verify.voices import AudioVoices, Runner, cuts_of, open_voices
 

@@ -26,6 +26,15 @@ from ext_common.registry import UnknownName
 from ext_common.store import StoreWriter, discard, interrupted_key, store_paths
 from fairseq_ext.speaker.corpus import Corpus, write_corpus
 from fairseq_ext.speaker.features import MIN_SECONDS, FeatureSpec
+from fairseq_ext.speaker.prepare.before import (
+    BEFORE,
+    SOURCES,
+    adds_to,
+    forget,
+    open_before,
+    set_aside,
+    write_sources,
+)
 from fairseq_ext.speaker.prepare.extract import extract_all
 from fairseq_ext.speaker.prepare.layouts import LAYOUTS
 from fairseq_ext.speaker.prepare.report import report_bad, report_duplicates, table, warn
@@ -36,14 +45,15 @@ from fairseq_ext.speaker.prepare.steps import (
     divide,
     gather,
     make_plan,
+    noticed,
     ready_spec,
     usable_records,
 )
 
 GROUPINGS = ("auto", "group", "recording", "directory", "none")
-OWN_FILES = ("corpus.json", "utterances.csv", MANIFEST_NAME)
+OWN_FILES = ("corpus.json", "utterances.csv", SOURCES, MANIFEST_NAME)
 LOCK = ".lock"
-WORDS = {"recordings": "other recordings, or they have changed since"}
+WORDS = {"recordings": "other recordings, or they have changed since (--add reads only these)"}
 BUILT_IN = {"hw4", "folder", "kaldi", "csv"}
 
 EXAMPLE_TEXT = r"""
@@ -105,6 +115,13 @@ class PrepareOptions:
     workers: Optional[int] = field(
         default=None, metadata={"help": "processes that decode; none: one for each CPU"}
     )
+    add: bool = field(
+        default=False,
+        metadata={
+            "help": "DATA was prepared before and RECORDINGS have come or gone: read only what is new or"
+            " changed; what is there keeps its split"
+        },
+    )
     overwrite: bool = field(
         default=False, metadata={"help": "replace what was prepared before with other options"}
     )
@@ -153,9 +170,16 @@ def prepare(source, dest, options=None, spec=None):
     if not ready:
         dest.mkdir(parents=True, exist_ok=True)
         with exclusive(dest / LOCK, dest):
-            ready = not start_over(dest, plan, options.overwrite)
+            if options.add and interrupted_key(dest) is None and adds_to(plan, plan_of(dest)):
+                ready = is_finished(dest, plan)
+                if not ready:
+                    set_aside(dest)
+                    start_over(dest, plan, True)
+            else:
+                ready = not start_over(dest, plan, options.overwrite)
             if not ready:
-                fill(dest, found, plan, options, spec)
+                fill(dest, found, plan, options, spec, open_before(dest, plan))
+            forget(dest)
     if ready:
         print(f"{dest} is already prepared with these options and recordings: nothing to do")
     corpus = Corpus.open(dest)
@@ -165,13 +189,15 @@ def prepare(source, dest, options=None, spec=None):
     return corpus
 
 
-def fill(dest, found, plan, options, spec):
+def fill(dest, found, plan, options, spec, before=None):
     """Write DATA, or what an interrupted run left to be written; the store gets its name last."""
     with StoreWriter(dest, (spec.n_mels,), "float32", key=json.dumps(plan)) as writer:
         for name in OWN_FILES:
             clear_temporary(dest / name)
         if writer.done:
             print(f"continuing: {len(writer.done)} of {len(found.records)} utterances are there")
+        if before:
+            take_over(found, writer, before)
         extract_missing(found, writer, options, spec)
         kept, duplicates, unusable = gather(found, writer.done)
         bad = found.bad + unusable
@@ -197,11 +223,14 @@ def fill(dest, found, plan, options, spec):
                 "--max-bad the same command continues"
             )
         report_duplicates(duplicates)
-        rows, speakers, warnings = divide(found, kept, options)
-        for text in found.warnings + warnings:
+        rows, speakers, warnings = divide(found, kept, options, before)
+        heard, narrow = noticed(found, writer.done, spec.sample_rate)
+        warnings = found.warnings + warnings + heard
+        for text in warnings:
             warn(text)
-        record["warnings"] = found.warnings + warnings
-        write_corpus(dest, writer.part, rows, speakers, spec)
+        record |= {"warnings": warnings, "narrow": narrow}
+        write_corpus(dest, writer.part, rows, speakers, spec, narrow)
+        write_sources(dest, found, writer.done)
         save_manifest(dest, found, options, spec, record | {"status": "done"})
         writer.finish()
 
@@ -249,7 +278,13 @@ def start_over(dest, plan, overwrite):
     # a manifest that is lost: --overwrite replaces what is plainly from this command
     ours = final.exists() and overwrite and (dest / "corpus.json").exists()
     if plan_of(dest) is None:
-        known = {LOCK, *OWN_FILES, *(path.name for path in paths if path != final or ours)}
+        known = {
+            LOCK,
+            BEFORE,
+            f"{BEFORE}.partial",
+            *OWN_FILES,
+            *(path.name for path in paths if path != final or ours),
+        }
         refuse_strangers(dest, known)
     elif is_made(dest, plan, plan_of, overwrite=overwrite, words=WORDS):
         return not is_finished(dest, plan)
@@ -258,6 +293,21 @@ def start_over(dest, plan, overwrite):
         (dest / name).unlink(missing_ok=True)
     discard(dest)
     return True
+
+
+def take_over(found, writer, before):
+    """Write to the store what was prepared before and has not changed."""
+    done = {entry.record_id for entry in writer.done}
+    seen = {entry.note["digest"] for entry in writer.done if "digest" in entry.note}
+    taken = 0
+    for number, record in enumerate(found.records):
+        old = None if str(number) in done else before.find(record)
+        if old is None or old.note["digest"] in seen:
+            continue
+        seen.add(old.note["digest"])
+        writer.append(str(number), old.features, old.note)
+        taken += 1
+    print(f"{taken} of {len(found.records)} utterances are as they were prepared before")
 
 
 def extract_missing(found, writer, options, spec):
@@ -291,10 +341,10 @@ def extract_missing(found, writer, options, spec):
             if outcome.bad:
                 writer.skip(key, {"bad": list(outcome.bad)})
             elif outcome.digest in seen:
-                writer.skip(key, {"digest": outcome.digest})
+                writer.skip(key, {"digest": outcome.digest} | outcome.note)
             else:
                 seen.add(outcome.digest)
-                writer.append(key, outcome.features, {"digest": outcome.digest})
+                writer.append(key, outcome.features, {"digest": outcome.digest} | outcome.note)
         bar.update(len(task))
     bar.close()
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ext_common.parallel import in_order
 from ext_common.threads import limited
-from fairseq_ext.speaker.features import AudioError, Recording, samples_features
+from fairseq_ext.speaker.features import AudioError, Recording, hear
 
 # What one call to a worker reads at least, so that small files do not pay for the way there.
 CALL_BYTES = 1 << 20
@@ -22,13 +22,15 @@ class Outcome(NamedTuple):
     """What became of a record: `features` float32 (T, n_mels) and `digest` of its content, or
     `bad`.
 
-    number: the record's place in the source; bad: None or (reason, detail).
+    number: the record's place in the source; bad: None or (reason, detail); note: what else is known of it,
+    as the journal has it ("hertz" and "said" of `features.Heard`).
     """
 
     number: int
     features: np.ndarray | None
     digest: str | None
     bad: tuple | None
+    note: dict = {}
 
 
 def extract_all(tasks, spec, min_seconds, from_audio, workers):
@@ -103,24 +105,22 @@ def extract(task, spec, min_seconds, from_audio):
 def guarded(number, function, record, *args):
     """Outcome of `function`; what it raises about the data becomes `bad`."""
     try:
-        features, digest = function(record, *args)
+        features, digest, note = function(record, *args)
     except AudioError as error:
         return Outcome(number, None, None, (error.reason, str(error)))
-    return Outcome(number, features, digest, None)
+    return Outcome(number, features, digest, None, note)
 
 
 def cut_features(record, spec, min_seconds, recording):
-    """(features, digest) of a record of an open recording; equal to features.audio_features."""
-    samples = recording.read(record.start, record.end)
-    name = str(record.path)
-    features = samples_features(samples, recording.rate, spec, name, min_seconds)
-    digest = content_digest(samples, recording.rate)
-    check_length(features, record, spec, min_seconds)
-    return features, digest
+    """(features, digest, note) of a record of an open recording."""
+    heard = hear(recording, spec, record.start, record.end, min_seconds)
+    check_length(heard.features, record, spec, min_seconds)
+    note = {"hertz": heard.hertz} | ({"said": heard.said} if heard.said else {})
+    return heard.features, content_digest(heard.samples, heard.rate), note
 
 
 def ready_features(record, spec, min_seconds):
-    """(features, digest) of a .pt file with a float32 tensor (T, n_mels)."""
+    """(features, digest, note) of a .pt file with a float32 tensor (T, n_mels)."""
     tensor = load_tensor(record.path)
     if tensor.ndim != 2:
         raise AudioError(
@@ -144,7 +144,7 @@ def ready_features(record, spec, min_seconds):
     check_length(features, record, spec, min_seconds)
     if features.max() == features.min():
         raise AudioError("silent", f"{record.path}: all values are {features[0, 0]:g}")
-    return features, content_digest(features, spec.sample_rate)
+    return features, content_digest(features, spec.sample_rate), {}
 
 
 def load_tensor(path):

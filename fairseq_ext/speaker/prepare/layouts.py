@@ -21,11 +21,13 @@ from fairseq_ext.speaker.prepare.tables import (
     AUDIO_ENDINGS,
     check_cut,
     csv_rows,
+    existing,
     files_below,
     json_object,
     kaldi_table,
     passed_over,
     seconds,
+    split_names,
 )
 
 LAYOUTS = Registry("layout")
@@ -37,7 +39,7 @@ class Record(NamedTuple):
 
     record_id: path as the source has it, `path#start-end` for a cut; path: the file; start, end:
     seconds; frames: the length the source promises (features only); where: place in the source, for
-    messages.
+    messages; recording: path of the file as the source has it, where the id is another.
     """
 
     record_id: str
@@ -49,6 +51,7 @@ class Record(NamedTuple):
     group: str | None = None
     frames: int | None = None
     where: str | None = None
+    recording: str | None = None
 
 
 class Bad(NamedTuple):
@@ -120,9 +123,11 @@ def read_csv(source: Path, options: Any) -> Source:
     if not table.is_file():
         raise UserError(f"{table}: no such file: name the table with --csv")
     found = Source([], inputs=[table])
-    for line, row in csv_rows(table, ("path", "speaker"), ("split", "start", "end", "group")):
+    rows = list(csv_rows(table, ("path", "speaker"), ("split", "start", "end", "group")))
+    splits = split_names(row["split"] for _, row in rows)
+    for line, row in rows:
         where = f"{table} line {line}"
-        path = row["path"]
+        path = existing(source, row["path"])
         if not path:
             raise UserError(f"{where}: the path is empty")
         start, end = (seconds(row[name], name, where) for name in ("start", "end"))
@@ -136,7 +141,7 @@ def read_csv(source: Path, options: Any) -> Source:
                 name,
                 source / path,
                 row["speaker"] or None,
-                row["split"] or None,
+                splits[row["split"]] or None,
                 start,
                 end,
                 row["group"] or None,
@@ -170,19 +175,20 @@ def read_kaldi(source: Path, options: Any) -> Source:
         where = f"{files[2] if has_segments else files[0]} line {line}"
         if recording not in wavs:
             raise UserError(f"{where}: the recording {recording} is not in {files[0]}")
-        path = wavs[recording][1][0]
-        name, start, end = path, None, None
+        path = existing(source, wavs[recording][1][0])
+        start = end = None
         if times:
             start, end = (seconds(text, "time", where, negative=True) for text in times)
             # Kaldi writes -1 for "to the end".
-            end, text = (None, "") if (end or 0) < 0 else (end, times[1])
+            end = None if (end or 0) < 0 else end
             check_cut(start, end, where)
-            name = f"{path}#{times[0]}-{text}"
         if utterance not in speakers:
-            found.bad.append(Bad(name, "no speaker", f"{utterance} is not in {files[1]}"))
+            found.bad.append(Bad(utterance, "no speaker", f"{utterance} is not in {files[1]}"))
             continue
         speaker = speakers[utterance][1][0]
-        found.records.append(Record(name, source / path, speaker, None, start, end, where=where))
+        found.records.append(
+            Record(utterance, source / path, speaker, None, start, end, None, None, where, path)
+        )
     if not found.records and not found.bad:
         raise UserError(f"{files[0]} has no lines: expected `UTTERANCE PATH`")
     return found

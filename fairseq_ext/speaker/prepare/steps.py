@@ -10,7 +10,9 @@ from unicodedata import normalize
 
 from ext_common.cli import UsageError, UserError
 from ext_common.store import Entry
+from fairseq_ext.speaker.audio.bandwidth import is_narrow, mixture
 from fairseq_ext.speaker.features import FeatureSpec
+from fairseq_ext.speaker.prepare.before import Before
 from fairseq_ext.speaker.prepare.layouts import Bad, Record, Source
 from fairseq_ext.speaker.prepare.splits import (
     TRAIN,
@@ -21,7 +23,7 @@ from fairseq_ext.speaker.prepare.splits import (
 )
 
 # What may differ between two runs that write the same bytes.
-RUN_ONLY = ("workers", "max_bad", "overwrite")
+RUN_ONLY = ("workers", "max_bad", "overwrite", "add")
 Kept = tuple[Record, int, int]  # with offset and length in the store
 
 
@@ -85,7 +87,9 @@ def make_plan(found: Source, options: Any, spec: FeatureSpec) -> dict[str, Any]:
             stats[record.path] = (status.st_size, status.st_mtime_ns)
         nowhere: Any = None  # where the file lies is no matter
         line = (record._replace(path=nowhere, where=None), stats[record.path])
-        inventory.update(repr(line).encode("utf-8", "backslashreplace"))
+        # folders that were made before there was this field are still known
+        text = repr(line).replace(", recording=None)", ")")
+        inventory.update(text.encode("utf-8", "backslashreplace"))
     inventory.update(json.dumps(found.speakers).encode())
     inventory.update(json.dumps(sorted(item[:2] for item in found.bad)).encode())
     chosen = {k: v for k, v in asdict(options).items() if k not in RUN_ONLY}
@@ -131,11 +135,32 @@ def gather(
     return kept, duplicates, bad
 
 
+def noticed(
+    found: Source, entries: Sequence[Entry], sample_rate: int
+) -> tuple[list[str], int | None]:
+    """(warnings on what recordings are like, how many of them are narrow or None where nobody listened)."""
+    said: dict[str, list[str]] = {}
+    heard = [entry for entry in entries if "hertz" in entry.note]
+    for entry in heard:
+        if "said" in entry.note:
+            record = found.records[int(entry.record_id)]
+            said.setdefault(entry.note["said"], []).append(record.record_id)
+    texts = [f"{len(ids)} utterances: {text} (e.g. {ids[0]})" for text, ids in said.items()]
+    hertz = [entry.note["hertz"] for entry in heard]
+    text = mixture(hertz, sample_rate)
+    if text:
+        remedy = "" if text.startswith(f"{len(heard)} of") else ": train with --augment bandwidth"
+        texts.append(text + remedy)
+    return texts, sum(is_narrow(each, sample_rate) for each in hertz) if heard else None
+
+
 def divide(
-    found: Source, kept: Sequence[Kept], options: Any
+    found: Source, kept: Sequence[Kept], options: Any, before: Before | None = None
 ) -> tuple[list[tuple[Any, ...]], list[str], list[str]]:
     """(rows for write_corpus, speakers, warnings): splits given and drawn, and what is odd about
     them.
+
+    before: what was prepared earlier; where the data says nothing, it stays in its split.
     """
     records = [record for record, _, _ in kept]
     paths, starts, ends = zip(*((r.path, r.start, r.end) for r in records), strict=True)
@@ -143,6 +168,8 @@ def divide(
     given = [record.split for record in records]
     fractions = {"valid": options.valid_fraction, "test": options.test_fraction}
     fractions = {name: part for name, part in fractions.items() if name not in given}
+    if before:
+        given = [record.split or before.split(record) for record in records]
     units = overlapping_groups(paths, starts, ends, groups)
     speakers: list[Any] = [record.speaker for record in records]
     splits = assign_splits(speakers, units, given, fractions, options.seed)
@@ -199,6 +226,7 @@ def group_of(record: Record, group_by: str) -> str | None:
         return record.group
     is_cut = record.start is not None or record.end is not None
     path = record.record_id.rpartition("#")[0] if is_cut else record.record_id
+    path = record.recording or path
     if group_by == "recording":
         return path
     return str(PurePosixPath(path).parent) if group_by == "directory" else None

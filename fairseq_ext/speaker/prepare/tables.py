@@ -1,13 +1,16 @@
 """Reading the tables and trees that layouts are made of; errors name the line."""
 
+import codecs
 import csv
+import io
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unicodedata import normalize
 
 from ext_common.cli import UserError
 
@@ -21,6 +24,19 @@ OTHER_AUDIO = (
     *(".m4a", ".aac", ".mp4", ".wma", ".amr", ".3gp", ".webm", ".mkv", ".mka", ".mov", ".avi"),
     *(".ac3", ".ape", ".wv", ".mp2", ".dsf", ".spx", ".tta", ".m4b"),
 )
+DELIMITERS = (",", ";", "\t")
+# letters and signs of Windows-1252 that are likely; what an UTF-16 file or a picture begins with is not
+WESTERN = frozenset("ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜßàáâãäåæçèéêëìíîïñòóôõöøùúûüŠšŽžŒœ‘’“”–—…€°")
+SPLIT_WORDS = {
+    **{
+        "train": "train",
+        "training": "train",
+        "valid": "valid",
+        "validation": "valid",
+        "val": "valid",
+    },
+    **{"dev": "valid", "development": "valid", "test": "test", "testing": "test"},
+}
 Table = dict[str, tuple[int, tuple[str, ...]]]
 
 
@@ -60,29 +76,89 @@ def passed_over(files: Sequence[str]) -> str | None:
 def csv_rows(
     table: Path, required: Sequence[str], optional: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, {column: stripped text}) of each row; absent optional columns are empty."""
+    """(line number, {column: stripped text}) of each row; absent optional columns are empty.
+
+    Also as Excel writes it: with semicolons or tabs, UTF-16 or Windows-1252, other capitals in the names of
+    the columns, and rows without text, which are passed over.
+    """
+    text = table_text(table)
     try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            missing = [name for name in required if name not in header]
-            if missing:
+        delimiter = delimiter_of(text.partition("\n")[0], required)
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+        header = [name.strip() for name in next(reader, [])]
+        known = {*required, *optional}
+        columns = [name if name in known else name.lower() for name in header]
+        missing = [name for name in required if name not in columns]
+        if missing:
+            raise UserError(
+                f"{table} line 1: no column {missing[0]!r}; needed: {', '.join(required)}; "
+                f"optional: {', '.join(optional)}; found: {', '.join(header) or 'nothing'}"
+            )
+        twice = [name for name in known if columns.count(name) > 1]
+        if twice:
+            raise UserError(f"{table} line 1: the column {twice[0]!r} is there twice")
+        for fields in reader:
+            if not any(text.strip() for text in fields):
+                continue
+            if len(fields) != len(header):
                 raise UserError(
-                    f"{table} line 1: no column {missing[0]!r}; needed: {', '.join(required)}; "
-                    f"optional: {', '.join(optional)}; found: {', '.join(header) or 'nothing'}"
+                    f"{table} line {reader.line_num}: {len(fields)} fields, the header has "
+                    f"{len(header)}: put quotes around a field with a comma"
                 )
-            for fields in reader:
-                if not fields:
-                    continue
-                if len(fields) != len(header):
-                    raise UserError(
-                        f"{table} line {reader.line_num}: {len(fields)} fields, the header has "
-                        f"{len(header)}: put quotes around a field with a comma"
-                    )
-                row = dict(zip(header, (text.strip() for text in fields), strict=True))
-                yield reader.line_num, {name: row.get(name, "") for name in (*required, *optional)}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{table}: cannot be read as a UTF-8 CSV file ({cause(error)})") from None
+            row = dict(zip(columns, (text.strip() for text in fields), strict=True))
+            yield reader.line_num, {name: row.get(name, "") for name in (*required, *optional)}
+    except csv.Error as error:
+        raise UserError(f"{table}: cannot be read as a UTF-8 CSV file ({error})") from None
+
+
+def table_text(table: Path) -> str:
+    """The text of a table: UTF-8, UTF-16 where it says so, Windows-1252 where its letters are Western.
+
+    UserError for any other.
+    """
+    try:
+        content = table.read_bytes()
+    except OSError as error:
+        raise UserError(f"{table}: cannot be read ({cause(error)})") from None
+    try:
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        text = content.decode("cp1252", errors="replace")
+        if all(letter.isascii() or letter in WESTERN for letter in text):
+            return text
+        raise UserError(
+            f"{table}: cannot be read as a UTF-8 CSV file ({cause(error)}): save it as UTF-8"
+        ) from None
+
+
+def delimiter_of(header: str, required: Sequence[str]) -> str:
+    """What divides the columns: the first of comma, semicolon and tab that gives those that are needed."""
+    for delimiter in DELIMITERS:
+        names = {name.strip().strip('"').lower() for name in header.split(delimiter)}
+        if names.issuperset(required):
+            return delimiter
+    return DELIMITERS[0]
+
+
+def split_names(splits: Iterable[str]) -> dict[str, str]:
+    """{name in a table: split}: Train, VALID, dev are train, valid, valid; unless two names would be one."""
+    names = sorted(set(splits))
+    found = {name: SPLIT_WORDS.get(name.lower(), name) for name in names}
+    clear = Counter(found.values())
+    return {name: split if clear[split] == 1 else name for name, split in found.items()}
+
+
+def existing(source: Path, path: str) -> str:
+    """`path` as its file is called below `source`: / for backslashes, letters composed or not.
+
+    As it was, where there is no such file.
+    """
+    for slashes in (path, path.replace("\\", "/")):
+        for name in (slashes, normalize("NFC", slashes), normalize("NFD", slashes)):
+            if (source / name).is_file():
+                return name
+    return path
 
 
 def kaldi_table(path: Path, columns: int, last_has_spaces: bool = False) -> Table:
@@ -121,7 +197,8 @@ def seconds(text: str, name: str, where: str, negative: bool = False) -> float |
     if not text:
         return None
     try:
-        value = float(text)
+        # 3,5 is Excel's 3.5 in half of the world
+        value = float(text.replace(",", ".") if text.count(",") == 1 and "." not in text else text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or (value < 0 and not negative):

@@ -17,7 +17,7 @@ import numpy as np
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
 from ext_common.manifest import MANIFEST_NAME, atomic_json, beside, known_sha256, versions
 from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
-from fairseq_ext.speaker.inputs import check_output
+from fairseq_ext.speaker.inference.inputs import check_output
 from fairseq_ext.speaker.verify import report
 from fairseq_ext.speaker.verify.backend import QUALITIES, Backend, Side
 from fairseq_ext.speaker.verify.compared import Compared, asked_threshold, measured

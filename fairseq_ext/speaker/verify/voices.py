@@ -12,11 +12,11 @@ import numpy as np
 
 from ext_common.cli import UsageError, UserError, progress
 from ext_common.manifest import sha256_file
-from fairseq_ext.speaker.audio import load_audio
-from fairseq_ext.speaker.containers import AudioError
+from fairseq_ext.speaker.audio.containers import AudioError
+from fairseq_ext.speaker.audio.recording import load_audio
 from fairseq_ext.speaker.features import FeatureSpec
 from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
-from fairseq_ext.speaker.inputs import PreparedSplit
+from fairseq_ext.speaker.inference.inputs import PreparedSplit
 from fairseq_ext.speaker.verify.backend import read_arrays
 from fairseq_ext.speaker.verify.speech import (
     levels_of_features,

@@ -156,9 +156,11 @@ class LeanEnsemble(EnsembleModel):
 
     def __init__(self, models: Sequence[Any]):
         super().__init__(list(models))
-        # nothing is known of what subclasses do with the source
+        # nothing is known of what subclasses do with the source, unless they say it
         self._keeps_source = all(
-            type(m.decoder) in (TransformerDecoder, TransformerDecoderBase) for m in models
+            type(m.decoder) in (TransformerDecoder, TransformerDecoderBase)
+            or getattr(m.decoder, "keeps_source", False)
+            for m in models
         )
 
     def forward_decoder(self, tokens, encoder_outs, incremental_states, temperature: float = 1.0):

@@ -1,5 +1,6 @@
 """What `identify` and `embed` read and share: a split of a prepared folder, or audio files."""
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -11,10 +12,15 @@ import numpy as np
 
 from ext_common.cli import UsageError, UserError, progress
 from ext_common.manifest import check_writable, known_sha256, sha256_file, versions
+from ext_common.store import parts_of
+from fairseq_ext.speaker.audio.bandwidth import mixture
 from fairseq_ext.speaker.corpus import Corpus
-from fairseq_ext.speaker.features import AudioError, FeatureSpec, audio_features
+from fairseq_ext.speaker.features import CHANNELS, AudioError, FeatureSpec, Recording, hear
 from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
+from fairseq_ext.speaker.prepare.tables import audio_files
 
+STDIN = "-"
+LIST_ENDINGS = (".txt", ".lst", ".list", ".scp")
 DATA_FILES = ("features.bin", "features.json", "utterances.csv", "corpus.json", "manifest.json")
 
 
@@ -37,6 +43,13 @@ class PredictOptions:
     user_dir: Optional[str] = field(
         default=None,
         metadata={"help": "plugin with the model's parts; none: the one it was trained with"},
+    )
+    channel: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "of stereo audio files: mean, left, right, or best (see prepare); none: the model's",
+            "choices": CHANNELS,
+        },
     )
 
     def __post_init__(self):
@@ -64,10 +77,12 @@ class PreparedSplit:
     def check(self, model: SpeakerModel, checkpoint: str) -> None:
         """UserError where the features are not those that the model was trained on."""
         ours, theirs = self.corpus.spec.to_dict(), model.spec.to_dict()
-        other = [key for key in theirs if ours[key] != theirs[key]]
+        other = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
         if other:
-            have = ", ".join(f"{key} {ours[key]}" for key in other)
-            need = ", ".join(f"{key} {theirs[key]}" for key in other)
+            have, need = (
+                ", ".join(f"{key} {getattr(spec, key)}" for key in other)
+                for spec in (self.corpus.spec, model.spec)
+            )
             raise UserError(
                 f"{self.corpus.path} was prepared with {have}, but {checkpoint} was trained on"
                 f" {need}: prepare the recordings again with that"
@@ -79,23 +94,36 @@ class PreparedSplit:
 
     def inputs(self) -> dict[str, str]:
         """Files and their SHA-256."""
-        path = self.corpus.path / "corpus.json"
-        return {str(path): sha256_file(path)}
+        paths = [Path(part) / "corpus.json" for part in parts_of(self.corpus.path)]
+        return {str(path): sha256_file(path) for path in paths}
 
 
 class AudioFiles:
-    """Audio files as typed. One that cannot be read is told, goes to `bad`, and has no id."""
+    """Audio files, or standard input (`STDIN`). One that cannot be read is told, goes to `bad`, has no id.
 
-    def __init__(self, paths: list[str]):
+    names: ids of the files, by default their paths; speakers: of each, or None; channel: in place of the
+    model's (`FeatureSpec.channel`).
+    """
+
+    def __init__(
+        self,
+        paths: list[str],
+        names: Optional[list[str]] = None,
+        speakers: Optional[list[Optional[str]]] = None,
+        name: Optional[str] = None,
+        channel: Optional[str] = None,
+    ):
         for path in paths:
             if os.path.isdir(path):
-                raise UsageError(f"{path} is a folder: give one prepared folder, or audio files")
-            if not os.path.exists(path):
+                raise UsageError(f"{path} is a folder: give one folder, or audio files")
+            if path != STDIN and not os.path.exists(path):
                 raise UserError(f"{path} does not exist: give an audio file or a prepared folder")
-        self.paths = paths
+        self.paths, self.channel = paths, channel
+        self.names = names or paths
+        self._speakers: list[Optional[str]] = speakers or [None] * len(paths)
         self.ids: list[str] = []
-        self.speakers: list[None] = []
-        self.name = f"{len(paths)} audio file{'s' if len(paths) > 1 else ''}"
+        self.speakers: list[Optional[str]] = []
+        self.name = name or f"{len(paths)} audio file{'s' if len(paths) > 1 else ''}"
         self.bad: list[str] = []
 
     def __len__(self):
@@ -107,29 +135,83 @@ class AudioFiles:
     def features(self, spec: FeatureSpec) -> Iterator[np.ndarray]:
         """float32 (T, n_mels) for each file that can be read; `ids` grows along."""
         self.ids, self.speakers, self.bad = [], [], []
-        for path in self.paths:
+        hertz = []
+        for path, name, speaker in zip(self.paths, self.names, self._speakers, strict=True):
             try:
-                found = audio_features(path, spec)
+                with Recording(
+                    stdin() if path == STDIN else path, self.channel or spec.channel
+                ) as opened:
+                    heard = hear(opened, spec)
             except AudioError as error:
                 print(f"error: {error}: left out", file=sys.stderr)
-                self.bad.append(path)
+                self.bad.append(name)
                 continue
-            self.ids.append(path)
-            self.speakers.append(None)
-            yield found
+            if heard.said:
+                print(f"{name}: {heard.said}", file=sys.stderr)
+            hertz.append(heard.hertz)
+            self.ids.append(name)
+            self.speakers.append(speaker)
+            yield heard.features
+        text = mixture(hertz, spec.sample_rate)
+        if text:
+            print(f"{text}: a model that was trained without such is less sure", file=sys.stderr)
 
     def inputs(self) -> dict[str, str]:
         """Files and their SHA-256."""
-        return {path: sha256_file(path) for path in self.paths}
+        return {path: sha256_file(path) for path in self.paths if path != STDIN}
 
 
-def open_inputs(given: list[str], split: Optional[str]) -> PreparedSplit | AudioFiles:
-    """A split (None: all) of a prepared folder where one folder is given, else audio files."""
+def stdin() -> io.BytesIO:
+    """The audio that is written to standard input."""
+    found = io.BytesIO(sys.stdin.buffer.read())
+    found.name = "standard input"
+    return found
+
+
+def open_inputs(
+    given: list[str], split: Optional[str], channel: Optional[str] = None
+) -> PreparedSplit | AudioFiles:
+    """A split (None: all) of a prepared folder; or audio files, a folder or a list of them."""
+    one = Path(given[0])
     # A mistyped folder should be told as a folder; audio files have an ending.
-    missing_folder = not os.path.exists(given[0]) and not Path(given[0]).suffix
-    if len(given) == 1 and (os.path.isdir(given[0]) or missing_folder):
+    missing_folder = not one.exists() and not one.suffix and given[0] != STDIN
+    if len(given) == 1 and one.is_dir():
+        files = [] if (one / "corpus.json").exists() else audio_files(one)
+        if files:
+            paths = [str(one / name) for name in files]
+            people = [name.split("/")[0] if "/" in name else None for name in files]
+            return AudioFiles(paths, files, people, one.resolve().name, channel)
+    if len(given) == 1 and (one.is_dir() or missing_folder):
         return PreparedSplit(given[0], split)
-    return AudioFiles(given)
+    if len(given) == 1 and one.suffix in LIST_ENDINGS:
+        names, paths = read_list(one)
+        return AudioFiles(paths, names, name=given[0], channel=channel)
+    return AudioFiles(given, channel=channel)
+
+
+def read_list(path: Path) -> tuple[list[str], list[str]]:
+    """(ids, paths) of a list of audio files: a path a line, or in a Kaldi .scp an id and a path.
+
+    Relative paths begin at the folder of the list.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a list of audio files ({error})") from None
+    names, paths = [], []
+    for number, line in enumerate(lines, 1):
+        name, _, place = line.partition(" ") if path.suffix == ".scp" else (line, "", line)
+        if not line:
+            continue
+        if not place.strip() or place.strip().endswith("|"):
+            raise UserError(f"{path} line {number}: no path of an audio file: {line!r}")
+        names.append(name)
+        paths.append(str(path.parent / place.strip()))
+        if not os.path.exists(paths[-1]):
+            raise UserError(f"{path} line {number}: {paths[-1]} does not exist")
+    if not paths:
+        raise UserError(f"{path} is empty: expected the path of an audio file a line")
+    return names, paths
 
 
 def load_model(source, options: PredictOptions) -> SpeakerModel:

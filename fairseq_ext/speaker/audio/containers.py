@@ -219,13 +219,15 @@ def whole_mp3(data: bytes, promised: int, name: str) -> bytes | None:
         return None
     samples = sum(frame.samples for frame in audio)
     last = audio[-1]
-    if promised > samples + MP3_SLACK:
+    # without a header it is no promise but a guess from the first frame, and as often too much
+    known = len(audio) < len(frames)
+    if known and promised > samples + MP3_SLACK:
         problem = f"cut short, {samples} of {promised} samples are there"
     elif last.start + last.size > len(data):
         problem = "cut short, its last frame is not whole"
     elif len({(frame.rate, frame.channels) for frame in audio}) > 1:
         problem = "the rate or the number of channels changes within"
-    elif promised >= samples - (MP3_SLACK if len(audio) + 1 == len(frames) else 0):
+    elif promised == samples or (known and promised >= samples - MP3_SLACK):
         return None
     else:
         parts = [data[frame.start : frame.start + frame.size] for frame in audio]

@@ -9,7 +9,7 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from fairseq_ext.speaker.containers import (
+from fairseq_ext.speaker.audio.containers import (
     MP3_SLACK,
     UNKNOWN_FRAMES,
     AudioError,
@@ -48,12 +48,12 @@ def load_audio(
 class Recording:
     """An open audio file that several cuts are read from. A context.
 
-    `said` lists what somebody should know of what was read so far, in words.
+    `said` has what somebody should know of what was read last, in words, or None.
     """
 
     def __init__(self, path: Source, channel: str = "best") -> None:
         self.channel = channel
-        self.said: list[str] = []
+        self.said: str | None = None
         if isinstance(path, str | os.PathLike):
             self.name = str(path)
             self._source: str | BinaryIO = self.name
@@ -123,9 +123,7 @@ class Recording:
                 "corrupt",
                 f"{self.name}: cut short, {len(samples)} of {last - first} samples decoded",
             )
-        mono, said = to_mono(samples, self.channel)
-        if said and said not in self.said:
-            self.said.append(said)
+        mono, self.said = to_mono(samples, self.channel)
         if not np.isfinite(mono).all():
             raise AudioError("nan", f"{self.name}: holds NaN or infinite samples")
         return np.ascontiguousarray(mono)
@@ -185,7 +183,8 @@ def to_mono(samples: np.ndarray, channel: str = "best") -> tuple[np.ndarray, str
     # not "<" turned round: NaN is told by the caller
     if not left < CANCELLED / count * powers.mean():
         return mean, None
-    loudest = int(powers.argmax())
+    # the first of those within half a decibel: rounding must not choose
+    loudest = int((powers > 0.9 * powers.max()).argmax())
     name = ("the left", "the right")[loudest] if count == 2 else f"channel {loudest + 1}"
     if channel == "mean":
         return mean, "its channels cancel in their mean (one is inverted): --channel best mends it"

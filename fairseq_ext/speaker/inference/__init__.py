@@ -20,9 +20,10 @@ import numpy as np
 
 from ext_common.checkpoints import build_network, read_state, usable_device, why_unfit
 from ext_common.cli import UserError
-from fairseq_ext.speaker.batching import batches_by_frames, pad
+from fairseq_ext.speaker.audio.recording import to_mono
+from fairseq_ext.speaker.batching import CHUNK_FRAMES, batches_by_frames, pad
 from fairseq_ext.speaker.export.exported import ExportedNetwork, exported_in
-from fairseq_ext.speaker.features import FeatureSpec, audio_features
+from fairseq_ext.speaker.features import FeatureSpec, audio_features, samples_features
 
 # Padded frames in one batch, as the task's max_valid_frames.
 MAX_FRAMES = 4000
@@ -56,7 +57,8 @@ class Identification:
 class SpeakerModel:
     """A trained network with the names of its speakers and the specification of its features.
 
-    An utterance is the path of an audio file or features (T, n_mels), float, made with `spec`.
+    An utterance is an audio file, by path or open; samples with their rate in Hz, (samples, rate), float (n,)
+    or (n, channels); or features (T, n_mels), float, made with `spec`.
     """
 
     def __init__(self, network, speakers: Sequence[str], spec: FeatureSpec, device: str = "cpu"):
@@ -111,11 +113,14 @@ class SpeakerModel:
         return digest.hexdigest()
 
     def scores(self, utterances, batch_size: int | None = None, max_frames: int = MAX_FRAMES):
-        """float32 (N, number of speakers): cosines in [-1, 1] or log-probabilities."""
+        """float32 (N, number of speakers): cosines in [-1, 1] or log-probabilities; (C,) for one."""
         return self._collect(utterances, "scores", len(self.speakers), batch_size, max_frames)
 
     def embed(self, utterances, batch_size: int | None = None, max_frames: int = MAX_FRAMES):
-        """Speaker embeddings float32 (N, D), not scaled to a length: compare them by cosine."""
+        """Speaker embeddings float32 (N, D), not scaled to a length: compare them by cosine.
+
+        (D,) for one utterance: `model.embed("x.wav")`.
+        """
         return self._collect(utterances, "embedding", None, batch_size, max_frames)
 
     def identify(self, utterances, top_k: int = 1):
@@ -125,7 +130,7 @@ class SpeakerModel:
         """
         if not 1 <= top_k:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
-        if isinstance(utterances, str | os.PathLike) or getattr(utterances, "ndim", 0) == 2:
+        if is_one(utterances):
             return self.identify([utterances], top_k)[0]
         scores = self.scores(utterances)
         return [
@@ -158,17 +163,27 @@ class SpeakerModel:
 
     def _predict_window(self, window, batch_size, max_frames):
         sizes = np.array([self._frames(features) for _, features in window], dtype=np.int64)
-        for batch in batches_by_frames(sizes, max_frames, batch_size):
+        whole = np.flatnonzero(sizes <= CHUNK_FRAMES)
+        batches = [
+            whole[batch] for batch in batches_by_frames(sizes[whole], max_frames, batch_size)
+        ]
+        for batch in [*batches, *np.flatnonzero(sizes > CHUNK_FRAMES)[:, None]]:
             yield [window[i][0] for i in batch], self._run([window[i][1] for i in batch])
 
     def _run(self, batch: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """Embeddings (B, D) and scores (B, C), float32, of utterances side by side."""
+        """Embeddings (B, D) and scores (B, C), float32, of utterances side by side; a long one is alone."""
         import torch
 
-        source, padding_mask = pad([torch.from_numpy(features) for features in batch])
+        from fairseq_ext.speaker.inference.chunks import forward_long
+
+        tensors = [torch.from_numpy(features) for features in batch]
         with torch.inference_mode():
-            mask = None if padding_mask is None else padding_mask.to(self.device)
-            out = self.network(source.to(self.device), mask)
+            if len(batch[0]) > CHUNK_FRAMES:
+                out = forward_long(self.network, tensors[0], device=self.device)
+            else:
+                source, mask = pad(tensors)
+                mask = None if mask is None else mask.to(self.device)
+                out = self.network(source.to(self.device), mask)
             scores = out["logits"].float()
             if self.score_kind == "log-probability":
                 scores = scores.log_softmax(1)
@@ -178,16 +193,27 @@ class SpeakerModel:
         return len(features)
 
     def _features(self, utterance) -> np.ndarray:
-        if isinstance(utterance, str | os.PathLike):
+        if isinstance(utterance, str | os.PathLike) or hasattr(utterance, "read"):
             return audio_features(utterance, self.spec)
+        if isinstance(utterance, tuple):
+            samples = np.array(utterance[0], dtype=np.float32)
+            mono, _ = to_mono(samples[:, None] if samples.ndim == 1 else samples, self.spec.channel)
+            if not len(mono) or not np.isfinite(mono).all():
+                raise ValueError(
+                    "samples are float (n,) or (n, channels), at least one, and finite"
+                )
+            return samples_features(np.ascontiguousarray(mono), utterance[1], self.spec)
         features = np.array(utterance, dtype=np.float32)
         if features.ndim != 2 or features.shape[1] != self.spec.n_mels or not len(features):
             raise ValueError(
-                f"an utterance is a path or features (T, {self.spec.n_mels}), got {features.shape}"
+                f"an utterance is an audio file, (samples, rate), or features (T, {self.spec.n_mels}), got"
+                f" {features.shape}"
             )
         return features
 
     def _collect(self, utterances, key, width, batch_size, max_frames) -> np.ndarray:
+        if is_one(utterances):
+            return self._collect([utterances], key, width, batch_size, max_frames)[0]
         rows: dict[int, np.ndarray] = {}
         for positions, found in self.predict(utterances, batch_size, max_frames):
             rows.update(zip(positions, found[key], strict=True))
@@ -225,9 +251,17 @@ class ExportedModel(SpeakerModel):
         return self.network.frames(features)
 
     def _features(self, utterance) -> np.ndarray:
-        if isinstance(utterance, str | os.PathLike) or not self.network.inside:
+        if is_one(utterance) and getattr(utterance, "ndim", 0) != 2 or not self.network.inside:
             return super()._features(utterance)
         return self.network.samples(np.array(utterance, dtype=np.float32))
+
+
+def is_one(utterances: Any) -> bool:
+    """Whether this is one utterance (see `SpeakerModel`) and no sequence of them."""
+    if isinstance(utterances, tuple):
+        return len(utterances) == 2 and isinstance(utterances[1], int | np.integer)
+    file = isinstance(utterances, str | os.PathLike) or hasattr(utterances, "read")
+    return file or getattr(utterances, "ndim", 0) == 2
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:

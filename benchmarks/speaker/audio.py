@@ -1,0 +1,204 @@
+"""What users' audio does to the result: `python -m benchmarks.speaker.audio CKPT --name after`.
+
+The same recordings of libri251, spoilt as real ones are, read and embedded by one checkpoint; with the
+package of an older version first on PYTHONPATH and `--name before` it measures that one. One line a name in
+benchmarks/results/speaker_audio.jsonl; `python -m benchmarks.report` makes the table.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from benchmarks.common import machine
+from benchmarks.pages import markdown, origin
+from benchmarks.recorded import RESULTS, Results, data_file, digest_of
+from ext_common.cli import UserError
+from ext_common.manifest import sha256_file
+from fairseq_ext.speaker.features import load_audio, resample
+from fairseq_ext.speaker.inference import SpeakerModel
+
+RECORDED = Results(RESULTS / "speaker_audio.jsonl")
+RATE, PIECE = 16000, 3 * 16000
+WORDS = {
+    "whole.wav": "WAV as it is",
+    "without_length.mp3": "MP3 without a length",
+    "twice.mp3": "two MP3 in one file",
+    "cut.wav": "WAV, its last third missing",
+    "cut.ogg": "OGG, its last third missing",
+    "pipe.wav": "WAV of size 0, from a pipe",
+    "pipe.flac": "FLAC without a length, from a pipe",
+    "hertz.wav": "WAV whose header says 1 Hz",
+    "inverted.wav": "stereo, one channel inverted: cosine to itself",
+    "short.wav": "25 ms of noise",
+    "ten minutes": "10 minutes: CPU s, MB more",
+    "hour": "an hour: CPU s, MB more",
+    "wide": "3 s of people not trained on: EER, %",
+    "narrow": "the same at 8 kHz against 16, EER, %",
+}
+
+
+def spoilt(folder: Path, samples: np.ndarray) -> None:
+    """Write the files of WORDS, each of `samples` at RATE."""
+    soundfile.write(folder / "whole.wav", samples, RATE)
+    wav = (folder / "whole.wav").read_bytes()
+    # quiet at first: the decoder guesses the length from the first frame
+    faded = samples * np.repeat([0.002, 1], [len(samples) // 2, len(samples) - len(samples) // 2])
+    options = {"bitrate_mode": "VARIABLE", "compression_level": 0.4}
+    soundfile.write(folder / "vbr.mp3", faded, RATE, **options)
+    mp3 = (folder / "vbr.mp3").read_bytes()
+    first = mp3.find(mp3[:2], 40)
+    soundfile.write(folder / "whole.ogg", samples, RATE)
+    ogg = (folder / "whole.ogg").read_bytes()
+    soundfile.write(folder / "whole.flac", samples, RATE)
+    flac = bytearray((folder / "whole.flac").read_bytes())
+    flac[21] &= 0xF0
+    flac[22:26] = bytes(4)
+    for name, content in (
+        ("without_length.mp3", mp3[first:]),
+        ("twice.mp3", mp3 + mp3),
+        ("cut.wav", wav[: len(wav) * 2 // 3]),
+        ("cut.ogg", ogg[: len(ogg) * 2 // 3]),
+        ("pipe.wav", wav[:4] + bytes(4) + wav[8:40] + bytes(4) + wav[44:]),
+        ("pipe.flac", bytes(flac)),
+        ("hertz.wav", wav[:24] + (1).to_bytes(4, "little") + wav[28:64]),
+    ):
+        (folder / name).write_bytes(content)
+    soundfile.write(folder / "inverted.wav", np.stack([samples, -samples * 0.98], 1), RATE)
+    noise = np.random.default_rng(0).standard_normal(400) * 0.1
+    soundfile.write(folder / "short.wav", noise, RATE)
+
+
+def share(path: Path, expected: int) -> str:
+    """How much of a file is read, or that it is refused."""
+    try:
+        found = len(load_audio(path, RATE))
+    except (UserError, ValueError, soundfile.SoundFileError) as error:
+        return "refused" if isinstance(error, UserError) else f"{type(error).__name__}"
+    return f"{100 * found / expected:.0f} %"
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def memory() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def eer(same: np.ndarray, other: np.ndarray) -> float:
+    """Equal error rate in %, by steps."""
+    scores = np.concatenate([same, other])
+    order = np.argsort(scores, kind="stable")
+    targets = np.concatenate([np.ones(len(same)), np.zeros(len(other))])[order]
+    misses = np.cumsum(targets) / len(same)
+    false = 1 - np.cumsum(1 - targets) / len(other)
+    place = int(np.argmin(np.abs(misses - false)))
+    return float(50 * (misses[place] + false[place]))
+
+
+def stored_narrow(samples: np.ndarray) -> np.ndarray:
+    """The samples at 8 kHz and back, rounded to 16 bits: telephone audio in a file of 16 kHz."""
+    narrow = resample(resample(samples, RATE, 8000), 8000, RATE)
+    return (np.round(narrow * 32767) / 32767).astype(np.float32)
+
+
+def verification(model: SpeakerModel, people: list[str]) -> dict[str, str]:
+    """EER of 3-second pieces of people who were not trained on: 16 kHz, and 8 against 16 kHz."""
+    from fairseq_ext.speaker.features import log_mel
+
+    speakers, wide, narrow = [], [], []
+    for person in people:
+        (path,) = data_file("libri251").glob(f"{person}-*.flac")
+        samples = load_audio(path, RATE)
+        for first in range(0, len(samples) - PIECE + 1, PIECE):
+            piece = samples[first : first + PIECE]
+            speakers.append(person)
+            wide.append(log_mel(piece, model.spec))
+            narrow.append(log_mel(stored_narrow(piece), model.spec))
+    a, b = (model.embed(each) for each in (wide, narrow))
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    names = np.array(speakers)
+    same = names[:, None] == names
+    pairs = ~np.eye(len(names), dtype=bool)
+    return {
+        "wide": f"{eer((a @ a.T)[same & pairs], (a @ a.T)[~same]):.2f}",
+        "narrow": f"{eer((b @ a.T)[same & pairs], (b @ a.T)[~same]):.2f}",
+    }
+
+
+def measured(checkpoint: str, people: list[str], hour: bool) -> dict[str, str]:
+    """Everything in WORDS."""
+    torch.set_num_threads(1)
+    model = SpeakerModel.from_checkpoint(checkpoint)
+    (source,) = data_file("libri251").glob(f"{people[0]}-*.flac")
+    samples = np.tile(load_audio(source, RATE), 3)
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        spoilt(folder, samples)
+        for name in list(WORDS)[:7]:
+            expected = 2 * len(samples) if name == "twice.mp3" else len(samples)
+            found[name] = share(folder / name, expected)
+        found["hertz.wav"] = share(folder / "hertz.wav", 10 * RATE)
+        if found["hertz.wav"] != "refused":
+            found["hertz.wav"] = f"{len(load_audio(folder / 'hertz.wav', RATE)) / RATE:.0f} s"
+        whole, inverted = (model.embed([folder / n])[0] for n in ("whole.wav", "inverted.wav"))
+        found["inverted.wav"] = f"{cosine(whole, inverted):.2f}"
+        try:
+            found["short.wav"] = f"is {model.identify([folder / 'short.wav'])[0].speaker}"
+        except UserError:
+            found["short.wav"] = "refused"
+        found |= verification(model, people)
+        lengths = {"ten minutes": 600, **({"hour": 3600} if hour else {})}
+        for name, seconds in lengths.items():
+            with soundfile.SoundFile(folder / "long.flac", "w", RATE, 1) as file:
+                for _ in range(round(seconds * RATE / len(samples))):
+                    file.write(samples)
+            before, began = memory(), time.process_time()
+            model.embed([folder / "long.flac"])
+            spent = time.process_time() - began
+            found[name] = f"{spent:.0f} s, {memory() - before:.0f} MB"
+    return found
+
+
+def table(records: list[dict]) -> str:
+    """The figures of all versions side by side."""
+    if not records:
+        return ""
+    columns = sorted(records, key=lambda record: record["run"] != "before")
+    rows = [
+        [text, *(record["results"].get(name, "not run") for record in columns)]
+        for name, text in WORDS.items()
+    ]
+    made = markdown(["", *(record["run"] for record in columns)], rows)
+    return f"{made}\n\n{origin('python -m benchmarks.speaker.audio', records)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("checkpoint")
+    parser.add_argument("people", help="JSON list of the people that it was not trained on")
+    parser.add_argument("--name", default="after")
+    parser.add_argument("--no-hour", action="store_true", help="leave the hour out")
+    args = parser.parse_args()
+    people = json.loads(Path(args.people).read_text())
+    digest = digest_of(sha256_file(args.checkpoint), people, WORDS, not args.no_hour)
+    if not RECORDED.has(args.name, digest):
+        results = measured(args.checkpoint, people, not args.no_hour)
+        record = {"run": args.name, "recipe_sha256": digest, "results": results}
+        RECORDED.put(record | {"date": date.today().isoformat(), "machine": machine()})
+    print(table(RECORDED.all()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Our Transformer beside the LSTM, for equal CPU time: `python -m benchmarks.translation.compact [GROUP …]`.
+
+English to Chinese on cmn-eng/cmn.txt and pydocs. Every run is one `fairseq-hydra-train` on one thread, then
+the average of its last checkpoints or its best one, whichever translates valid better, `translate` with beam
+5 and `score`. One line a run in benchmarks/results/translation_compact.jsonl, written when it is done; a run
+that has its line is not done again. How many updates fit into the time `pace` measures first, all systems in
+turn. What is still to be run `--list` lists.
+
+    pace         CPU seconds an update of each system and corpus
+    search       seed 1, as many runs for either side: what is best on valid is chosen
+    chosen       the best of either side, 3 seeds
+    ingredients  the best Transformer without each of its parts, seed 1
+    growing      both, on parts of pydocs of 5 to 49 thousand pairs, for 24 minutes, seed 1
+    longer       both for 24 minutes on cmn-eng, seed 1
+"""
+
+import argparse
+import gzip
+import random
+import statistics
+from collections.abc import Iterable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import machine
+from benchmarks.pages import markdown, origin, spread
+from benchmarks.recorded import (
+    RESULTS,
+    ROOT,
+    Results,
+    changed_recipe,
+    data_file,
+    digest_of,
+    run,
+    train,
+)
+from benchmarks.translation.runs import Runs, python
+from benchmarks.translation.tables import CONFIGS, SEEDS, prepare
+
+COMMAND = "python -m benchmarks.translation.compact"
+RECORDED = Results(RESULTS / "translation_compact.jsonl")
+# CPU seconds of a run's updates; a twelfth more goes into starting, validations and checkpoints.
+SECONDS = {"short": 440.0, "long": 1320.0}
+# Updates whose seconds `pace` subtracts, so that what happens once does not count.
+PACE = (30, 110)
+WARMUP = 200
+# A twentieth of a run lies between two validations.
+CHECKS = 20
+SIZES = {"5": 5000, "12": 12000, "25": 25000, "49": 49075}
+
+Changes = dict[str, Any]
+
+
+def transformer(rate: float, dropout: float, **changes: Any) -> tuple[str, Changes]:
+    return "compact_short", {"optimization.lr": [rate], "model.dropout": dropout, **changes}
+
+
+def lstm(optimizer: str, rate: float, dropout: float) -> tuple[str, Changes]:
+    """With a rate that ends at 0, as the Transformer has."""
+    changes: Changes = {
+        "lr_scheduler": {"_name": "cosine", "warmup_updates": WARMUP},
+        "optimization.lr": [rate],
+        "model.dropout": dropout,
+    }
+    if optimizer == "muon":
+        changes["optimizer"] = {"_name": "muon", "adam_betas": "(0.9, 0.98)"}
+    return "lstm", changes
+
+
+# Name → (recipe, changes). The LSTM with Adam at the constant rate of translation_tables is beside them.
+SEARCH = {
+    "transformer-0.008-0": transformer(0.008, 0.0),
+    "transformer-0.008-0.1": transformer(0.008, 0.1),
+    "transformer-0.004-0": transformer(0.004, 0.0),
+    "transformer-0.016-0": transformer(0.016, 0.0),
+    "lstm-adam-0.004-0.1": lstm("adam", 0.004, 0.1),
+    "lstm-adam-0.008-0.1": lstm("adam", 0.008, 0.1),
+    "lstm-muon-0.004-0.1": lstm("muon", 0.004, 0.1),
+    "lstm-muon-0.008-0": lstm("muon", 0.008, 0.0),
+}
+# What of the best Transformer is changed back, one at a time.
+PARTS: dict[str, Changes] = {
+    "rotary": {"model.no_rotary": True},
+    "qk_norm": {"model.no_qk_norm": True},
+    "neighbours": {"model.no_neighbours": True},
+    "squared_relu": {"model.no_squared_relu": True},
+    "zero_outputs": {"model.no_zero_outputs": True},
+    "bf16_matrices": {"model.no_bf16_matrices": True},
+    "muon": {"optimizer": {"_name": "adam", "adam_betas": "(0.9, 0.98)"}},
+    "all": {"defaults": [{"model": "shallow"}, "_self_"]},
+}
+
+
+def system_of(name: str) -> str:
+    """What of a run's name decides on its CPU seconds an update: transformer, lstm-adam, …"""
+    kind, *rest = name.split("-")
+    return "-".join([kind, *(part for part in rest if part in ("adam", "muon", *PARTS))])
+
+
+def best_of(side: str) -> tuple[str, tuple[str, Changes]]:
+    """The run of the search that is best on valid; SystemExit where none is recorded."""
+    runs = {name: RECORDED.get(f"short-{name}-1") for name in SEARCH if name.startswith(side)}
+    done = {name: run["valid"]["bleu"] for name, run in runs.items() if run}
+    if not done:
+        raise SystemExit(f"error: no run of {side} is recorded: run the group search first")
+    name = max(done, key=lambda one: done[one])
+    return name, SEARCH[name]
+
+
+def wanted(group: str) -> dict[str, tuple[str, Changes, str]]:
+    """Name of each run of a group → recipe, changes, corpus."""
+    if group == "search":
+        return {f"short-{name}-1": (*what, "cmn") for name, what in SEARCH.items()}
+    if group == "ingredients":
+        name, (recipe, changes) = best_of("transformer")
+        return {f"short-{name}-{part}-1": (recipe, without(changes, part), "cmn") for part in PARTS}
+    both = dict(best_of(side) for side in ("transformer", "lstm"))
+    if group == "growing":
+        return {f"long-{n}-{size}k-1": (*w, size) for size in SIZES for n, w in both.items()}
+    length, seeds = ("short", SEEDS) if group == "chosen" else ("long", SEEDS[:1])
+    return {f"{length}-{n}-{seed}": (*w, "cmn") for seed in seeds for n, w in both.items()}
+
+
+GROUPS = ("search", "chosen", "ingredients", "longer", "growing")
+
+
+def without(changes: Changes, part: str) -> Changes:
+    changed = {**changes, **PARTS[part]}
+    if part == "all":
+        # fairseq's own Transformer of this size, with all else as it is
+        changed["model.dropout"] = changes["model.dropout"]
+    return changed
+
+
+# --- how long -------------------------------------------------------------------------------------
+
+
+def pace(work: Path, recipe: str, changes: Changes, corpus: str, system: str) -> float:
+    """CPU seconds an update of a system; measured where that is not recorded."""
+    name = f"pace-{system}-{corpus}"
+    data = corpus_data(work, corpus)
+    configs = [sized(recipe, changes, updates) for updates in PACE]
+    digest = digest_of(system, PACE, (data / "corpus.json").read_text())
+    if not RECORDED.has(name, digest):
+        times = []
+        for config, updates in zip(configs, PACE, strict=True):
+            config["dataset"]["disable_validation"] = True
+            config["checkpoint"]["no_save"] = True
+            folder = work / f"{name}-{updates}"
+            made = train(config, data, digest_of(digest, updates), folder, CONFIGS / "model")
+            times.append(made["cpu_seconds"])
+        seconds = (times[1] - times[0]) / (PACE[1] - PACE[0])
+        record = {"run": name, "date": date.today().isoformat(), "recipe_sha256": digest}
+        RECORDED.put({**record, "machine": machine(), "seconds_an_update": seconds})
+        print(f"{name}: {seconds:.3f} CPU s an update", flush=True)
+    found = RECORDED.get(name)
+    assert found is not None
+    return float(found["seconds_an_update"])
+
+
+def sized(recipe: str, changes: Changes, updates: int) -> dict:
+    """A recipe of so many updates, validated CHECKS times."""
+    config = changed_recipe(CONFIGS / f"{recipe}.yaml", changes)
+    config["optimization"]["max_update"] = updates
+    config["checkpoint"]["save_interval_updates"] = max(1, updates // CHECKS)
+    config["checkpoint"]["patience"] = -1
+    return config
+
+
+def with_length(work: Path, name: str, what: tuple[str, Changes, str]) -> tuple[str, Changes, Path]:
+    """Recipe, changes and DATA of a run, of as many updates as fit into its time."""
+    recipe, changes, corpus = what
+    length, _, rest = name.partition("-")
+    seconds = pace(work, recipe, changes, corpus, system_of(rest.rsplit("-", 1)[0]))
+    updates = round(SECONDS[length] / seconds / CHECKS) * CHECKS
+    changes = {
+        **changes,
+        "optimization.max_update": updates,
+        "checkpoint.save_interval_updates": updates // CHECKS,
+        "checkpoint.patience": -1,
+        "common.seed": int(name.rsplit("-", 1)[1]),
+    }
+    return recipe, changes, corpus_data(work, corpus)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def corpus_data(work: Path, corpus: str) -> Path:
+    """DATA of cmn-eng, or of so many thousand pairs of pydocs, made by the real command."""
+    if corpus == "cmn":
+        return prepare(work)
+    data = work / f"data-pydocs-{corpus}"
+    if not (data / "corpus.json").exists():
+        work.mkdir(parents=True, exist_ok=True)
+        files = {
+            split: write_pairs(work / f"{data.name}.{split}.tsv", split, SIZES[corpus])
+            for split in ("train", "valid", "test")
+        }
+        command = [*python("translation.prepare"), files["train"], data]
+        command += ["--source-lang", "en", "--target-lang", "zh"]
+        command += ["--valid", files["valid"], "--test", files["test"]]
+        run(command, work / f"prepare-{data.name}.log")
+    return data
+
+
+def write_pairs(path: Path, split: str, most: int) -> Path:
+    """Source and target of a split of pydocs; of train `most` pairs, drawn."""
+    with gzip.open(data_file(f"pydocs/{split}.tsv.gz"), "rt", encoding="utf-8") as file:
+        lines = ["\t".join(line.rstrip("\n").split("\t")[:2]) + "\n" for line in file]
+    if split == "train" and most < len(lines):
+        lines = random.Random(1).sample(lines, most)
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def report(records: Iterable[dict]) -> str:
+    """A row a system: BLEU over its seeds, and what it took."""
+    systems: dict[str, list[dict]] = {}
+    for record in records:
+        if not record["run"].startswith("pace-"):
+            systems.setdefault(record["run"].rsplit("-", 1)[0], []).append(record)
+    rows = []
+    for name, runs in systems.items():
+        scores = [spread([r[subset]["bleu"] for r in runs]) for subset in ("test", "valid")]
+        updates = runs[0]["recipe"]["optimization"]["max_update"]
+        cpu = statistics.mean(r["cpu_seconds"] for r in runs)
+        parameters = f"{runs[0]['parameters']:,}"
+        rows.append([name, *scores, parameters, str(updates), f"{cpu:.0f}", str(len(runs))])
+    head = ["run", "test BLEU", "valid BLEU", "parameters", "updates", "CPU s", "seeds"]
+    if not rows:
+        return ""
+    runs = [run for some in systems.values() for run in some]
+    return f"{markdown(head, rows)}\n\n{origin(COMMAND, runs)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("groups", nargs="*", help="of the above (default: search and chosen)")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "translation_compact")
+    parser.add_argument("--only", metavar="RUN", help="only this one of them")
+    parser.add_argument("--list", action="store_true", help="list what is still to be run")
+    parser.add_argument("--report", action="store_true", help="print the table of what is done")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.list:
+        print("\n".join(missing(args.groups or GROUPS)))
+        return
+    for group in () if args.report else args.groups or GROUPS[:2]:
+        for name, what in wanted(group).items():
+            if args.only in (None, name):
+                made = with_length(args.work, name, what)
+                Runs(RECORDED, CONFIGS, args.work, best_of=True).do({name: made}, 1)
+    print(report(RECORDED.all()))
+
+
+def missing(groups: Iterable[str]) -> Iterator[str]:
+    """A line for each run that has no record."""
+    for group in groups:
+        try:
+            runs = wanted(group)
+        except SystemExit as why:
+            yield f"{group}: {why}"
+            continue
+        yield from (f"{group}: {name}" for name in runs if RECORDED.get(name) is None)
+
+
+if __name__ == "__main__":
+    main()

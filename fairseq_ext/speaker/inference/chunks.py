@@ -1,0 +1,97 @@
+"""Long recordings in overlapping windows whose statistics are pooled: time in proportion to length.
+
+Self-attention over a whole recording costs the square of its length, and no training crop was as long. A
+window sees what is around its own frames; every frame counts once, in the window where it lies most inward,
+and the pooling merges what it knows of each window (`Statistics`), so that the weights of attention are those
+over the whole recording. A pooling that does not say how gives embeddings, which are averaged by length.
+"""
+
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from fairseq_ext.speaker.batching import CHUNK_FRAMES
+from fairseq_ext.speaker.network import SpeakerNetwork, normalise
+from fairseq_ext.speaker.pooling import Statistics
+
+# What a window sees on either side of the frames that count, at least: 1 s.
+MARGIN_FRAMES = 100
+
+
+class Window(NamedTuple):
+    """Frames `start` to `end` are seen, `first` to `last` count."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+
+
+def windows(frames: int, chunk: int = CHUNK_FRAMES, step: int = 1) -> List[Window]:
+    """Windows of `chunk` frames over a recording, evenly spaced; all begin at multiples of `step`.
+
+    step: frames that the network takes as one. A recording of one frame more than a window has two, which
+    see nearly all of it each: nothing changes abruptly with length.
+    """
+    chunk -= chunk % step
+    if frames <= chunk:
+        return [Window(0, frames, 0, frames)]
+    margin = min(MARGIN_FRAMES, chunk // 4)
+    count = 1 + -(-(frames - chunk) // (chunk - 2 * margin))
+    places = [i * (frames - chunk) / (count - 1) for i in range(count)]
+    starts = [int(-(-place // step)) * step for place in places]
+    ends = [*(start + chunk for start in starts[:-1]), frames]
+    cuts = [
+        (end + start) // (2 * step) * step for end, start in zip(ends, starts[1:], strict=False)
+    ]
+    return [Window(*each) for each in zip(starts, ends, [0, *cuts], [*cuts, frames], strict=True)]
+
+
+def forward_long(
+    network: Any, features: Tensor, chunk: int = CHUNK_FRAMES, device: Any = "cpu"
+) -> Dict[str, Tensor]:
+    """`network` over features (T, F) of any length: embedding (1, D) and logits (1, C).
+
+    network: a `SpeakerNetwork`, also under another name (`NamedNetwork`), or any module with its interface.
+    """
+    plain = getattr(network, "network", network)
+    if not isinstance(plain, SpeakerNetwork):
+        return averaged(network, features, chunk, device)
+    mean = None
+    if plain.feature_norm == "utterance":
+        mean = (features.mean(0) - plain.feature_mean.cpu()) / plain.feature_std.cpu()
+    kind = "none" if plain.feature_norm == "none" else "global"
+    merged: Optional[Statistics] = None
+    embeddings, weights = [], []
+    for window in windows(len(features), chunk, plain.step):
+        x = features[window.start : window.end]
+        x = normalise(x[None].to(device), None, kind, plain.feature_mean, plain.feature_std)
+        x, _ = plain.frames(x if mean is None else x - mean.to(device), None)
+        first, last = ((n - window.start) / plain.step for n in (window.first, window.last))
+        x = x[:, int(first) : -int(-last // 1)]
+        if getattr(plain.pooling, "statistics", None):
+            found = plain.pooling.statistics(x)
+            merged = found if merged is None else merged.merge(found)
+        else:
+            embeddings.append(plain.embed(plain.pooling(x, None)))
+            weights.append(window.last - window.first)
+    if merged is not None:
+        embedding = plain.embed(plain.pooling.pooled(merged).to(features.dtype))
+    else:
+        embedding = mean_of(embeddings, weights)
+    return {"embedding": embedding, "logits": plain.head(embedding)}
+
+
+def averaged(network: Any, features: Tensor, chunk: int, device: Any) -> Dict[str, Tensor]:
+    """As `forward_long` for a network whose inside is unknown: its outputs, averaged by length."""
+    parts = windows(len(features), chunk)
+    weights = [part.last - part.first for part in parts]
+    found = [network(features[part.first : part.last][None].to(device), None) for part in parts]
+    return {key: mean_of([out[key] for out in found], weights) for key in ("embedding", "logits")}
+
+
+def mean_of(values: List[Tensor], weights: List[int]) -> Tensor:
+    """Σ w x / Σ w."""
+    share = torch.tensor(weights, dtype=values[0].dtype, device=values[0].device) / sum(weights)
+    return (torch.cat(values) * share[:, None]).sum(0, keepdim=True)
