@@ -10,7 +10,7 @@ figures mean, with the tables put in. docs/fairseq-gaps.md comes from the docstr
 import re
 import sys
 
-from benchmarks import shortest
+from benchmarks import page, shortest
 from benchmarks.backtranslation import report as backtranslation
 from benchmarks.diffusion import report as diffusion
 from benchmarks.diffusion import speed as diffusion_speed
@@ -20,6 +20,7 @@ from benchmarks.recorded import RESULTS, ROOT, Results
 from benchmarks.speaker import exported as speaker_export
 from benchmarks.speaker import report as speaker
 from benchmarks.speaker import verification_report as verification
+from benchmarks.translation import compact
 from benchmarks.translation import report as translation
 from ext_common.cli import Parser, UserError, run
 from ext_common.compat.__main__ import page as gaps_page
@@ -53,7 +54,8 @@ def pages() -> dict[str, str]:
         | verification.tables(recorded("speaker_strangers"), recorded("speaker_open_set")),
         "translation": translation.tables(
             recorded("translation_tables"), recorded("translation_tests")
-        ),
+        )
+        | {"compact": compact.report(recorded("translation_compact"))},
         "backtranslation": backtranslation.tables(
             recorded("backtranslation_tables"), recorded("backtranslation_tests")
         ),
@@ -90,6 +92,7 @@ def speed_tables() -> dict[str, str]:
         found["diffusion"] = f"{diffusion_speed.table(figures)}\n\n{line}"
     found["speaker export"] = speaker_export.section(recorded("speaker_export"))
     found["startup"] = startup_section(recorded("startup"))
+    found["page"] = page.section(recorded("page"))
     found["shortest"] = shortest.report()
     return found
 

@@ -178,21 +178,19 @@ class Muon(torch.optim.AdamW):
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         # all matrices of one shape, whichever way they lie, are one batch
-        batches: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        batches: dict[tuple[int, ...], list[tuple[Tensor, Tensor, bool]]] = {}
         for p, (_, number), update in zip(params, hidden, updates, strict=True):
-            wanted, place = as_matrices(update, number), as_matrices(p, number)
-            rows, columns = wanted.shape[1:]
-            if rows > columns:
-                wanted, place = wanted.mT, place.mT
-            batches.setdefault((wanted.shape[1], wanted.shape[2]), []).append((wanted, place))
+            wanted = as_matrices(update, number)
+            lies = wanted.shape[1] > wanted.shape[2]
+            wanted = wanted.mT if lies else wanted
+            batches.setdefault(wanted.shape[1:], []).append((p, wanted, lies))
         for (_, long), batch in batches.items():
-            stacked = torch.cat([wanted.to(self.dtype) for wanted, _ in batch])
+            stacked = torch.cat([wanted.to(self.dtype) for _, wanted, _ in batch])
             made = orthogonalised(stacked, self.coefficients, self.norm)
             rate = group["lr"] * ADAM_RMS * long**0.5
-            for (_, place), part in zip(
-                batch, made.split([len(wanted) for wanted, _ in batch]), strict=True
-            ):
-                place.add_(part, alpha=-rate)
+            parts = made.split([len(wanted) for _, wanted, _ in batch])
+            for (p, _, lies), part in zip(batch, parts, strict=True):
+                p.add_((part.mT if lies else part).reshape(p.shape), alpha=-rate)
 
 
 # --- which parameters -----------------------------------------------------------------------------
@@ -260,8 +258,8 @@ def _number(param: Tensor) -> int:
 
 
 def as_matrices(weight: Tensor, number: int) -> Tensor:
-    """(number · rows, …) → (number, rows, columns), a view."""
-    return weight.view(number, weight.shape[0] // number, -1)
+    """(number · rows, …) → (number, rows, columns)."""
+    return weight.reshape(number, weight.shape[0] // number, -1)
 
 
 # --- pure -----------------------------------------------------------------------------------------

@@ -38,7 +38,8 @@ SCORE = ("mean_cosine", "none")
 
 def scores_of(backend: Backend, people: list[np.ndarray], tests: np.ndarray) -> np.ndarray:
     """float32 (T, M): of every test against every person."""
-    sides = Side(people, np.ones(len(people))), Side.of_tests(tests, np.ones(len(tests)))
+    ones = np.ones(len(people))
+    sides = Side(people, ones, ones), Side.of_tests(tests, np.ones(len(tests)))
     first, second = np.indices((len(people), len(tests))).reshape(2, -1).astype(np.int32)
     return backend.scores(*sides, first, second).reshape(len(people), -1).T
 

@@ -141,7 +141,8 @@ class Trials:
 
     def sides(self, clip_embeddings: np.ndarray) -> tuple[Side, Side, np.ndarray, np.ndarray]:
         x = clip_embeddings
-        people = Side([x[rows] for rows in self.people], np.array([len(r) for r in self.people]))
+        counts = np.array([len(rows) for rows in self.people])
+        people = Side([x[rows] for rows in self.people], counts, counts)
         tests = Side.of_tests(x[self.tests], np.ones(len(self.tests)))
         return people, tests, self.first, self.second
 

@@ -14,6 +14,19 @@ NAMES = {
     "plda, as_norm": "PLDA, AS-norm",
 }
 
+PROTOCOLS = {
+    "asc20": """\
+On asc20 the gallery is 01-08, enrolled by 40 words each, and scored by PLDA; one recording each of the six
+people 09-14 (rounds 5 and 9; the mean is of round 1) gives the threshold, and 15-20 are the strangers. Six
+people can promise 1/7; what is less is refused. A rate is promised in the mean over strangers like those
+given: here these are the same six people a thousand times, and the tested ones six others, so that it can be
+missed either way.""",
+    "libri251": """\
+On libri251 gallery, calibration and strangers are drawn anew each time from 149 people that the model was not
+trained on, and scored by cosine with the mean of training taken off. Everybody has one recording, so that
+enrolment and test share it.""",
+}
+
 
 def tables(asc20: list[dict], open_sets: list[dict]) -> dict[str, str]:
     """Name → table; empty where nothing is recorded."""
@@ -22,7 +35,9 @@ def tables(asc20: list[dict], open_sets: list[dict]) -> dict[str, str]:
             strangers_table(asc20), "python -m benchmarks.speaker.strangers", asc20
         ),
         "open set": joined(
-            open_set_table(open_sets), "python -m benchmarks.speaker.open_set", open_sets
+            "\n\n".join(filter(None, [open_set_table(open_sets), *open_set_words(open_sets)])),
+            "python -m benchmarks.speaker.open_set",
+            open_sets,
         ),
     }
 
@@ -96,6 +111,12 @@ def open_set_table(records: list[dict]) -> str:
             )
     head = ["data", "gallery", "FPIR asked for", "FPIR found", "DIR", "models"]
     return markdown(head, rows)
+
+
+def open_set_words(records: list[dict]) -> list[str]:
+    """What is measured on which data, for those that are recorded."""
+    there = {record["run"].rpartition("-")[0] for record in records}
+    return [words for data, words in PROTOCOLS.items() if data in there]
 
 
 def speed_section(records: list[dict]) -> str:

@@ -233,7 +233,7 @@ def report(records: Iterable[dict]) -> str:
         rows.append([name, *scores, parameters, str(updates), f"{cpu:.0f}", str(len(runs))])
     head = ["run", "test BLEU", "valid BLEU", "parameters", "updates", "CPU s", "seeds"]
     if not rows:
-        return ""
+        return f"*Nothing of `{COMMAND}` has been run yet.*"
     runs = [run for some in systems.values() for run in some]
     return f"{markdown(head, rows)}\n\n{origin(COMMAND, runs)}"
 

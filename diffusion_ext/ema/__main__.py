@@ -94,8 +94,8 @@ def average(tracks: list[Track], updates: int, sigma_rel: float) -> Tensor:
     missed = misfit(have, factors, wanted)
     if missed > NEAR:
         print(
-            f"warning: {len(have)} snapshots miss the profile of length {sigma_rel:g} by {missed:.1%}: more"
-            " of them (a smaller --ema-snapshots) come nearer"
+            f"warning: {len(have) // 2} snapshots miss the profile of length {sigma_rel:g} by {missed:.1%}:"
+            " more of them (a smaller --ema-snapshots) come nearer"
         )
     total = torch.zeros_like(tracks[0].weights, dtype=torch.float64)
     for factor, track in zip(factors.tolist(), tracks, strict=True):

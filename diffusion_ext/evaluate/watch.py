@@ -13,8 +13,6 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import torch
 
-from diffusion_ext.evaluate.neighbours import nearest_neighbours
-
 logger = logging.getLogger(__name__)
 
 THIRD = 1 / 3
@@ -47,6 +45,10 @@ class Copies(NamedTuple):
 
 def copies(samples: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> Copies:
     """uint8 (N, C, H, W) each, two training images at least."""
+    from diffusion_ext.evaluate.neighbours import (
+        nearest_neighbours,
+    )  # scipy, which few trainings want
+
     size = train[0].size
     samples, train, held_out = (x.reshape(-1, size) for x in (samples, train, held_out))
     first = nearest_neighbours(samples, train)

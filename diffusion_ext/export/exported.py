@@ -4,7 +4,7 @@
     config = read_config("digits")       # schedule (betas), objective, size, classes, …
 
 model.safetensors holds the weights under the names of `UNet`, config.json all that is needed to
-build it again and to sample from it.
+build it again and to sample from it. Networks of flow and edm want x and t as `objectives.shown` makes them.
 """
 
 import json

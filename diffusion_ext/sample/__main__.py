@@ -171,9 +171,9 @@ class SampleOptions(GuidanceOptions):
         if self.sampler not in (None, "dpmpp_2m", sampler):
             raise ValueError(f"{flag} is always by {sampler}: leave --sampler out")
         self.sampler = sampler
-        if self.guide or self.guidance_sweep:
+        if self.guide or self.guidance_sweep or self.guidance_interval:
             raise ValueError(
-                f"--guide and --guidance-sweep are for images out of noise, not {flag}"
+                f"--guide, --guidance-interval and --guidance-sweep draw out of noise, not {flag}"
             )
         if self.trajectory:
             raise ValueError(f"--trajectory shows images that come out of noise, not {flag}")

@@ -1,6 +1,6 @@
-"""Utterances side by side: which share a batch, and how shorter ones are padded."""
+"""Utterances side by side: which share a batch, how shorter ones are padded, where long ones are cut."""
 
-from typing import TYPE_CHECKING, List, Optional, Tuple
+from typing import TYPE_CHECKING, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 # 30 s: what is not longer is computed whole, the rest in windows (`chunks`).
 CHUNK_FRAMES = 3000
+# What a window sees on either side of the frames that count, at least: 1 s.
+MARGIN_FRAMES = 100
 
 
 def pad(features: List["Tensor"]) -> Tuple["Tensor", Optional["Tensor"]]:
@@ -39,3 +41,32 @@ def batches_by_frames(
             batches.append([])
         batches[-1].append(index)
     return batches
+
+
+class Window(NamedTuple):
+    """Frames `start` to `end` are seen, `first` to `last` count."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+
+
+def windows(frames: int, chunk: int = CHUNK_FRAMES, step: int = 1) -> List[Window]:
+    """Windows of `chunk` frames over a recording, evenly spaced; all begin at multiples of `step`.
+
+    step: frames that the network takes as one. A recording of one frame more than a window has two, which
+    see nearly all of it each: nothing changes abruptly with length.
+    """
+    chunk -= chunk % step
+    if frames <= chunk:
+        return [Window(0, frames, 0, frames)]
+    margin = min(MARGIN_FRAMES, chunk // 4)
+    count = 1 + -(-(frames - chunk) // (chunk - 2 * margin))
+    places = [i * (frames - chunk) / (count - 1) for i in range(count)]
+    starts = [int(-(-place // step)) * step for place in places]
+    ends = [*(start + chunk for start in starts[:-1]), frames]
+    cuts = [
+        (end + start) // (2 * step) * step for end, start in zip(ends, starts[1:], strict=False)
+    ]
+    return [Window(*each) for each in zip(starts, ends, [0, *cuts], [*cuts, frames], strict=True)]

@@ -715,3 +715,14 @@ def test_flags_that_help_names_exist(build, monkeypatch, capsys):
 def test_attention_at_a_height_that_there_is_not_is_said(build, caplog, heights, said):
     build(model={"attention_resolutions": heights})
     assert ("none of the heights [8, 4]" in caplog.text) == said
+
+
+def test_muon_takes_the_matrices_between_the_first_and_the_last_convolution(build):
+    from ext_common.muon import numbers_of
+
+    net = build().model.net
+    params = dict(net.named_parameters())
+    numbers = dict(zip(params, numbers_of(list(params.values())), strict=True))
+    left = {name for name, number in numbers.items() if not number and params[name].dim() > 1}
+    assert left == {"conv_in.weight", "conv_out.weight"}
+    assert sum(map(bool, numbers.values())) > 20 and numbers["time_1.weight"] == 1

@@ -71,9 +71,7 @@ def test_the_command_guides_and_shows_the_strengths(tiny_checkpoint, worse, tmp_
         sample(str(tmp_path / "guided"), SampleOptions(**common, guidance=1.0))
     with pytest.raises(ValueError, match="two numbers from 0"):
         SampleOptions(path="x", guidance_interval=[3, 1])
-    with pytest.raises(
-        ValueError, match="--guide and --guidance-sweep are for images out of noise"
-    ):
+    with pytest.raises(ValueError, match="and --guidance-sweep draw out of noise, not --inpaint"):
         SampleOptions(path="x", guide="y", inpaint="a", mask="b")
 
 

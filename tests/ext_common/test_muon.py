@@ -105,6 +105,20 @@ def test_matrices_above_one_another_are_apart():
     assert torch.equal(stacked, torch.cat(apart))
 
 
+def test_a_convolution_is_a_matrix_however_it_lies_in_memory():
+    torch.manual_seed(1)
+    start, grad = torch.randn(2, 8, 4, 3, 3)
+    moved = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        p = torch.nn.Parameter(start.clone(memory_format=layout))
+        p.grad = grad.clone(memory_format=layout)
+        Muon([(p, 1)], [torch.nn.Parameter(torch.zeros(1))], lr=0.1).step()
+        moved.append(p.detach() - start)
+    torch.testing.assert_close(moved[0], moved[1])
+    values = torch.linalg.svdvals(moved[0].view(8, 36)) / (0.1 * 0.2 * 36**0.5)
+    assert 0.6 <= values.min() and values.max() <= 1.3
+
+
 def test_the_rest_is_adams():
     torch.manual_seed(1)
     p = torch.nn.Parameter(torch.randn(3, 4))

@@ -15,6 +15,7 @@ import torch
 from ext_common import packed
 from ext_common.cli import UsageError, UserError
 from ext_common.pack import PackOptions, pack
+from fairseq_ext.speaker import batching, inference
 from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.export import frontend, graph, parity
 from fairseq_ext.speaker.export.__main__ import ExportOptions, checked, export
@@ -106,6 +107,26 @@ def test_a_file_of_features_takes_prepared_data_in_any_company(model, written, t
     np.testing.assert_allclose(theirs.embed(utterances, batch_size=1), expected, atol=1e-4)
     with pytest.raises(UserError, match="--features outside"):
         SpeakerModel.from_checkpoint(written / "inside.onnx").embed(utterances)
+
+
+@pytest.mark.parametrize("features", ["inside", "outside"])
+def test_a_long_recording_is_heard_in_windows(model, written, features, monkeypatch):
+    """Four of them, whose embeddings are averaged by the frames that count in each."""
+    samples = voice("carl", 7.0, 5)
+    theirs = SpeakerModel.from_checkpoint(written / f"{features}.onnx")
+    monkeypatch.setattr(batching.windows, "__defaults__", (300, 1))
+    monkeypatch.setattr(inference, "CHUNK_FRAMES", 300)
+    parts = batching.windows(701)
+    assert len(parts) == 4
+    heard = theirs.spec.features(samples)
+    size = 160 if features == "inside" else 1
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "CHUNK_FRAMES", 9999)
+        alone = theirs.embed([heard[p.start * size : p.end * size] for p in parts])
+    expected = sum((p.last - p.first) / 701 * one for p, one in zip(parts, alone, strict=True))
+    np.testing.assert_allclose(theirs.embed([heard])[0], expected, atol=1e-4)
+    ours = model.embed([log_mel(samples, model.spec)])[0]
+    assert parity.cosine_of(theirs.embed([heard])[0], ours) > 0.99
 
 
 def test_what_was_measured_stands_beside_the_file(written):

@@ -121,6 +121,12 @@ def test_scores_are_those_of_each_person(tmp_path):
         np.testing.assert_allclose(scores[:, column], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["", "two words", "unknown"])
+def test_names_that_could_not_be_told(name):
+    with pytest.raises(UserError, match="needs a name without white space"):
+        fresh().enrol(name, np.ones((1, 4)))
+
+
 def test_turns_join_and_silence_ends_them():
     found = turns([0.0, 0.5, 1.0, 2.5, 3.0], ["a", "a", "b", "b", "b"], 1.0, 0.5)
     assert found == [(0.25, 1.0, "a"), (1.25, 0.5, "b"), (2.75, 1.0, "b")]

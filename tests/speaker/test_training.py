@@ -56,6 +56,19 @@ def losses(log):
 
 
 @pytest.mark.slow
+def test_muon_trains_the_encoder(train, tmp_path):
+    """The matrices of its block have a momentum, all else what Adam keeps; q, k and v are apart."""
+    log = losses(train(tmp_path / "m", "--optimizer muon --epoch-updates 10 --max-update 10"))
+    assert log[10] < log[1]
+    optimizer = read(tmp_path / "m" / "checkpoint_last.pt")["last_optimizer_state"]
+    kept = [set(state) for state in optimizer["state"].values()]
+    # two feed-forward layers of two matrices, attention's two, the two pointwise convolutions
+    assert kept.count({"step", "momentum"}) == 8
+    assert kept.count({"step", "exp_avg", "exp_avg_sq"}) == len(kept) - 8
+    assert sorted(optimizer["param_groups"][0]["numbers"]) == [1] * 7 + [3]
+
+
+@pytest.mark.slow
 def test_stop_and_resume_is_bit_exact(train, tmp_path):
     """Weights, optimizer, LR, margin and data order: 40 updates = 20 + 20, augmentation on."""
     flags = (

@@ -81,12 +81,15 @@ def test_fitted_then_calibrated_on_others_then_used(verify, tiny_data, tiny_reco
             os.makedirs(who, exist_ok=True)
             os.symlink(tiny_recordings / name, f"{who}/{name}")
     flags = ["--score", "plda", "--norm", "as_norm:top=2", "--output", "b.npz"]
+    assert verify("--fit", "fit", *flags, "--cohort", "test") == 0
+    with np.load("b.npz") as file:
+        assert json.loads(str(file["meta"]))["cohort_speakers"] == ["carl", "dora"]
     assert verify("--fit", "fit", *flags) == 0
     assert verify("test", "--make-trials", "t.txt", path=None) == 0
     assert len(open("t.txt").readlines()) == 20 * 19 // 2
     assert verify("test", "t.txt", "--backend", "b.npz", "--output", "raw.txt", "--draws", 0) == 0
     assert verify("test", "--calibrate", "t.txt", "--backend", "b.npz", "--threshold", "fa=0.1",
-                  "--quality", "duration,norm,cohort", "--output", "c.npz") == 0  # fmt: skip
+                  "--quality", "duration,bandwidth,norm,cohort", "--output", "c.npz") == 0  # fmt: skip
     with pytest.raises(
         UserError, match="2 of the speakers of t.txt are those of the backend's calib"
     ):

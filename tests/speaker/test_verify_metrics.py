@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lir.data.models import LLRData
 from lir.metrics import cllr as lir_cllr
@@ -58,6 +58,7 @@ few = st.lists(
 ).filter(lambda rows: len({target for _, target in rows}) == 2)
 
 
+@settings(max_examples=40)
 @given(few)
 def test_ties_and_few_trials_are_as_by_brute_force(rows):
     scores, targets = np.array([s for s, _ in rows]), np.array([t for _, t in rows])

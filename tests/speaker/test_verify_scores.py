@@ -202,7 +202,9 @@ def test_another_mean_is_as_if_all_had_been_moved(backend):
     people, tests = of_tests(1), of_tests(2)
     rows = np.arange(12)
     expected = backend.scores(people, tests, rows, rows)
-    people, tests = (Side([x + 5 for x in s.recordings], s.seconds) for s in (people, tests))
+    people, tests = (
+        Side([x + 5 for x in s.recordings], s.seconds, s.hertz) for s in (people, tests)
+    )
     np.testing.assert_allclose(moved.scores(people, tests, rows, rows), expected, rtol=1e-4)
     with pytest.raises(UserError, match="takes no mean off"):
         Backend.unfitted("cosine", 4).recentred(np.zeros(4))
@@ -237,7 +239,14 @@ def test_names_and_files_that_are_none(backend, tmp_path):
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     with pytest.raises(UserError, match="not a backend"):
         Backend.load(tmp_path / "other.npz")
+    backend.save(tmp_path / "half.npz")
+    (tmp_path / "half.npz").write_bytes((tmp_path / "half.npz").read_bytes()[:-40])
+    with pytest.raises(UserError, match="cannot be read"):
+        Backend.load(tmp_path / "half.npz")
     sides = of_tests(1), Side.of_tests(np.ones((2, 4)), np.full(2, np.nan)), np.zeros(1, int)
+    with pytest.raises(UserError, match="with --norm as_norm"):
+        plain = Backend.fit("plda", "none", x, names)
+        plain.features(np.zeros(1), *sides, np.zeros(1, int), ["cohort"])
     with pytest.raises(UserError, match="needs durations"):
         backend.features(np.zeros(1), *sides, np.zeros(1, int), ["duration"])
     assert {"cosine", "mean_cosine", "plda"} <= set(SCORES.names())

@@ -95,10 +95,11 @@ def new_backend(path, runner) -> Backend:
         return Backend.unfitted("cosine", 0, runner.sha256)
     backend = Backend.load(given)
     backend.check_model(runner.sha256, path)
-    if "duration" in backend.qualities:
+    lost = [name for name in backend.qualities if name in ("duration", "bandwidth")]
+    if lost:
         raise UserError(
-            f"{path} is calibrated by durations, which a gallery does not keep: calibrate it with other"
-            " measures (--quality norm,cohort)"
+            f"{path} is calibrated by {', '.join(lost)}, which a gallery does not keep: calibrate it with"
+            " other measures (--quality norm,cohort)"
         )
     return backend
 

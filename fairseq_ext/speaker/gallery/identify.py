@@ -14,13 +14,12 @@ from ext_common.manifest import atomic_json, atomic_write, beside
 from fairseq_ext.speaker.audio.recording import load_audio
 from fairseq_ext.speaker.gallery.open_set import open_set_curve, open_set_rates, posteriors
 from fairseq_ext.speaker.gallery.options import GalleryIdentifyOptions, load_runner
-from fairseq_ext.speaker.gallery.store import Gallery
+from fairseq_ext.speaker.gallery.store import UNKNOWN, Gallery
 from fairseq_ext.speaker.gallery.stream import rttm, turns
 from fairseq_ext.speaker.inference.inputs import check_output
 from fairseq_ext.speaker.verify.backend import Side
 from fairseq_ext.speaker.verify.voices import AudioVoices, Runner, cuts_of, open_voices
 
-UNKNOWN = "unknown"
 RATES = (0.01, 0.05, 0.1, 0.2)
 
 
@@ -120,7 +119,9 @@ def report(
             float(x[0]) for x in open_set_rates(best, right, known, np.array([threshold]))
         )
         record["at_threshold"] = {"threshold": threshold, "dir": hit, "fpir": false}
-        print(f"at the threshold {threshold:.4f}: DIR {100 * hit:.1f} %, FPIR {100 * false:.1f} %")
+        rates = (("DIR", hit), ("FPIR", false))
+        shown = [f"{name} {100 * rate:.1f} %" for name, rate in rates if np.isfinite(rate)]
+        print(f"at the threshold {threshold:.4f}: {', '.join(shown)}")
     if known.any() and not known.all():
         _, hits, falses = open_set_curve(best, right, known)
         record["dir_at_fpir"] = {
@@ -149,7 +150,7 @@ def stream(
         raise UsageError("--every is for audio files: give these")
     spec, parts = runner.needed(voices.name).spec, []
     for audio, name in zip(voices.paths, voices.ids, strict=True):
-        samples = load_audio(audio, spec.sample_rate)
+        samples = load_audio(audio, spec.sample_rate, channel=spec.channel)
         cuts = list(cuts_of(samples, spec, window, options.every))
         if not cuts:
             print(f"{name}: no {window:g} s of speech on end: left out", file=sys.stderr)
@@ -169,4 +170,4 @@ def stream(
         )
     else:
         sys.stdout.writelines(parts)
-    return 0
+    return 0 if len(parts) == len(voices.ids) else 1

@@ -22,6 +22,7 @@ from ext_common.folders import exclusive
 from fairseq_ext.speaker.verify.backend import Backend, Side, read_arrays, write_arrays
 
 FORMAT = 1
+UNKNOWN = "unknown"  # who is nobody of the gallery
 WHOLE = "whole"  # the key of the threshold for recordings as they are
 
 
@@ -57,8 +58,10 @@ class Gallery:
 
     def enrol(self, name: str, embeddings: np.ndarray) -> None:
         """Add recordings of a person, float (n, D); one that is there already is not added again."""
-        if not name or name.split() != [name]:
-            raise UserError(f"a person needs a name without white space, got {name!r}")
+        if name.split() != [name] or name == UNKNOWN:
+            raise UserError(
+                f"a person needs a name without white space, other than {UNKNOWN!r}, got {name!r}"
+            )
         new = np.asarray(embeddings, dtype=np.float32)
         before = self.members.get(name, new[:0])
         self.members[name] = np.unique(np.concatenate([before, new]), axis=0)
@@ -74,8 +77,9 @@ class Gallery:
         """float32 (T, N) of T recordings against `names`: log-likelihood ratios where calibrated."""
         if not self.members:
             raise UserError("nobody is enrolled: gallery enrol adds people")
-        # how long they were is not kept: the measure that needs it is refused at enrolment
-        people = Side([self.members[name] for name in self.names], np.ones(len(self.members)))
+        # how long they were is not kept: measures that need it are refused at enrolment
+        unknown = np.full(len(self.members), np.nan)
+        people = Side([self.members[name] for name in self.names], unknown, unknown)
         grid = np.indices((len(self.members), len(tests.recordings))).reshape(2, -1)
         first, second = grid.astype(np.int32)
         found = self.backend.scores(people, tests, first, second)

@@ -21,7 +21,7 @@ import numpy as np
 from ext_common.checkpoints import build_network, read_state, usable_device, why_unfit
 from ext_common.cli import UserError
 from fairseq_ext.speaker.audio.recording import to_mono
-from fairseq_ext.speaker.batching import CHUNK_FRAMES, batches_by_frames, pad
+from fairseq_ext.speaker.batching import CHUNK_FRAMES, batches_by_frames, pad, windows
 from fairseq_ext.speaker.export.exported import ExportedNetwork, exported_in
 from fairseq_ext.speaker.features import FeatureSpec, audio_features, samples_features
 
@@ -245,7 +245,17 @@ class ExportedModel(SpeakerModel):
         return self.network.backend
 
     def _run(self, batch: list[np.ndarray]) -> dict[str, np.ndarray]:
-        return self.network(batch)
+        if self._frames(batch[0]) <= CHUNK_FRAMES:
+            return self.network(batch)
+        # a graph does not say what it pools: embeddings and scores of windows, averaged by length
+        parts = windows(self._frames(batch[0]))
+        size = self.spec.hop_length if self.network.inside else 1
+        found = [self.network([batch[0][p.start * size : p.end * size]]) for p in parts]
+        weights = [p.last - p.first for p in parts]
+        return {
+            key: np.average([one[key] for one in found], axis=0, weights=weights).astype(np.float32)
+            for key in found[0]
+        }
 
     def _frames(self, features: np.ndarray) -> int:
         return self.network.frames(features)

@@ -6,46 +6,15 @@ and the pooling merges what it knows of each window (`Statistics`), so that the 
 over the whole recording. A pooling that does not say how gives embeddings, which are averaged by length.
 """
 
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import Tensor
 
 from fairseq_ext.speaker.batching import CHUNK_FRAMES
+from fairseq_ext.speaker.batching import windows as windows
 from fairseq_ext.speaker.network import SpeakerNetwork, normalise
 from fairseq_ext.speaker.pooling import Statistics
-
-# What a window sees on either side of the frames that count, at least: 1 s.
-MARGIN_FRAMES = 100
-
-
-class Window(NamedTuple):
-    """Frames `start` to `end` are seen, `first` to `last` count."""
-
-    start: int
-    end: int
-    first: int
-    last: int
-
-
-def windows(frames: int, chunk: int = CHUNK_FRAMES, step: int = 1) -> List[Window]:
-    """Windows of `chunk` frames over a recording, evenly spaced; all begin at multiples of `step`.
-
-    step: frames that the network takes as one. A recording of one frame more than a window has two, which
-    see nearly all of it each: nothing changes abruptly with length.
-    """
-    chunk -= chunk % step
-    if frames <= chunk:
-        return [Window(0, frames, 0, frames)]
-    margin = min(MARGIN_FRAMES, chunk // 4)
-    count = 1 + -(-(frames - chunk) // (chunk - 2 * margin))
-    places = [i * (frames - chunk) / (count - 1) for i in range(count)]
-    starts = [int(-(-place // step)) * step for place in places]
-    ends = [*(start + chunk for start in starts[:-1]), frames]
-    cuts = [
-        (end + start) // (2 * step) * step for end, start in zip(ends, starts[1:], strict=False)
-    ]
-    return [Window(*each) for each in zip(starts, ends, [0, *cuts], [*cuts, frames], strict=True)]
 
 
 def forward_long(

@@ -85,6 +85,12 @@ class VerifyOptions:
         default=None,
         metadata={"help": "with --fit: cut recordings into pieces of so many seconds; none: whole"},
     )
+    cohort: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "with --fit: DATA of the people that --norm compares with; none: those fitted on"
+        },
+    )
     mean: Optional[str] = field(
         default=None,
         metadata={
@@ -220,25 +226,37 @@ def fit(data, options) -> int:
     if split is None and os.path.exists(os.path.join(data, "corpus.json")):
         split = "train"
     voices, runner = open_voices([data], split), load_runner(options)
-    rows, names = named_rows(voices)
-    found = voices.embed(runner, rows, options.piece)
-    name_of = dict(zip(rows, names, strict=True))
-    speakers = [name_of[row] for row in found.rows]
+    embeddings, speakers = of_speakers(voices, runner, options.piece)
     notes = {"fitted_on": voices.name, "embeddings": len(speakers), "piece": options.piece}
     score = options.score or "cosine"
-    backend = Backend.fit(score, options.norm, found.embeddings, speakers, runner.sha256, notes)
+    backend = Backend.fit(score, options.norm, embeddings, speakers, runner.sha256, notes)
+    sources = [voices]
+    if options.cohort:
+        others = open_voices([options.cohort])
+        backend = backend.with_cohort(*of_speakers(others, runner, options.piece))
+        backend.notes["cohort"] = others.name
+        sources.append(others)
     if options.mean:
         alike = open_voices([options.mean])
         embeddings = alike.embed(runner, range(len(alike.ids))).embeddings
         backend = backend.recentred(embeddings.mean(0, dtype=np.float64))
         backend.notes["mean_of"] = alike.name
+        sources.append(alike)
     backend.save(output)
-    atomic_json(beside(output, MANIFEST_NAME), provenance(voices, options, [], backend.notes))
+    atomic_json(beside(output, MANIFEST_NAME), provenance(sources, options, [], backend.notes))
     print(
         f"{voices.name}: {score}, norm {options.norm}, fitted on {len(speakers)} embeddings of"
         f" {len(set(speakers))} people, in {output}"
     )
     return 0
+
+
+def of_speakers(voices, runner, piece):
+    """(embeddings, whose each is) of all recordings with a speaker, in pieces."""
+    rows, names = named_rows(voices)
+    found = voices.embed(runner, rows, piece)
+    name_of = dict(zip(rows, names, strict=True))
+    return found.embeddings, [name_of[row] for row in found.rows.tolist()]
 
 
 def calibrate(data, options) -> int:
@@ -267,7 +285,7 @@ def calibrate(data, options) -> int:
     record = report.measure(llr, targets, True)
     backend.save(output)
     others = [options.calibrate, options.backend]
-    atomic_json(beside(output, MANIFEST_NAME), provenance(voices, options, others, record))
+    atomic_json(beside(output, MANIFEST_NAME), provenance([voices], options, others, record))
     print(
         f"{backend.score} calibrated on {len(targets):,} trials, {targets.sum():,} of one person,"
         f" {len(names) or 'unnamed'} speakers: Cllr {record['cllr']:.3f} on these; in {output}"
@@ -303,7 +321,7 @@ def verify(data, trials_path, options) -> int:
         print("\n".join(report.lines(record)))
     if aside:
         others = [trials_path, *filter(None, (options.backend, options.enrol))]
-        record = provenance(voices, options, others, {"trials": len(trials)})
+        record = provenance([voices], options, others, {"trials": len(trials)})
         atomic_json(beside(output, MANIFEST_NAME), record)
     return 0
 
@@ -313,9 +331,8 @@ def compare(paths, options) -> int:
     runner = load_runner(options)
     backend = load_backend(options, runner)
     found = open_voices(paths).embed(runner, [0, 1])
-    one, two = (
-        Side.of_tests(found.embeddings[i : i + 1], found.seconds[i : i + 1]) for i in (0, 1)
-    )
+    parts = found.embeddings, found.seconds, found.hertz
+    one, two = (Side.of_tests(*(part[i : i + 1] for part in parts)) for i in (0, 1))
     sides = one, two, np.zeros(1, np.int32), np.zeros(1, np.int32)
     scores = backend.scores(*sides)
     calibrated = backend.calibration is not None
@@ -333,11 +350,13 @@ def compare(paths, options) -> int:
     return 0
 
 
-def provenance(voices, options, others, counts) -> dict:
+def provenance(sources, options, others, counts) -> dict:
     """The content of a manifest."""
     inputs = {path: known_sha256(path) for path in [*filter(None, [options.path]), *others]}
+    for voices in sources:
+        inputs |= voices.inputs()
     return {
-        "inputs": {**inputs, **voices.inputs()},
+        "inputs": inputs,
         "counts": counts,
         "options": options,
         "seed": options.seed,

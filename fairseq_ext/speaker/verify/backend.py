@@ -7,6 +7,7 @@ Backend.load("backend.npz").scores(people, tests, first, second)
 
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Optional, Self
@@ -36,16 +37,21 @@ class Side:
     """The recordings of one side of trials.
 
     recordings: float (n, D) of each of N people or tests; seconds: float (N,), of all recordings of one
-    together, NaN where not known.
+    together; hertz: float (N,), up to where there is something in the narrowest. NaN is not known.
     """
 
     recordings: Sequence[np.ndarray]
     seconds: np.ndarray
+    hertz: np.ndarray
 
     @classmethod
-    def of_tests(cls, embeddings: np.ndarray, seconds: np.ndarray) -> "Side":
-        """One recording each: embeddings (N, D), seconds (N,)."""
-        return cls([row[None] for row in np.asarray(embeddings)], np.asarray(seconds))
+    def of_tests(
+        cls, embeddings: np.ndarray, seconds: np.ndarray, hertz: np.ndarray | None = None
+    ) -> "Side":
+        """One recording each: embeddings (N, D), seconds and hertz (N,)."""
+        unknown = np.full(len(embeddings), np.nan)
+        rows = [row[None] for row in np.asarray(embeddings)]
+        return cls(rows, np.asarray(seconds), unknown if hertz is None else hertz)
 
 
 QUALITIES = Registry("quality measure")
@@ -61,6 +67,17 @@ def log_duration(side: Side, cohort: Moments) -> np.ndarray:
         )
     seconds: np.ndarray = np.log(side.seconds)
     return seconds
+
+
+@QUALITIES.register("bandwidth")
+def log_bandwidth(side: Side, cohort: Moments) -> np.ndarray:
+    """Logarithm of the highest frequency that there is something at."""
+    if np.isnan(side.hertz).any():
+        raise UserError(
+            "the quality measure bandwidth needs audio: prepared data and embeddings do not say it"
+        )
+    hertz: np.ndarray = np.log(side.hertz)
+    return hertz
 
 
 @QUALITIES.register("norm")
@@ -109,14 +126,24 @@ class Backend:
         """From embeddings (N, D) of `speakers` (N names); the cohort are their means."""
         NORMS.bind(norm)
         entry: Score = SCORES.bind(score)()
-        names, labels = np.unique(np.asarray(speakers, dtype=str), return_inverse=True)
         x = np.asarray(embeddings, dtype=np.float64)
+        _, labels = np.unique(np.asarray(speakers, dtype=str), return_inverse=True)
         try:
             parameters = entry.fit(x, labels)
         except ValueError as error:
             raise UserError(f"--score {score}: {error}") from None
-        cohort = np.stack([x[labels == label].mean(0) for label in range(len(names))])
-        return cls(score, norm, parameters, cohort, tuple(names.tolist()), model, notes=notes or {})
+        backend = cls(score, norm, parameters, x[:0], (), model, notes=notes or {})
+        return backend.with_cohort(x, speakers)
+
+    def with_cohort(self, embeddings: np.ndarray, speakers: Sequence[str]) -> Self:
+        """With the mean embeddings of other people: embeddings (N, D) of `speakers` (N names)."""
+        names, labels, counts = np.unique(
+            np.asarray(speakers, dtype=str), return_inverse=True, return_counts=True
+        )
+        sums = np.zeros((len(names), np.shape(embeddings)[1]))
+        np.add.at(sums, labels, np.asarray(embeddings, dtype=np.float64))
+        cohort = sums / counts[:, None]
+        return replace(self, cohort=cohort, cohort_speakers=tuple(names.tolist()))
 
     def recentred(self, mean: np.ndarray) -> "Backend":
         """With another mean of embeddings (D,): that of recordings like those to be compared.
@@ -191,6 +218,11 @@ class Backend:
         columns = [np.asarray(scores, dtype=np.float64)[:, None]]
         if qualities:
             needs = "cohort" in qualities
+            if needs and self.norm == "none":
+                raise UserError(
+                    "the quality measure cohort is what a score normalisation compares with: fit the backend"
+                    " with --norm as_norm, or leave the measure out"
+                )
             values = []
             for side in (people, tests):
                 cohort = self.moments(side) if needs else (np.zeros(0), np.zeros(0))
@@ -336,5 +368,5 @@ def read_arrays(path: str | os.PathLike[str] | IO[bytes], what: str) -> dict[str
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give {what}") from None
-    except (OSError, ValueError, AttributeError, EOFError) as error:
+    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({error}): give {what}") from None

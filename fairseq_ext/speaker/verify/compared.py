@@ -56,8 +56,11 @@ class Compared:
             self._check_answers(trials_path)
         found = voices.embed(runner, needed.tolist())
         seconds = np.array([found.seconds[p].sum() for p in places])
-        self.first = Side([found.embeddings[p] for p in places], seconds)
-        self.second = Side.of_tests(found.embeddings[tests], found.seconds[tests])
+        hertz = np.array([found.hertz[p].min() for p in places])
+        self.first = Side([found.embeddings[p] for p in places], seconds, hertz)
+        self.second = Side.of_tests(
+            *(x[tests] for x in (found.embeddings, found.seconds, found.hertz))
+        )
 
     @property
     def sides(self) -> tuple[Side, Side, np.ndarray, np.ndarray]:

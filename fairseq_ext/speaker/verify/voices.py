@@ -1,6 +1,5 @@
 """Recordings that scores are made of: prepared data, a folder of audio, or embeddings that `embed` wrote."""
 
-import glob
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,11 +11,12 @@ import numpy as np
 
 from ext_common.cli import UsageError, UserError, progress
 from ext_common.manifest import sha256_file
-from fairseq_ext.speaker.audio.containers import AudioError
-from fairseq_ext.speaker.audio.recording import load_audio
-from fairseq_ext.speaker.features import FeatureSpec
+from fairseq_ext.speaker.audio.bandwidth import mixture
+from fairseq_ext.speaker.audio.recording import Recording, resample
+from fairseq_ext.speaker.features import FeatureSpec, hear
 from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
 from fairseq_ext.speaker.inference.inputs import PreparedSplit
+from fairseq_ext.speaker.prepare.tables import audio_files
 from fairseq_ext.speaker.verify.backend import read_arrays
 from fairseq_ext.speaker.verify.speech import (
     levels_of_features,
@@ -24,8 +24,6 @@ from fairseq_ext.speaker.verify.speech import (
     spoken,
     spoken_stretches,
 )
-
-ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,15 @@ class Runner:
 
 
 class Embedded(NamedTuple):
-    """embeddings float32 (N, D); seconds float64 (N,), NaN where not known; rows int64 (N,) of the source."""
+    """embeddings float32 (N, D); seconds float64 (N,); rows int64 (N,) of the source; hertz float64 (N,).
+
+    hertz is up to where there is something in the recording. What is not known is NaN.
+    """
 
     embeddings: np.ndarray
     seconds: np.ndarray
     rows: np.ndarray
+    hertz: np.ndarray
 
 
 class Voices(Protocol):
@@ -117,7 +119,8 @@ class PreparedVoices:
         features = (corpus.read(self._split.rows[row], start, size) for row, start, size in cuts)
         seconds = np.array([size * frame for _, _, size in cuts])
         found = runner.embed(features, len(cuts))
-        return Embedded(found, seconds, np.array([row for row, _, _ in cuts]))
+        unknown = np.full(len(cuts), np.nan)
+        return Embedded(found, seconds, np.array([row for row, _, _ in cuts]), unknown)
 
     def inputs(self) -> dict[str, str]:
         return self._split.inputs()
@@ -129,14 +132,10 @@ class AudioVoices:
     def __init__(self, paths: Sequence[str]) -> None:
         if len(paths) == 1 and os.path.isdir(paths[0]):
             root = Path(paths[0])
-            # unlike Path.rglob it follows links to folders
-            below = glob.glob(os.path.join(glob.escape(str(root)), "**", "*"), recursive=True)
-            files = sorted(p for p in map(Path, below) if p.suffix.lower() in ENDINGS)
-            if not files:
-                raise UserError(
-                    f"{root} holds no audio ({', '.join(ENDINGS)}): give another folder"
-                )
-            self.ids = [p.relative_to(root).as_posix() for p in files]
+            self.ids = audio_files(root)
+            if not self.ids:
+                raise UserError(f"{root} holds no audio that is read: give another folder")
+            files = [root / name for name in self.ids]
             parts = [name.split("/") for name in self.ids]
             self.speakers: list[str | None] = [p[0] if len(p) > 1 else None for p in parts]
             self.name = str(root)
@@ -147,26 +146,35 @@ class AudioVoices:
         self.paths, self.recordings = files, self.ids
 
     def embed(self, runner: Runner, rows: Sequence[int], piece: float | None = None) -> Embedded:
-        model = runner.needed(self.name)
-        rate = model.spec.sample_rate
+        spec = runner.needed(self.name).spec
         seconds: list[float] = []
         owners: list[int] = []
+        hertz: list[float] = []
 
         def utterances() -> Iterator[np.ndarray]:
             for row in rows:
-                samples = load_audio(self.paths[row], rate)
-                if (samples == samples[0]).all():
-                    raise AudioError(
-                        "silent", f"{self.paths[row]}: silence: give a recording of speech"
-                    )
-                for _, cut in cuts_of(samples, model.spec, piece, piece):
-                    seconds.append(len(cut) / rate)
+                with Recording(self.paths[row], spec.channel) as opened:
+                    heard = hear(opened, spec)
+                if heard.said:
+                    print(f"{self.ids[row]}: {heard.said}", file=sys.stderr)
+                whole = len(heard.samples) / heard.rate
+                found = [(whole, heard.features)]
+                if piece is not None:
+                    samples = resample(heard.samples, heard.rate, spec.sample_rate)
+                    cuts = cuts_of(samples, spec, piece, piece)
+                    found = [(piece, spec.features(cut)) for _, cut in cuts]
+                for length, features in found:
+                    seconds.append(length)
                     owners.append(row)
-                    yield model.spec.features(cut)
+                    hertz.append(heard.hertz)
+                    yield features
             some(owners, self.name, piece)
 
-        found = runner.embed(utterances(), len(rows))
-        return Embedded(found, np.array(seconds), np.array(owners))
+        embeddings = runner.embed(utterances(), len(rows))
+        said = mixture(hertz, spec.sample_rate)
+        if said:
+            print(f"{said}: a model that was trained without such is less sure", file=sys.stderr)
+        return Embedded(embeddings, np.array(seconds), np.array(owners), np.array(hertz))
 
     def inputs(self) -> dict[str, str]:
         return {os.fspath(path): sha256_file(path) for path in self.paths}
@@ -193,7 +201,8 @@ class EmbeddedVoices:
             )
         chosen = np.array(rows, dtype=np.int64)
         found = self._embeddings[chosen].astype(np.float32)
-        return Embedded(found, np.full(len(chosen), np.nan), chosen)
+        unknown = np.full(len(chosen), np.nan)
+        return Embedded(found, unknown, chosen, unknown)
 
     def inputs(self) -> dict[str, str]:
         return {self._path: sha256_file(self._path)}
