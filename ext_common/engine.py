@@ -122,7 +122,7 @@ def _ask_before_resuming() -> None:
 def _ask_the_task(state: dict, *_args: Any, **_kwargs: Any) -> None:
     now = resume.resuming()
     if now and isinstance(state.get("cfg"), Mapping):
-        task = getattr(getattr(now.trainer.cfg, "task", None), "_name", None)
+        task = getattr(getattr(now.trainer.task, "cfg", None), "_name", None)
         if task:
             refuse_other_wing(
                 state, "the checkpoint", task, "give another one, or a new --save-dir"

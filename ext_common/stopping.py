@@ -48,6 +48,7 @@ class Wishes:
     def __init__(self) -> None:
         self.asked = 0
         self._at = 0.0
+        self._spared = False
         self._pid = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -65,14 +66,25 @@ class Wishes:
             signal.signal(number, handler)
         self._before = {}
 
+    def ignore(self) -> None:
+        """Exit undisturbed: a launcher ends the others as soon as the first process has exited."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+        self._before = {}
+
     def take(self, number: int, _frame: FrameType | None) -> None:
-        """The handler. A loading worker has inherited it, and is ended by the training itself."""
+        """The handler. A loading worker has inherited it.
+
+        Launchers and terminals send a signal to all of a group, and the training needs its workers for the
+        update that it is at; it ends them itself, and where that takes a SIGTERM sends it twice.
+        """
+        now = time.monotonic()
         if os.getpid() != self._pid:
-            if number == signal.SIGTERM:
+            if number == signal.SIGTERM and self._spared:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
+            self._spared |= number == signal.SIGTERM
             return
-        now = time.monotonic()
         if not self.asked:
             self.asked, self._at = number, now
             again = "; Ctrl-C once more stops at once" if number == signal.SIGINT else ""
@@ -218,4 +230,6 @@ def end(number: int, cfg: Any, trainer: Any) -> NoReturn:
         )
     for action in messages.before_an_error:
         action()
+    if _wishes and dist.is_available() and dist.is_initialized():
+        _wishes.ignore()
     sys.exit(0 if by_file else 128 + number)

@@ -26,7 +26,7 @@ SAMPLES = 500
 LEAST = 8  # images: diffusion_ext.evaluate compares two sets of four
 OWNED = (
     "data checkpoints train.log learning_curve.png samples samples.grid.png samples.strip.png samples.gif "
-    "metrics.json"
+    "samples.csv metrics.json"
 ).split()
 
 

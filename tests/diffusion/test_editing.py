@@ -447,6 +447,7 @@ class TestInpainting:
 
 class TestVariation:
     def draw(self, model, pictures, strength, **changes):
+        changes = {"sampler": "dpmpp_2m", **changes}
         options = options_of(pictures, image="a.png", strength=strength, **changes)
         return drawn(variation(model, options, range(2)), range(2)).astype(int)
 

@@ -73,14 +73,18 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch):
 
 def test_a_loading_worker_lets_the_training_end_it():
     wishes = Wishes()
+    reading, writing = os.pipe()
     wishes.listen()
     try:
         pid = os.fork()
         if pid == 0:
-            signal.raise_signal(signal.SIGINT)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                signal.raise_signal(number)  # sent to the whole group
+            os.write(writing, b"alive")
             signal.raise_signal(signal.SIGTERM)
             os._exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+        assert os.read(reading, 9) == b"alive"
         assert not wishes.asked
     finally:
         wishes.stop_listening()
