@@ -51,7 +51,8 @@ def pages() -> dict[str, str]:
     """Path below the repository → what has to stand there."""
     tables = {
         "speaker": speaker.tables(recorded("speaker_tables"))
-        | verification.tables(recorded("speaker_strangers"), recorded("speaker_open_set")),
+        | verification.tables(recorded("speaker_strangers"), recorded("speaker_open_set"))
+        | {"audio": speaker.audio_table(recorded("speaker_audio"))},
         "translation": translation.tables(
             recorded("translation_tables"), recorded("translation_tests")
         )

@@ -8,6 +8,37 @@ from benchmarks.pages import markdown, origin, spread
 AS_IS, SHIFTED = "libri251", "libri251-shifted"
 CHANGES = [("transformer", "conformer"), ("mean", "self_attention"), ("softmax", "am_softmax")]
 
+# What benchmarks.speaker.audio measures, and how it is called.
+AUDIO = {
+    "whole.wav": "WAV as it is",
+    "without_length.mp3": "MP3 without a length",
+    "twice.mp3": "two MP3 in one file",
+    "cut.wav": "WAV, its last third missing",
+    "cut.ogg": "OGG, its last third missing",
+    "pipe.wav": "WAV of size 0, from a pipe",
+    "pipe.flac": "FLAC without a length, from a pipe",
+    "hertz.wav": "10 samples of a WAV whose header says 1 Hz",
+    "inverted.wav": "stereo, one channel inverted: cosine to itself",
+    "short.wav": "25 ms of noise",
+    "ten minutes": "10 minutes: CPU s, MB more",
+    "hour": "an hour: CPU s, MB more",
+    "wide": "3 s of people not trained on: EER, %",
+    "narrow": "the same at 8 kHz against 16, EER, %",
+}
+
+
+def audio_table(records: list[dict]) -> str:
+    """The figures of `benchmarks.speaker.audio`, the versions side by side, before first."""
+    if not records:
+        return ""
+    columns = sorted(records, key=lambda record: record["run"] != "before")
+    rows = [
+        [text, *(record["results"].get(name, "not run") for record in columns)]
+        for name, text in AUDIO.items()
+    ]
+    made = markdown(["", *(record["run"] for record in columns)], rows)
+    return f"{made}\n\n{origin('python -m benchmarks.speaker.audio', records)}"
+
 
 def report(records: list[dict]) -> str:
     """All tables of which at least one run is done."""

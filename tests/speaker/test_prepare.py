@@ -83,7 +83,7 @@ def test_a_folder_becomes_a_corpus(tmp_path, source, capsys):
     counts = manifest(tmp_path / "data")["counts"]
     assert counts == {"in": 15, "out": 15, "bad": {}, "duplicates": 0}
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == sorted(
-        [*PRODUCTS, "manifest.json"]
+        [*PRODUCTS, "sources.csv", "manifest.json"]
     )
     out = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:3] for line in out.splitlines() if line}
@@ -556,7 +556,7 @@ def test_killed_and_started_again_it_continues_and_ends_with_the_same_bytes(
     assert 0 < len(decoded) <= len(whole) - there + 1
     assert products(tmp_path / "a") == products(tmp_path / "b")
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == sorted(
-        [*PRODUCTS, "manifest.json"]
+        [*PRODUCTS, "sources.csv", "manifest.json"]
     )
 
 
