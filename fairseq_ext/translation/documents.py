@@ -129,7 +129,7 @@ class Records:
 
     def __init__(self, path: str | os.PathLike[str], source: str, target: str) -> None:
         self.records = list(read_records(path))
-        self.target = target
+        self.source, self.target = source, target
         texts = [field_of(r, source, f"{path}, record {n}") for n, r in enumerate(self.records, 1)]
         self.cells = Cells(texts)
         self.texts = self.cells.texts
@@ -137,12 +137,10 @@ class Records:
     def render(self, translations: Sequence[str]) -> tuple[bytes, dict[str, int]]:
         rows = []
         for record, text in zip(self.records, self.cells.joined(translations), strict=True):
-            inner = record.get("translation")
-            place = inner if isinstance(inner, dict) and self.target not in record else record
-            rows.append(json.dumps({**record, self.target: text}, ensure_ascii=False))
-            if place is not record:
-                new = {**record, "translation": {**place, self.target: text}}
-                rows[-1] = json.dumps(new, ensure_ascii=False)
+            new = {self.target: text}
+            if self.source not in record:
+                new = {"translation": {**record["translation"], **new}}
+            rows.append(json.dumps({**record, **new}, ensure_ascii=False))
         return "".join(row + "\n" for row in rows).encode(), {"records": len(rows)}
 
 

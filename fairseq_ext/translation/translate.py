@@ -37,7 +37,7 @@ from fairseq_ext.translation.unfinished import Unfinished, unfinished
 # Lines after which what is done is kept.
 KEPT = 2000
 # What may differ between two runs that write the same bytes.
-RUN_ONLY = ("path", "threads", "device", "max_tokens", "user_dir")
+RUN_ONLY = ("path", "threads", "max_tokens", "user_dir")
 EPILOG = """
 INPUT is UTF-8 text (.gz and .zst are unpacked), - the standard input: lines that are typed are translated
 at once, those of a pipe in batches. Only a newline ends a line. An empty line stays empty. A line of several
@@ -132,6 +132,14 @@ def translate(source: str, output: str, options: TranslateOptions) -> int:
     """Translate a file; returns the exit code."""
     paths = split_paths(options.path)
     check_files(source, output, paths)
+    whole = os.path.isfile(source) and output != "-" and may_wait(output)
+    document = open_document(source, options.column, options.json_field) if whole else None
+    wanted = document or options.column or options.json_field
+    if wanted and (not whole or options.nbest > 1 or options.scores):
+        raise UsageError(
+            "a document is translated from a file to a file, one translation for each text: leave --nbest "
+            "and --scores out, and give no pipe"
+        )
     translator = Translator.from_checkpoint(
         paths,
         options.backend,
@@ -141,12 +149,7 @@ def translate(source: str, output: str, options: TranslateOptions) -> int:
         options.threads,
         options.ema,
     )
-    document = None
-    if source != "-":
-        document = open_document(source, options.column, options.json_field)
-    if document is not None and (output == "-" or options.nbest > 1 or options.scores):
-        raise UsageError("a document is translated to a file, one translation for each text")
-    if source == "-" or output == "-" or not may_wait(output):
+    if not whole:
         counts = translate_stream(source, output, translator, options)
     else:
         plan = plan_of(source, paths, options)
