@@ -30,19 +30,24 @@ from ext_common.manifest import (
 from fairseq_ext.translation.decode.checkpoint import split_paths
 from fairseq_ext.translation.decode.options import DecodeOptions
 from fairseq_ext.translation.decode.translator import BACKENDS, WINDOW, Translation, Translator
+from fairseq_ext.translation.documents import open_document
 from fairseq_ext.translation.text.normalise import read_lines
 from fairseq_ext.translation.unfinished import Unfinished, unfinished
 
 # Lines after which what is done is kept.
 KEPT = 2000
 # What may differ between two runs that write the same bytes.
-RUN_ONLY = ("path", "threads", "device", "max_tokens", "user_dir")
+RUN_ONLY = ("path", "threads", "max_tokens", "user_dir")
 EPILOG = """
 INPUT is UTF-8 text (.gz and .zst are unpacked), - the standard input: lines that are typed are translated
 at once, those of a pipe in batches. Only a newline ends a line. An empty line stays empty. A line of several
 sentences is translated one by one, where the training had single ones or the line is longer than 99 of 100
 of its lines; one longer than the model can hold is split at the ends of sentences, then at commas, then
 between words. Parts are joined again, and such lines counted on stderr.
+
+A catalogue of gettext (.po), and with --column or --json-field a table or JSON Lines, is translated in
+place: OUTPUT is the same document. Placeholders and markup of a catalogue stay what they are; an entry that
+cannot be kept intact stays in its own language and is counted, one that is translated already is left alone.
 
 OUTPUT is text, one line for each line of INPUT. With --nbest above 1 or --scores it is a table with
 tabs: number of the line (from 1), score, text; nbest rows for each line, best first, one for an empty
@@ -86,6 +91,17 @@ class TranslateOptions(DecodeOptions):
         default=False,
         metadata={"help": "use the averaged weights of a training with --store-ema"},
     )
+    column: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "translate this column of a table (.csv, or with tabs), by number from 1 or by its name "
+            "in the first row; FROM:TO writes another column"
+        },
+    )
+    json_field: Optional[str] = field(
+        default=None,
+        metadata={"help": "translate this field of JSON Lines; FROM:TO writes another field"},
+    )
     scores: bool = field(default=False, metadata={"help": "write a table with scores"})
     user_dir: Optional[str] = field(
         default=None,
@@ -116,6 +132,14 @@ def translate(source: str, output: str, options: TranslateOptions) -> int:
     """Translate a file; returns the exit code."""
     paths = split_paths(options.path)
     check_files(source, output, paths)
+    whole = os.path.isfile(source) and output != "-" and may_wait(output)
+    document = open_document(source, options.column, options.json_field) if whole else None
+    wanted = document or options.column or options.json_field
+    if wanted and (not whole or options.nbest > 1 or options.scores):
+        raise UsageError(
+            "a document is translated from a file to a file, one translation for each text: leave --nbest "
+            "and --scores out, and give no pipe"
+        )
     translator = Translator.from_checkpoint(
         paths,
         options.backend,
@@ -125,14 +149,22 @@ def translate(source: str, output: str, options: TranslateOptions) -> int:
         options.threads,
         options.ema,
     )
-    if source == "-" or output == "-" or not may_wait(output):
+    if not whole:
         counts = translate_stream(source, output, translator, options)
     else:
         plan = plan_of(source, paths, options)
         with unfinished(output, plan) as work:
-            counts = go_on(source, work, translator, options)
+            lines = read_lines(source) if document is None else iter(document.texts)
+            total = count_lines(source) if document is None else len(document.texts)
+            counts = go_on(lines, total, work, translator, options)
             with atomic_write(output, "wb") as file, open(work.path, "rb") as done:
-                shutil.copyfileobj(done, file)
+                if document is None:
+                    shutil.copyfileobj(done, file)
+                else:
+                    texts = done.read().decode().split("\n")[:-1]
+                    content, found = document.render(texts)
+                    file.write(content)
+                    counts.document = found
     for sentence in counts.sentences():
         print(sentence, file=sys.stderr)
     if output != "-" and os.path.isfile(output):
@@ -162,19 +194,22 @@ def translate_stream(
 
 
 def go_on(
-    source: str, work: Unfinished, translator: Translator, options: TranslateOptions
+    lines: Iterator[str],
+    total: Optional[int],
+    work: Unfinished,
+    translator: Translator,
+    options: TranslateOptions,
 ) -> "Counts":
     """Translate what an earlier run has not, keeping it window by window."""
     counts = Counts(**work.counts)
     if work.done:
         print(f"{work.done:,} lines of an earlier run are there already", file=sys.stderr)
-    lines = itertools.islice(read_lines(source), work.done, None)
-    total = count_lines(source)
+    lines = itertools.islice(lines, work.done, None)
     total = None if total is None else total - work.done
     with progress(range(0), "translate", "lines", total=total) as bar:
         for window in whole_windows(lines, KEPT):
             rows = rows_of(window, translator, options, counts, bar.update)
-            work.write(rows, counts.lines, vars(counts))
+            work.write(rows, counts.lines, counts.of_lines())
     return counts
 
 
@@ -215,6 +250,10 @@ class Counts:
     cut: int = 0
     broken: int = 0
     nothing: int = 0
+    document: dict[str, int] = field(default_factory=dict)
+
+    def of_lines(self) -> dict[str, int]:
+        return {key: value for key, value in vars(self).items() if key != "document"}
 
     def add(self, line: Translation) -> None:
         self.lines += 1
@@ -226,6 +265,9 @@ class Counts:
 
     def sentences(self) -> Iterator[str]:
         """One for everything that a reader of the output should know."""
+        if self.document:
+            parts = (f"{count:,} {name.replace('_', ' ')}" for name, count in self.document.items())
+            yield f"the document: {', '.join(parts)}"
         if self.split:
             yield (
                 f"{self.split:,} of {self.lines:,} lines were translated in parts, sentences or what the"
@@ -339,7 +381,12 @@ def provenance(source, output, paths, options, counts: Counts) -> dict:
     inputs = [path for path in (source, *paths) if path != "-"]
     return {
         "inputs": {path: known_sha256(path) for path in inputs if Path(path).is_file()},
-        "counts": {"in": counts.lines, "out": counts.lines, **vars(counts)},
+        "counts": {
+            "in": counts.lines,
+            "out": counts.lines,
+            **counts.of_lines(),
+            **({"document": counts.document} if counts.document else {}),
+        },
         "options": options,
         "seed": None,
         "versions": versions(),

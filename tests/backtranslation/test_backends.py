@@ -208,3 +208,24 @@ def test_filler_is_no_piece_of_the_text(model):
     """<BLANK> in a real line is text like any other."""
     ids = model.encode([FILLER])[0]
     assert 3 not in ids
+
+
+@pytest.mark.parametrize("split, parts", [(True, 3), (False, 1)])
+def test_a_paragraph_is_translated_sentence_by_sentence(split, parts):
+    """By a model whose training had one sentence in a line, and whose output is its input."""
+    from dataclasses import replace
+
+    from fairseq_ext.translation.text.sentences import Lines
+    from tests.translation.test_translate import echo
+
+    translator = echo()
+    translator.vocabulary = replace(translator.vocabulary, lines=Lines(100, 0.0))
+    model = ReverseModel(translator, {"sha256": "x"}, ModelOptions(split=split))
+    encoded = model.encode(["It rains. Who is there? Nobody!", "One line.", ""])
+    assert list(map(len, encoded)) == [parts, 1, 0]
+    found = model.translate(encoded, [1, 2, 3], make_mode("beam", {"beam": 2}), nbest=2)
+    assert [[line.text for line in several] for several in found] == [
+        ["It rains. Who is there? Nobody!"] * 2,
+        ["One line."] * 2,
+        ["", ""],
+    ]

@@ -41,7 +41,16 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[list[str]]:
-    """The rows of a table with tabs, or a CSV, as cells.
+    """The rows of a table with tabs, or a CSV, as cells; how it is written, :func:`delimiter_of` says."""
+    delimiter = delimiter_of(path)
+    if delimiter is None:
+        return (line.split("\t") for line in read_lines(path))
+    # with the newlines that read_lines takes off: a cell may have some
+    return csv.reader((line + "\n" for line in read_lines(path)), delimiter=delimiter)
+
+
+def delimiter_of(path: str | os.PathLike[str]) -> str | None:
+    """What separates the cells of a table that quotes some; None for one with tabs in which quotes are text.
 
     In a table with tabs, quotes are text unless all cells that begin with one are written as a spreadsheet
     writes them, which is said on stderr. A CSV is separated by , or ; or a tab, by its first lines.
@@ -49,16 +58,13 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[list[str]]:
     if kind_of(path) == "csv":
         head = list(itertools.islice(read_lines(path), 20))
         try:
-            delimiter = csv.Sniffer().sniff("\n".join(head), ",;\t").delimiter
+            return csv.Sniffer().sniff("\n".join(head), ",;\t").delimiter
         except csv.Error:
-            delimiter = ","
-        yield from _csv(path, delimiter)
-    elif is_quoted(itertools.islice(read_lines(path), _SEEN)):
+            return ","
+    if is_quoted(itertools.islice(read_lines(path), _SEEN)):
         print(f"note: the cells of {path} are quoted as by a spreadsheet: read so", file=sys.stderr)
-        yield from _csv(path, "\t")
-    else:
-        for line in read_lines(path):
-            yield line.split("\t")
+        return "\t"
+    return None
 
 
 def is_quoted(lines: Iterable[str]) -> bool:
@@ -75,11 +81,6 @@ def is_quoted(lines: Iterable[str]) -> bool:
         sure = sure or (cell[0].startswith('"') and ('""' in cell[0][1:-1] or "\n" in cell[0]))
         place = cell.end() + 1
     return sure
-
-
-def _csv(path: str | os.PathLike[str], delimiter: str) -> Iterator[list[str]]:
-    # with the newlines that read_lines takes off: a cell may have some
-    yield from csv.reader((line + "\n" for line in read_lines(path)), delimiter=delimiter)
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
