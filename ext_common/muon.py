@@ -296,7 +296,7 @@ def quickest(device: torch.device) -> torch.dtype:
 
 
 def numbers_in(text: str) -> tuple[float, ...]:
-    """ "(0.9, 0.98)" → (0.9, 0.98)."""
+    """The numbers of a tuple as it is typed, `(0.9, 0.98)`."""
     try:
         return tuple(float(part) for part in text.strip("()[] ").split(","))
     except ValueError as error:

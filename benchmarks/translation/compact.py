@@ -68,18 +68,7 @@ def lstm(optimizer: str, rate: float, dropout: float) -> tuple[str, Changes]:
     return "lstm", changes
 
 
-# Name → (recipe, changes). The LSTM with Adam at the constant rate of translation_tables is beside them.
-SEARCH = {
-    "transformer-0.008-0": transformer(0.008, 0.0),
-    "transformer-0.008-0.1": transformer(0.008, 0.1),
-    "transformer-0.004-0": transformer(0.004, 0.0),
-    "transformer-0.016-0": transformer(0.016, 0.0),
-    "lstm-adam-0.004-0.1": lstm("adam", 0.004, 0.1),
-    "lstm-adam-0.008-0.1": lstm("adam", 0.008, 0.1),
-    "lstm-muon-0.004-0.1": lstm("muon", 0.004, 0.1),
-    "lstm-muon-0.008-0": lstm("muon", 0.008, 0.0),
-}
-# What of the best Transformer is changed back, one at a time.
+# What of our Transformer is changed back, one at a time; all: fairseq's own of this size.
 PARTS: dict[str, Changes] = {
     "rotary": {"model.no_rotary": True},
     "qk_norm": {"model.no_qk_norm": True},
@@ -89,6 +78,24 @@ PARTS: dict[str, Changes] = {
     "bf16_matrices": {"model.no_bf16_matrices": True},
     "muon": {"optimizer": {"_name": "adam", "adam_betas": "(0.9, 0.98)"}},
     "all": {"defaults": [{"model": "shallow"}, "_self_"]},
+}
+
+
+def without(what: tuple[str, Changes], part: str) -> tuple[str, Changes]:
+    recipe, changes = what
+    return recipe, {**changes, **PARTS[part]}
+
+
+# Name → (recipe, changes). The LSTM with Adam at the constant rate of translation_tables is beside them.
+SEARCH = {
+    "transformer-0.008-0": transformer(0.008, 0.0),
+    "transformer-0.008-0-zero_outputs": without(transformer(0.008, 0.0), "zero_outputs"),
+    "transformer-0.008-0-all": without(transformer(0.008, 0.0), "all"),
+    "transformer-0.004-0.1-all": without(transformer(0.004, 0.1), "all"),
+    "lstm-adam-0.004-0.1": lstm("adam", 0.004, 0.1),
+    "lstm-adam-0.008-0.1": lstm("adam", 0.008, 0.1),
+    "lstm-muon-0.004-0.1": lstm("muon", 0.004, 0.1),
+    "lstm-muon-0.008-0": lstm("muon", 0.008, 0.0),
 }
 
 
@@ -113,8 +120,11 @@ def wanted(group: str) -> dict[str, tuple[str, Changes, str]]:
     if group == "search":
         return {f"short-{name}-1": (*what, "cmn") for name, what in SEARCH.items()}
     if group == "ingredients":
-        name, (recipe, changes) = best_of("transformer")
-        return {f"short-{name}-{part}-1": (recipe, without(changes, part), "cmn") for part in PARTS}
+        # of its rate and dropout, with all parts and without each
+        rate, dropout = best_of("transformer")[0].split("-")[1:3]
+        name, whole = f"transformer-{rate}-{dropout}", transformer(float(rate), float(dropout))
+        runs = {f"short-{name}-{part}-1": (*without(whole, part), "cmn") for part in PARTS}
+        return {f"short-{name}-1": (*whole, "cmn"), **runs}
     both = dict(best_of(side) for side in ("transformer", "lstm"))
     if group == "growing":
         return {f"long-{n}-{size}k-1": (*w, size) for size in SIZES for n, w in both.items()}
@@ -123,14 +133,6 @@ def wanted(group: str) -> dict[str, tuple[str, Changes, str]]:
 
 
 GROUPS = ("search", "chosen", "ingredients", "longer", "growing")
-
-
-def without(changes: Changes, part: str) -> Changes:
-    changed = {**changes, **PARTS[part]}
-    if part == "all":
-        # fairseq's own Transformer of this size, with all else as it is
-        changed["model.dropout"] = changes["model.dropout"]
-    return changed
 
 
 # --- how long -------------------------------------------------------------------------------------

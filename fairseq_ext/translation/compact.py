@@ -117,7 +117,8 @@ class CompactAttention(MultiheadAttention):
         q = q.reshape(sentences, heads, -1, width)
         mask = mask_of(key_padding_mask, attn_mask, q)
         wanted = need_weights or need_head_weights
-        dropout = self.dropout_module.p if self.training else 0.0
+        drops = self.training or self.dropout_module.apply_during_inference
+        dropout = self.dropout_module.p if drops else 0.0
         y, weights = attend(q, k, v, mask, dropout, wanted)
         y = y.reshape(sentences, heads, -1, steps, width).permute(3, 0, 2, 1, 4)
         y = self.out_proj(y.reshape(steps, rows, -1))

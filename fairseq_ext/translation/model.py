@@ -19,6 +19,7 @@ from fairseq.modules.transformer_layer import (
 )
 from torch import nn
 
+from ext_common.cli import UserError
 from ext_common.muon import mark_hidden, quickest
 from fairseq_ext.translation.compact import CompactAttention, CompactOptions, squared_relu
 
@@ -46,6 +47,11 @@ class CompactTransformer(TransformerModel):
     def build_model(cls, args: Any, task: Any) -> Any:
         options = options_of(args)
         cfg = TransformerConfig.from_namespace(args)
+        if cfg.quant_noise.pq or cfg.cross_self_attention:
+            raise UserError(
+                "--arch transformer_compact knows neither --quant-noise-pq nor --cross-self-attention: leave"
+                " them out, or give --arch transformer"
+            )
         for name, value in vars(options).items():
             setattr(cfg, name, value)
         cfg.no_token_positional_embeddings |= not options.no_rotary

@@ -11,6 +11,7 @@ from fairseq.models import build_model
 from fairseq.sequence_generator import SequenceGenerator
 
 import fairseq_ext  # noqa: F401
+from ext_common.cli import UserError
 from fairseq_ext.translation.compact import CompactAttention, CompactOptions, rotated
 from fairseq_ext.translation.decode.decoder import FairseqBackend
 from fairseq_ext.translation.decode.options import DecodeOptions
@@ -131,6 +132,11 @@ def test_both_decoders_and_a_search_without_a_cache_agree(one, batch):
     backend = FairseqBackend([copy.deepcopy(one)])
     greedy = backend.decode([source[0, 3:].tolist()], DecodeOptions(beam=1), 8)
     assert greedy[0][0].ids == [t for t in written[0, 1:].tolist() if t != EOS]
+
+
+def test_what_it_cannot_do_is_refused():
+    with pytest.raises(UserError, match="neither --quant-noise-pq nor"):
+        model(cross_self_attention=True)
 
 
 def test_rotation_keeps_lengths_and_sees_distances_alone():
