@@ -38,7 +38,7 @@ class GuidanceOptions:
     compile: bool = field(
         default=False,
         metadata={
-            "help": "compile the network first, which takes minutes and a C++ compiler: for thousands of images"
+            "help": "compile the network first, minutes with a C++ compiler: for thousands of images"
         },
     )
 
