@@ -38,7 +38,7 @@ class GuidanceOptions:
     compile: bool = field(
         default=False,
         metadata={
-            "help": "compile the network first, a minute and a C++ compiler: pays for thousands of images"
+            "help": "compile the network first, minutes with a C++ compiler: for thousands of images"
         },
     )
 
