@@ -137,7 +137,7 @@ class Records:
     def render(self, translations: Sequence[str]) -> tuple[bytes, dict[str, int]]:
         rows = []
         for record, text in zip(self.records, self.cells.joined(translations), strict=True):
-            new = {self.target: text}
+            new: dict[str, Any] = {self.target: text}
             if self.source not in record:
                 new = {"translation": {**record["translation"], **new}}
             rows.append(json.dumps({**record, **new}, ensure_ascii=False))
