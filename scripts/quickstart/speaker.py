@@ -27,7 +27,7 @@ OUT = "quickstart-speaker"
 FSDD_PATTERN = r"\d_(?P<speaker>[a-z]+)_(?:(?P<test>[0-4])|\d+)\.wav"
 TABLES = {"wav.scp": "kaldi", "metadata.csv": "csv", "mapping.json": "hw4"}
 OWNED = (
-    "recordings data checkpoints train.log learning_curve.png predictions.csv valid.csv "
+    "people.npz recordings data checkpoints train.log learning_curve.png predictions.csv valid.csv "
     "predictions.manifest.json predictions.metrics.json predictions.confusion.png "
     "valid.manifest.json valid.metrics.json valid.confusion.png "
     "metrics.json confusion.png"  # of version 0.1
@@ -253,7 +253,12 @@ def next_commands(options, data, checkpoint, folder):
             chosen += [f"--{flag}", getattr(options, flag)]
     embed = ["python", "-m", "fairseq_ext.speaker.embed", data, "--path", checkpoint]
     identify = ["python", "-m", "fairseq_ext.speaker.identify"]
+    gallery = ["python", "-m", "fairseq_ext.speaker.gallery"]
+    people = folder / "people.npz"
+    enrol = [*gallery, "enrol", people, "ME.wav", "--name", "me", "--path", checkpoint]
     commands = [
+        ("enrol yourself, without training", enrol),
+        ("is it you, or nobody", [*gallery, "identify", people, "OTHER.wav", "--path", checkpoint]),
         ("train on", [*quickstart, *chosen, "--updates", 3 * options.updates]),
         ("a vector for each recording", [*embed, "--output", folder / "embeddings.npz"]),
         ("who speaks in files of yours", [*identify, "FILE.wav", "--path", checkpoint]),
