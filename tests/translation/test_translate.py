@@ -139,7 +139,7 @@ def test_what_happened_is_told(run, capsys):
     line = "I like red apples. " * 400
     run(f"{line}\nyou see\n", "--max-len-a", 0, "--max-len-b", 2, "--beam", 1)
     told = capsys.readouterr().err
-    assert "1 of 2 lines were too long for the model" in told
+    assert "1 of 2 lines were translated in parts" in told
     assert "2 of 2 outputs reached the longest length" in told
 
 
