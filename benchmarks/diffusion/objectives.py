@@ -1,8 +1,9 @@
 """What is predicted, in how many steps, with which average: `python -m benchmarks.diffusion.objectives`.
 
 Digits, configs/diffusion/digits.yaml with 300 updates, 3 seeds; sets of 500 samples by DPM-Solver++, judged
-as in benchmarks.diffusion.tables. A line of benchmarks/results/diffusion_objectives.jsonl a training,
-written when it is done, and not done again. One process, one thread.
+as in benchmarks.diffusion.tables. A line of benchmarks/results/diffusion_objectives.jsonl a training, to
+which each set of samples is added when it is judged; what is there is not done again. One process, one
+thread; then docs/pictures/objectives.png.
 
     objectives   v, flow and edm × 2, 5, 10 and 20 steps × the usual average and that of diffusion_ext.ema,
                  whose length is chosen on the held-out images
@@ -11,8 +12,10 @@ written when it is done, and not done again. One process, one thread.
 """
 
 import argparse
+import json
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +23,13 @@ import torch
 
 from benchmarks.diffusion.tables import CONFIGS, DIGITS, SAMPLER_SET, SEEDS, prepare, python, today
 from benchmarks.recorded import RESULTS, ROOT, Results, changed_recipe, digest_of, run, train_by
+from ext_common.manifest import atomic_json
 
 RECORDED = Results(RESULTS / "diffusion_objectives.jsonl")
 OBJECTIVES = ("v", "flow", "edm")
 STEPS = (2, 5, 10, 20)
 EARLY = 100
+LAST = "checkpoints/checkpoint_last.pt"
 GUIDANCE = {
     "none": {},
     "class 1.5": {"guidance": 1.5},
@@ -40,25 +45,46 @@ CHANGES = {
 }
 
 
-def trained(
-    objective: str, seed: int, work: Path, updates: int = CHANGES["optimization.max_update"]
-) -> tuple[Path, str, float]:
-    """(folder, digest of the recipe, CPU seconds) of a training, which is done unless it was."""
+def recipe(
+    objective: str, seed: int, updates: int = CHANGES["optimization.max_update"]
+) -> tuple[dict, str]:
+    """The recipe of a training, and its digest."""
     changes = {**CHANGES, "task.objective": objective, "common.seed": seed}
     changes["optimization.max_update"] = updates
     config = changed_recipe(CONFIGS / "digits.yaml", changes)
-    digest = digest_of(config, DIGITS.name, DIGITS.size, SAMPLER_SET)
-    folder = work / f"{objective}-{updates}-{seed}"
+    return config, digest_of(config, DIGITS.name, DIGITS.size, SAMPLER_SET)
+
+
+def trained(work: Path, objective: str, seed: int, *updates: int) -> tuple[Path, float]:
+    """(folder, CPU seconds) of a training with average.pt in it, which is done unless it was."""
+    config, digest = recipe(objective, seed, *updates)
+    folder = work / f"{objective}-{config['optimization']['max_update']}-{seed}"
     command = [*python("train"), work / DIGITS.name, "--config", folder / "recipe.yaml"]
     command += ["--save-dir", folder / "checkpoints"]
     seconds = train_by(command, config, digest, folder)["cpu_seconds"]
     # a fifth of a gigabyte that only the average needs is made into that
     average = folder / "average.pt"
     if not average.exists():
-        last = folder / "checkpoints" / "checkpoint_last.pt"
-        run([*python("ema"), last, "--output", average, "--draws", 4], folder / "ema.log")
+        run([*python("ema"), folder / LAST, "--output", average, "--draws", 4], folder / "ema.log")
         shutil.rmtree(folder / "checkpoints" / "ema")
-    return folder, digest, seconds
+    return folder, seconds
+
+
+def cells_left(name: str, digest: str, wanted: Iterable[str]) -> list[str]:
+    """The cells of a run that are not recorded with this recipe."""
+    known = RECORDED.get(name)["cells"] if RECORDED.has(name, digest) else {}
+    left = [cell for cell in wanted if cell not in known]
+    if not left:
+        print(f"{name}: done before", flush=True)
+    return left
+
+
+def put_cell(name: str, digest: str, cell: str, found: dict, **more) -> None:
+    """Add a cell to the record of its run."""
+    cells = RECORDED.get(name)["cells"] if RECORDED.has(name, digest) else {}
+    record = {"run": name, **today(), "recipe_sha256": digest, **more}
+    RECORDED.put({**record, "cells": {**cells, cell: found}})
+    print(f"{name}, {cell}: {found['ratio']:.2f}", flush=True)
 
 
 def judged(checkpoint: Path, store: Path, **options) -> dict:
@@ -78,65 +104,50 @@ def judged(checkpoint: Path, store: Path, **options) -> dict:
 
 
 def objectives(work: Path) -> None:
+    wanted = {f"{average}-{n}": (average, n) for average in ("usual", "posthoc") for n in STEPS}
     for seed in SEEDS:
         for objective in OBJECTIVES:
-            name = f"objective_{objective}-{seed}"
-            folder, digest, seconds = trained(objective, seed, work)
-            if RECORDED.has(name, digest):
-                print(f"{name}: done before", flush=True)
-                continue
-            averages = {"usual": folder / "checkpoints" / "checkpoint_last.pt"}
-            averages["posthoc"] = folder / "average.pt"
-            cells = {}
-            for average, checkpoint in averages.items():
-                for steps in STEPS:
-                    found = judged(checkpoint, work / DIGITS.name, steps=steps)
-                    cells[f"{average}-{steps}"] = found
-                    print(f"{name}, {average}, {steps} steps: {found['ratio']:.2f}", flush=True)
-            length = torch.load(averages["posthoc"], weights_only=False)["posthoc_ema"]["sigma_rel"]
-            record = {"run": name, **today(), "recipe_sha256": digest, "cpu_seconds": seconds}
-            RECORDED.put({**record, "sigma_rel": length, "cells": cells})
+            name, (_, digest) = f"objective_{objective}-{seed}", recipe(objective, seed)
+            for cell in cells_left(name, digest, wanted):
+                folder, seconds = trained(work, objective, seed)
+                made = folder / "average.pt"
+                length = torch.load(made, weights_only=False)["posthoc_ema"]["sigma_rel"]
+                average, steps = wanted[cell]
+                checkpoint = made if average == "posthoc" else folder / LAST
+                found = judged(checkpoint, work / DIGITS.name, steps=steps)
+                put_cell(name, digest, cell, found, cpu_seconds=seconds, sigma_rel=length)
 
 
 def guidance(work: Path) -> None:
     from diffusion_ext.inference import DiffusionModel
 
     for seed in SEEDS:
-        name = f"guidance_v-{seed}"
-        folder, digest, _ = trained("v", seed, work)
-        early, _, _ = trained("v", seed, work, EARLY)
-        if RECORDED.has(name, digest):
-            print(f"{name}: done before", flush=True)
-            continue
-        last = "checkpoints/checkpoint_last.pt"
-        guide = DiffusionModel.from_checkpoint(early / last, "cpu")
-        cells = {}
-        for way, options in GUIDANCE.items():
-            if way.startswith("worse"):
-                options = {**options, "guide": guide}
-            cells[way] = judged(folder / last, work / DIGITS.name, steps=10, **options)
-            print(f"{name}, {way}: {cells[way]['ratio']:.2f}", flush=True)
-        RECORDED.put({"run": name, **today(), "recipe_sha256": digest, "cells": cells})
+        name, (_, digest) = f"guidance_v-{seed}", recipe("v", seed)
+        for cell in cells_left(name, digest, GUIDANCE):
+            folder, seconds = trained(work, "v", seed)
+            options = dict(GUIDANCE[cell])
+            if cell.startswith("worse"):
+                early, _ = trained(work, "v", seed, EARLY)
+                options["guide"] = DiffusionModel.from_checkpoint(early / LAST, "cpu")
+            found = judged(folder / LAST, work / DIGITS.name, steps=10, **options)
+            put_cell(name, digest, cell, found, cpu_seconds=seconds)
 
 
 def distilled(work: Path) -> None:
     for seed in SEEDS:
-        name = f"distilled_v-{seed}"
-        folder, digest, _ = trained("v", seed, work)
-        if RECORDED.has(name, digest):
-            print(f"{name}: done before", flush=True)
-            continue
-        fast = folder / "distilled"
-        shutil.rmtree(fast, ignore_errors=True)
-        command = [*python("distill"), folder / "checkpoints" / "checkpoint_last.pt"]
-        seconds = run([*command, "--save-dir", fast], folder / "distill.log")
-        cells = {}
-        for steps in (1, 2):
+        name, (_, digest) = f"distilled_v-{seed}", recipe("v", seed)
+        for cell in cells_left(name, digest, ("1", "2")):
+            folder, seconds = trained(work, "v", seed)
+            fast, note = folder / "distilled", folder / "distilled.json"
+            if not note.exists():
+                shutil.rmtree(fast, ignore_errors=True)
+                command = [*python("distill"), folder / LAST, "--save-dir", fast]
+                more = run(command, folder / "distill.log")
+                atomic_json(note, {"cpu_seconds": more})
+            seconds += json.loads(note.read_text())["cpu_seconds"]
             last = fast / "checkpoint_last.pt"
-            cells[f"{steps}"] = judged(last, work / DIGITS.name, steps=steps)
-            print(f"{name}, {steps} steps: {cells[f'{steps}']['ratio']:.2f}", flush=True)
-        record = {"run": name, **today(), "recipe_sha256": digest, "cpu_seconds": seconds}
-        RECORDED.put({**record, "cells": cells})
+            found = judged(last, work / DIGITS.name, steps=int(cell))
+            put_cell(name, digest, cell, found, cpu_seconds=seconds)
 
 
 GROUPS = {"objectives": objectives, "guidance": guidance, "distilled": distilled}
@@ -146,7 +157,7 @@ def picture() -> None:
     """docs/pictures/objectives.png: steps against distance, a line an objective and average; means."""
     from ext_common.plots import curves
 
-    found = [record for record in RECORDED.all() if record["run"].startswith("objective_")]
+    found = [record for record in RECORDED.all() if len(record["cells"]) == 2 * len(STEPS)]
     named = {}
     for objective in OBJECTIVES:
         own = [record for record in found if record["run"].startswith(f"objective_{objective}-")]

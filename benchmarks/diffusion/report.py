@@ -139,11 +139,14 @@ def objective_sections(records: list[dict]) -> dict[str, str]:
         if name.startswith("objective_")
         for average in AVERAGES
     ]
+    heading = "## What is predicted, and in how many steps"
+    if len(rows) == 3 * len(AVERAGES):
+        heading += "\n\n![Steps against distance, a line an objective](../pictures/objectives.png)"
     made = {
         "objectives": section(
             "objectives",
             "objective_",
-            "## What is predicted, and in how many steps",
+            heading,
             [first, *others, *[f"{n} steps" for n in steps]],
             rows,
         )
@@ -160,13 +163,15 @@ def objective_sections(records: list[dict]) -> dict[str, str]:
 
 def cell_scores(records: list[dict], cell: str) -> str:
     """Fréchet distance in floors, and (precision, recall)."""
-    found = [record["cells"][cell] for record in records]
+    found = [record["cells"][cell] for record in records if cell in record["cells"]]
+    if not found:
+        return ""
     others = [mean(one[name] for one in found) for name in ("precision", "recall")]
     return f"{spread([one['ratio'] for one in found])} ({others[0]:.2f}, {others[1]:.2f})"
 
 
 def cell_more(records: list[dict], cell: str) -> list[str]:
-    found = [record["cells"][cell] for record in records]
+    found = [record["cells"][cell] for record in records if cell in record["cells"]]
     names = ("ratio", "precision", "recall", "nearest")
     return [spread([one[name] for one in found]) for name in names]
 
