@@ -91,7 +91,7 @@ SEARCH = {
     "transformer-0.008-0": transformer(0.008, 0.0),
     "transformer-0.008-0-zero_outputs": without(transformer(0.008, 0.0), "zero_outputs"),
     "transformer-0.008-0-all": without(transformer(0.008, 0.0), "all"),
-    "transformer-0.004-0.1-all": without(transformer(0.004, 0.1), "all"),
+    "transformer-0.016-0-all": without(transformer(0.016, 0.0), "all"),
     "lstm-adam-0.004-0.1": lstm("adam", 0.004, 0.1),
     "lstm-adam-0.008-0.1": lstm("adam", 0.008, 0.1),
     "lstm-muon-0.004-0.1": lstm("muon", 0.004, 0.1),
