@@ -1,4 +1,4 @@
-"""What users' audio does to the result: `python -m benchmarks.speaker.audio CKPT --name after`.
+"""What users' audio does to the result: `python -m benchmarks.speaker.audio CKPT PEOPLE.json --name after`.
 
 The same recordings of libri251, spoilt as real ones are, read and embedded by one checkpoint; with the
 package of an older version first on PYTHONPATH and `--name before` it measures that one. One line a name in

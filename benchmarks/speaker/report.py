@@ -37,7 +37,7 @@ def audio_table(records: list[dict]) -> str:
         for name, text in AUDIO.items()
     ]
     made = markdown(["", *(record["run"] for record in columns)], rows)
-    return f"{made}\n\n{origin('python -m benchmarks.speaker.audio', records)}"
+    return f"{made}\n\n{origin('python -m benchmarks.speaker.audio CKPT PEOPLE.json', records)}"
 
 
 def report(records: list[dict]) -> str:

@@ -492,7 +492,7 @@ class Still(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.ema = SimpleNamespace(half_lives=[1.0])
+        self.ema = SimpleNamespace(weights=[1.0])
 
     def forward(self, x, t, label, x0, average):
         return -x
