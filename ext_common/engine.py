@@ -287,8 +287,8 @@ def trained_for(parser: Any, words: Sequence[str]) -> Optional[dict[str, Any]]:
     own = getattr(TASK_REGISTRY.get(name), "__module__", "").startswith(checkpoints.OUR_PLUGINS)
     if own and typed.task not in (None, name):
         raise UsageError(
-            f"--task {typed.task} is not what {path} was trained with: leave it out, or give"
-            f" --task {name}"
+            f"--task {typed.task} is not what {path} was trained with: give --task {name}, or a checkpoint"
+            f" of {typed.task}"
         )
     cfg = (state.get("cfg") or {}).get("task") or {}
     return {"task": name, **{key: cfg[key] for key in _LIMITS if key in cfg}}

@@ -251,8 +251,8 @@ MISTAKES = [
     (("fairseq-generate", GENERATE + " --path {p}/half.pt"), 1, "half.pt is truncated"),
     (
         ("fairseq-generate", GENERATE + " --path {p}/speaker/checkpoint_last.pt"),
-        1,
-        "give transformer",
+        2,
+        "give --task speaker_id, or a checkpoint of translation_spm",
     ),
     (("fairseq-generate", GENERATE + MODEL + " --gen-subset dev"), 1, "has no split 'dev'"),
     (("fairseq-generate", GENERATE + MODEL + " --sampling-topk 3"), 1, "requires --sampling"),

@@ -62,7 +62,14 @@ def run(pipeline, x, seed=0, ctx=None):
 NOISES = [crop(30, 7), crop(200, 8)]
 ROOMS = [np.linspace(0, -12, 40)[:, None] + np.zeros(MELS, dtype=np.float32)]
 FULL = dict(noises=NOISES, impulse_responses=ROOMS)
-EVERY = ["bandwidth:p=1", "channel", "channel:ripple_db=3", "noise:p=1", "reverb:p=1", "specaugment"]
+EVERY = [
+    "bandwidth:p=1",
+    "channel",
+    "channel:ripple_db=3",
+    "noise:p=1",
+    "reverb:p=1",
+    "specaugment",
+]
 
 
 def test_every_augmentation_is_tested_here():
