@@ -32,12 +32,13 @@ def settle(_trainer: Any, cfg: Any, _task: Any, model: Any, *_args: Any, **_kwar
     Without the former a GPU adds in the order in which its threads come to an end. UserError for a backend
     that there is not.
     """
-    if getattr(cfg.task, "deterministic", False):
+    task = cfg.get("task") or {}  # none in a Trainer that is made by hand
+    if getattr(task, "deterministic", False):
         # read by cuBLAS when it begins
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
-    backend = getattr(cfg.task, "compile", "")
+    backend = getattr(task, "compile", "")
     if backend:
         known = torch._dynamo.list_backends(())
         if backend not in known:

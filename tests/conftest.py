@@ -11,6 +11,10 @@ from tests.pairs import all_pairs
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Some wheel installs a package called `tests`, too, which a process of a test must not find before ours.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    dict.fromkeys([str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+)
 
 # Timing differs between machines, and a test suite must say the same thing twice.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -135,7 +135,9 @@ def test_a_folder_gives_its_newest_and_says_which(folder, tmp_path, capsys):
 RECIPES = sorted(CONFIGS.glob("*/*.yaml"))
 # What the recipes' own comments and the page on speakers say is averaged afterwards.
 AVERAGED = {
-    **dict.fromkeys(("fsdd", "hw4", "libri251", "lstm", "tiny_short", "forward", "reverse"), 5),
+    **dict.fromkeys(
+        ("fsdd", "hw4", "libri251", "lstm", "tiny_short", "compact_short", "forward", "reverse"), 5
+    ),
     **dict.fromkeys(("tiny", "base"), 10),
 }
 

@@ -367,7 +367,7 @@ def test_float64_is_float32_with_more_digits():
 
 
 class Cfg:
-    ema_half_life, ema_ramp_up = [100.0], 0.05
+    ema_half_life, ema_ramp_up, ema_snapshots = [100.0], 0.05, 0
 
 
 @pytest.mark.parametrize(

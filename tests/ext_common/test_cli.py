@@ -32,7 +32,8 @@ def raising(error):
         (
             OSError(errno.ENOSPC, "No space left on device", "/data/x"),
             1,
-            "error: /data/x: No space left on device\n",
+            "error: /data/x cannot be written (No space left on device): what was finished before it is"
+            " whole; make room, and run the same command again\n",
         ),
     ],
 )

@@ -19,7 +19,17 @@ GOLDEN = Path(__file__).parent / "golden"
 COMMANDS = json.loads((GOLDEN / "commands.json").read_text())
 # Options that came with the presets.
 NEW = {"presets", "minutes", "save_minutes", "chosen", "balance", "loss_weighting"}
-NEW |= {"deterministic", "compile", "noam_cooldown", "max_update"}
+NEW |= {
+    "init_from",
+    "stop_at_copies",
+    "watch_copies",
+    "time_sampling",
+    "ema_snapshots",
+    "deterministic",
+    "compile",
+    "noam_cooldown",
+    "max_update",
+}
 TINY = "DATA --user-dir fairseq_ext --task speaker_id"
 
 

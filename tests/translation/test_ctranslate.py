@@ -168,7 +168,7 @@ def conversions(monkeypatch):
 
     made = []
 
-    def convert(checkpoint, folder, compute_type, digest, user_dir=None):
+    def convert(checkpoint, folder, compute_type, digest, user_dir=None, ema=None):
         made.append((checkpoint.name, compute_type))
         (folder / "model.bin").write_bytes(b"weights")
         description = {

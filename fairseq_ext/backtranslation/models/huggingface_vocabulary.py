@@ -37,6 +37,10 @@ class HuggingFaceVocabulary:
         # tokenizers hold state while they work
         self._lock = threading.Lock()
 
+    def sentences(self, text: str, ids: Sequence[int]) -> list[str]:
+        """The text, whole: what lines such a model was trained on is not known."""
+        return [text]
+
     def clean(self, line: str) -> str:
         """The line as it is, on one line; "" where nothing can be seen."""
         return normalise(line, self.source_lang, self.convention).strip()
