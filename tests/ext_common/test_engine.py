@@ -274,7 +274,6 @@ def test_another_task_than_that_of_the_checkpoint_is_refused(trained, tmp_path):
 )
 def test_a_checkpoint_of_another_wing_is_told_by_its_task(theirs, ours, refused):
     """And not by lists of weights that do not fit."""
-    import diffusion_ext.task
     import fairseq_ext.speaker.task  # noqa: F401
     from ext_common.checkpoints import refuse_other_wing
 
