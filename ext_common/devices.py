@@ -32,7 +32,7 @@ def settle(_trainer: Any, cfg: Any, _task: Any, model: Any, *_args: Any, **_kwar
     Without the former a GPU adds in the order in which its threads come to an end. UserError for a backend
     that there is not.
     """
-    task = cfg.get("task") or {}  # none in a Trainer that is made by hand
+    task = getattr(cfg, "task", None)  # none in a Trainer that is made by hand
     if getattr(task, "deterministic", False):
         # read by cuBLAS when it begins
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
