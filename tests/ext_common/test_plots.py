@@ -24,7 +24,8 @@ def fairseq_log(kind):
     )
     logger = progress_bar.logger
     logger.addHandler(handler)
-    level, logger.level = logger.level, logging.INFO
+    level = logger.level
+    logger.setLevel(logging.INFO)  # by its method, which forgets what was found disabled before
     make = {
         "json": progress_bar.JsonProgressBar,
         "simple": progress_bar.SimpleProgressBar,
@@ -42,7 +43,7 @@ def fairseq_log(kind):
             valid.print({**stats, "best_accuracy": 20.0 * epoch}, tag="valid")
     finally:
         logger.removeHandler(handler)
-        logger.level = level
+        logger.setLevel(level)
     return stream.getvalue().splitlines()
 
 
