@@ -19,8 +19,6 @@ FLAGS = ("--batch-size", 3, "--max-epoch", 2)  # of 8 updates each
 def signals(monkeypatch):
     """signals({update: number}): what this process is sent while it makes that update; reset afterwards."""
     engine.apply()
-    # where the tests run in the background of a shell it is ignored, and stays so
-    found = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     step = trainer.Trainer.train_step
 
@@ -34,7 +32,6 @@ def signals(monkeypatch):
 
     yield send
     assert {n: signal.getsignal(n) for n in before} == before, "handlers are given back"
-    signal.signal(signal.SIGINT, found)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

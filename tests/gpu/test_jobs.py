@@ -5,6 +5,7 @@ Data and checkpoints are those of tests/golden. What has no CPU half is skipped 
 
 import re
 import shlex
+import sys
 import tarfile
 from pathlib import Path
 
@@ -178,7 +179,7 @@ def test_commands(train, device):
     """Each on the device, from the checkpoints of tests/golden."""
     (train.folder / "lines.en").write_text("I like red apples.\nwe see big houses.\n")
     for name, command in COMMANDS.items():
-        words = ["python", *shlex.split(command)]
+        words = [sys.executable, *shlex.split(command)]
         words += [] if name == "export" else ["--device", device]
         run_command(words, train.folder, PYTHONPATH=str(ROOT))
     assert (train.folder / "out.zh").read_text("utf-8").count("\n") == 2
