@@ -26,12 +26,14 @@ KEPT = 600  # seconds that what was uploaded is kept
 HERE = ("127.0.0.1", "localhost", "::1")
 # The colours that come with it are too faint, on some parts, to be read by everybody.
 STYLE = """
+:root {--body-text-color-subdued: #4b5563; --input-placeholder-color: #4b5563}
+.dark {--body-text-color-subdued: #b6bcc6; --input-placeholder-color: #b6bcc6}
 :root, .dark {--button-primary-background-fill: #b93b0a; --button-primary-background-fill-hover: #9a3008}
 footer {display: none !important}
 figure img {image-rendering: pixelated; max-width: 100%}
 @media (max-width: 500px) {.tab-container button {padding: 0 6px !important}}
 figure.wide img {width: 100%; height: 160px}
-.min_value, .max_value, .or {color: var(--body-text-color) !important; opacity: 1 !important}
+.min_value, .max_value, .or, input.subdued {color: var(--body-text-color) !important; opacity: 1 !important}
 """
 
 
