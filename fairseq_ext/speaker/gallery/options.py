@@ -3,28 +3,17 @@
 from dataclasses import dataclass, field
 from typing import List, Optional
 
-from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
+from fairseq_ext.speaker.inference import SpeakerModel
+from fairseq_ext.speaker.inference.inputs import RunOptions
 from fairseq_ext.speaker.verify.voices import Runner
 
 
 @dataclass
-class ModelOptions:
-    """What every command that runs a model has."""
+class ModelOptions(RunOptions):
+    """What every command of a gallery that runs a model has."""
 
-    path: str = field(metadata={"help": "checkpoint that fairseq-train wrote"})
     subset: Optional[str] = field(
         default=None, metadata={"help": "split of a prepared folder; none: all of it"}
-    )
-    device: str = field(
-        default="auto", metadata={"help": "cpu, cuda, cuda:1; auto: CUDA where there is one"}
-    )
-    user_dir: Optional[str] = field(
-        default=None,
-        metadata={"help": "plugin with the model's parts; none: the one it was trained with"},
-    )
-    max_frames: int = field(
-        default=MAX_FRAMES,
-        metadata={"help": "padded frames (of 10 ms) in a batch: less memory where smaller"},
     )
 
 
@@ -62,6 +51,7 @@ class CalibrateOptions(ModelOptions):
     seed: int = field(default=1, metadata={"help": "of the recording drawn of each stranger"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.fpir < 1:
             raise ValueError(f"--fpir lies between 0 and 1, got {self.fpir}")
         if self.window is not None and not self.window > 0:
@@ -93,6 +83,7 @@ class GalleryIdentifyOptions(ModelOptions):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.prior_known < 1:
             raise ValueError(f"--prior-known lies between 0 and 1, got {self.prior_known}")
         for name in ("every", "window"):

@@ -25,14 +25,10 @@ DATA_FILES = ("features.bin", "features.json", "utterances.csv", "corpus.json", 
 
 
 @dataclass
-class PredictOptions:
+class RunOptions:
     """What every command that runs a model has."""
 
     path: str = field(metadata={"help": "checkpoint that fairseq-train wrote"})
-    batch_size: Optional[int] = field(
-        default=None,
-        metadata={"help": "utterances in a batch; none: as many as --max-frames allows"},
-    )
     max_frames: int = field(
         default=MAX_FRAMES,
         metadata={"help": "padded frames (of 10 ms) in a batch: less memory where smaller"},
@@ -44,6 +40,29 @@ class PredictOptions:
         default=None,
         metadata={"help": "plugin with the model's parts; none: the one it was trained with"},
     )
+
+    def __post_init__(self) -> None:
+        check_positive(self, "max_frames")
+
+
+@dataclass
+class BatchOptions(RunOptions):
+    """What a command has that may hold utterances together in a batch."""
+
+    batch_size: Optional[int] = field(
+        default=None,
+        metadata={"help": "utterances in a batch; none: as many as --max-frames allows"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "batch_size")
+
+
+@dataclass
+class PredictOptions(BatchOptions):
+    """What `identify` and `embed` have."""
+
     channel: Optional[str] = field(
         default=None,
         metadata={
@@ -52,11 +71,12 @@ class PredictOptions:
         },
     )
 
-    def __post_init__(self):
-        for name in ("batch_size", "max_frames"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+def check_positive(options: object, name: str) -> None:
+    """ValueError where an option that counts something is below 1; None is none."""
+    value = getattr(options, name)
+    if value is not None and value < 1:
+        raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 class PreparedSplit:

@@ -16,8 +16,8 @@ import numpy as np
 
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
 from ext_common.manifest import MANIFEST_NAME, atomic_json, beside, known_sha256, versions
-from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
-from fairseq_ext.speaker.inference.inputs import check_output
+from fairseq_ext.speaker.inference import SpeakerModel
+from fairseq_ext.speaker.inference.inputs import BatchOptions, check_output, check_positive
 from fairseq_ext.speaker.verify import report
 from fairseq_ext.speaker.verify.backend import QUALITIES, Backend, Side
 from fairseq_ext.speaker.verify.compared import Compared, asked_threshold, measured
@@ -51,7 +51,7 @@ Exit codes: 0 done, 1 failed, 2 bad usage.
 
 
 @dataclass
-class VerifyOptions:
+class VerifyOptions(BatchOptions):
     """Options of `verify`."""
 
     path: Optional[str] = field(
@@ -121,27 +121,10 @@ class VerifyOptions:
         default=200, metadata={"help": "resamplings of the intervals; 0: no intervals"}
     )
     seed: int = field(default=1, metadata={"help": "of the resampling and of --pairs"})
-    batch_size: Optional[int] = field(
-        default=None,
-        metadata={"help": "utterances in a batch; none: as many as --max-frames allows"},
-    )
-    max_frames: int = field(
-        default=MAX_FRAMES,
-        metadata={"help": "padded frames (of 10 ms) in a batch: less memory where smaller"},
-    )
-    device: str = field(
-        default="auto", metadata={"help": "cpu, cuda, cuda:1; auto: CUDA where there is one"}
-    )
-    user_dir: Optional[str] = field(
-        default=None,
-        metadata={"help": "plugin with the model's parts; none: the one it was trained with"},
-    )
 
     def __post_init__(self):
-        for name in ("batch_size", "max_frames", "pairs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        super().__post_init__()
+        check_positive(self, "pairs")
         if self.draws < 0:
             raise ValueError(f"--draws must not be negative, got {self.draws}")
         if self.piece is not None and not self.piece > 0:
