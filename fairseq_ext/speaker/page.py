@@ -18,6 +18,7 @@ from fairseq_ext.speaker.gallery.options import GalleryIdentifyOptions
 from fairseq_ext.speaker.gallery.store import Gallery, changing
 from fairseq_ext.speaker.inference import SpeakerModel
 from fairseq_ext.speaker.verify.backend import Backend, Side
+from fairseq_ext.speaker.verify.scores import unit
 
 LONGEST = 600  # seconds of a recording
 SHOWN = 5
@@ -40,8 +41,8 @@ def tab(models: list[Model], settings: Settings) -> None:
 
     @answered
     def compare(path: str, one: Optional[str], other: Optional[str]) -> str:
-        a, b = load(path).embed([usable(one), usable(other)])
-        cosine = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+        a, b = unit(load(path).embed([usable(one), usable(other)]))
+        cosine = float(a @ b)
         return f"## Cosine {cosine:.3f}\n1: the same voice; about 0: two voices that have nothing in common."
 
     @answered

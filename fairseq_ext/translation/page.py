@@ -1,7 +1,7 @@
 """The translation tab of `python -m ext_common.page`: a text, its translations, and where the model looks."""
 
 import html
-import os
+import itertools
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -21,6 +21,7 @@ from fairseq_ext.translation.decode.checkpoint import (
 )
 from fairseq_ext.translation.decode.options import DecodeOptions
 from fairseq_ext.translation.decode.translator import Translator
+from fairseq_ext.translation.text.normalise import read_lines
 
 NBEST = 5
 LONGEST = 10_000  # characters that are typed, lines of a file
@@ -70,11 +71,15 @@ def tab(models: list[Model], settings: Settings) -> None:
         done: list[str] = []
         for start in range(0, len(lines), STEP):
             progress((start, len(lines)), unit="lines")
+            yield gr.DownloadButton(visible=False)  # where a cancelled one ends
             done += load(path)(lines[start : start + STEP])
-        folder = tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR") or str(Path(given).parent))
-        out = Path(folder, f"{Path(given).stem}.{load(path).vocabulary.target_lang}.txt")
-        out.write_text("".join(f"{line}\n" for line in done), encoding="utf-8")
-        yield gr.DownloadButton(value=str(out), visible=True)
+        language = load(path).vocabulary.target_lang
+        with (
+            tempfile.TemporaryDirectory() as folder
+        ):  # the page takes a copy, which it deletes in time
+            out = Path(folder, f"{Path(given).stem}.{language}.txt")
+            out.write_text("".join(f"{line}\n" for line in done), encoding="utf-8")
+            yield gr.DownloadButton(value=str(out), visible=True)
 
     busy: dict[str, Any] = dict(concurrency_id="translation", concurrency_limit=1)
     with gr.Tab("Translation"):
@@ -105,7 +110,9 @@ def tab(models: list[Model], settings: Settings) -> None:
             given = gr.File(label="Text, UTF-8, a sentence a line", file_types=[".txt", "text"])
             start, stop = gr.Button("Translate the file"), gr.Button("Cancel")
             out = gr.DownloadButton("Save its translation", visible=False)
-            running = start.click(translate_file, [model, given], out, **busy)
+            running = start.click(
+                translate_file, [model, given], out, api_name="translate_file", **busy
+            )
             stop.click(None, cancels=[running])
 
 
@@ -128,16 +135,10 @@ def usable(text: str) -> list[str]:
 
 def text_lines(path: str) -> list[str]:
     """The lines of a text file; UserError for one that is none, or too long."""
-    name = Path(path).name
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name} is no UTF-8 text (byte {error.start}): save it as UTF-8 text"
-        ) from None
+    name, lines = Path(path).name, list(itertools.islice(read_lines(path), LONGEST + 1))
     if not lines or len(lines) > LONGEST:
         raise UserError(
-            f"{name} has {len(lines):,} lines, the page takes 1 to {LONGEST:,}: use"
+            f"{name} has {'no' if not lines else 'more'} lines, the page takes 1 to {LONGEST:,}: use"
             " python -m fairseq_ext.translation.translate"
         )
     return lines

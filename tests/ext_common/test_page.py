@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -106,6 +107,17 @@ def test_translates_and_shows_where_it_looked(client, paths):
     )
     assert rows["data"][0][0] == best and len(rows["data"]) == 5
     assert 'class="t0" tabindex="0"' in looks
+
+
+def test_a_file_has_as_many_lines_when_it_is_translated(client, paths, tmp_path):
+    given = tmp_path / "lines.txt"
+    given.write_text("I like red\u2028apples.\n\nwe see big houses.\n", encoding="utf-8")
+    job = client.submit(paths["translation"], handle_file(str(given)), api_name="/translate_file")
+    button = job.result()
+    assert len(job.outputs()) == 2  # hidden while it works, so that it can be cancelled there
+    text = httpx.get(button["value"]["url"]).text
+    lines = ["I like red\u2028apples.", "", "we see big houses."]
+    assert text.split("\n") == [*Translator.from_checkpoint(paths["translation"])(lines), ""]
 
 
 def test_draws_what_the_command_draws(client, paths):
