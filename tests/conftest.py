@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 # Timing differs between machines, and a test suite must say the same thing twice.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _loaders_that_failed_end_soon():
+    """Garbage collection waits so many seconds for each of their workers, in whatever test it happens."""
+    if "torch.utils.data" in sys.modules:
+        sys.modules["torch.utils.data"]._utils.MP_STATUS_CHECK_INTERVAL = 0.5
 
 
 @pytest.fixture(scope="session")

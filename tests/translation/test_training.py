@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import processes
 from tests.trainings import assert_can_be_followed, assert_same_run, read, run_on_terminal
 
 from .conftest import ROOT, train_flags
@@ -43,6 +44,11 @@ def test_20_and_20_updates_are_40(toy_data, tmp_path, more):
     assert sorted(first) == list(range(1, 21)) and min(second) == 21
     assert any(not torch.equal(whole[name], half[name]) for name in whole)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+    # by a command that loads no more than it needs
+    command = [sys.executable, "-m", "fairseq_ext.translation.translate", "-", "-"]
+    command += ["--path", tmp_path / "whole" / "checkpoint_last.pt", "--beam", "1"]
+    done = processes.run(command, cwd=ROOT, input="a\n", capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
 
 
 @pytest.mark.slow

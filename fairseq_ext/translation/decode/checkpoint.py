@@ -181,6 +181,6 @@ def build_model(
     """The fairseq model of a checkpoint's state with its weights, in evaluation mode."""
     # fairseq's encoders give one mask as bool, one as float
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
-    parts = ["fairseq_ext.translation.task"]
+    parts = ["fairseq_ext.translation.task", "fairseq_ext.translation.model"]
     network = checkpoints.build_network(state, Path(path), parts, user_dir)
     return network.eval().requires_grad_(False)
