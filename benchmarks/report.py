@@ -56,7 +56,11 @@ def pages() -> dict[str, str]:
         "translation": translation.tables(
             recorded("translation_tables"), recorded("translation_tests")
         )
-        | {"compact": compact.report(recorded("translation_compact"))},
+        | {
+            "compact": compact.report(
+                recorded("translation_compact"), recorded("translation_tests")
+            )
+        },
         "backtranslation": backtranslation.tables(
             recorded("backtranslation_tables"), recorded("backtranslation_tests")
         ),

@@ -7,7 +7,7 @@ that has its line is not done again. How many updates fit into the time `pace` m
 turn. What is still to be run `--list` lists.
 
     pace         CPU seconds an update of each system and corpus
-    search       seed 1, as many runs for either side: what is best on valid is chosen
+    search       seed 1: what is best on valid is chosen; the LSTM's search is that of translation_tables, too
     chosen       the best of either side, 3 seeds
     ingredients  the best Transformer without each of its parts, seed 1
     growing      both, on parts of pydocs of 5 to 49 thousand pairs, for 24 minutes, seed 1
@@ -35,11 +35,14 @@ from benchmarks.recorded import (
     run,
     train,
 )
+from benchmarks.translation import tables
 from benchmarks.translation.runs import Runs, python
+from benchmarks.translation.significance import Pairs, record_tests, significance_table
 from benchmarks.translation.tables import CONFIGS, SEEDS, prepare
 
 COMMAND = "python -m benchmarks.translation.compact"
 RECORDED = Results(RESULTS / "translation_compact.jsonl")
+TABLE = "compact"
 # CPU seconds of a run's updates; a twelfth more goes into starting, validations and checkpoints.
 SECONDS = {"short": 440.0, "long": 1320.0}
 # Updates whose seconds `pace` subtracts, so that what happens once does not count.
@@ -56,63 +59,78 @@ def transformer(rate: float, dropout: float, **changes: Any) -> tuple[str, Chang
     return "compact_short", {"optimization.lr": [rate], "model.dropout": dropout, **changes}
 
 
-def lstm(optimizer: str, rate: float, dropout: float) -> tuple[str, Changes]:
-    """With a rate that ends at 0, as the Transformer has."""
-    changes: Changes = {
-        "lr_scheduler": {"_name": "cosine", "warmup_updates": WARMUP},
-        "optimization.lr": [rate],
-        "model.dropout": dropout,
-    }
-    if optimizer == "muon":
+def lstm(how: str, rate: float, dropout: float) -> tuple[str, Changes]:
+    """With a rate that ends at 0, as the Transformer has, unless `how` is constant."""
+    changes: Changes = {"optimization.lr": [rate], "model.dropout": dropout}
+    if how != "constant":
+        changes["lr_scheduler"] = {"_name": "cosine", "warmup_updates": WARMUP}
+    if how == "muon":
         changes["optimizer"] = {"_name": "muon", "adam_betas": "(0.9, 0.98)"}
     return "lstm", changes
 
 
-# What of our Transformer is changed back, one at a time; all: fairseq's own of this size.
+# What of our Transformer is changed, one at a time; all: fairseq's own of this size.
 PARTS: dict[str, Changes] = {
     "rotary": {"model.no_rotary": True},
     "qk_norm": {"model.no_qk_norm": True},
     "neighbours": {"model.no_neighbours": True},
     "squared_relu": {"model.no_squared_relu": True},
-    "zero_outputs": {"model.no_zero_outputs": True},
+    "zero_outputs": {"model.no_zero_outputs": False},
     "bf16_matrices": {"model.no_bf16_matrices": True},
     "muon": {"optimizer": {"_name": "adam", "adam_betas": "(0.9, 0.98)"}},
-    "all": {"defaults": [{"model": "shallow"}, "_self_"]},
+    "all": {"defaults": [{"model": "shallow"}, "_self_"], "model": {"dropout": 0.0}},
 }
 
 
-def without(what: tuple[str, Changes], part: str) -> tuple[str, Changes]:
+def changed(what: tuple[str, Changes], part: str) -> tuple[str, Changes]:
     recipe, changes = what
     return recipe, {**changes, **PARTS[part]}
 
 
-# Name → (recipe, changes). The LSTM with Adam at the constant rate of translation_tables is beside them.
+# Name → (recipe, changes).
 SEARCH = {
     "transformer-0.008-0": transformer(0.008, 0.0),
-    "transformer-0.008-0-zero_outputs": without(transformer(0.008, 0.0), "zero_outputs"),
-    "transformer-0.008-0-all": without(transformer(0.008, 0.0), "all"),
-    "transformer-0.016-0-all": without(transformer(0.016, 0.0), "all"),
+    "transformer-0.008-0-zero_outputs": changed(transformer(0.008, 0.0), "zero_outputs"),
+    "transformer-0.008-0-all": changed(transformer(0.008, 0.0), "all"),
+    "transformer-0.016-0-all": changed(transformer(0.016, 0.0), "all"),
     "lstm-adam-0.004-0.1": lstm("adam", 0.004, 0.1),
     "lstm-adam-0.008-0.1": lstm("adam", 0.008, 0.1),
     "lstm-muon-0.004-0.1": lstm("muon", 0.004, 0.1),
-    "lstm-muon-0.008-0": lstm("muon", 0.008, 0.0),
+    "lstm-constant-0.008-0.1": lstm("constant", 0.008, 0.1),
 }
+# Of translation_tables: the best of its search, of as many CPU seconds, with three seeds.
+KNOWN = {"lstm-constant-0.004-0.1": "lstm-0.004-0.1"}
 
 
 def system_of(name: str) -> str:
     """What of a run's name decides on its CPU seconds an update: transformer, lstm-adam, …"""
     kind, *rest = name.split("-")
-    return "-".join([kind, *(part for part in rest if part in ("adam", "muon", *PARTS))])
+    ways = ("adam", "muon", "constant", *PARTS)
+    return "-".join([kind, *(part for part in rest if part in ways)])
 
 
-def best_of(side: str) -> tuple[str, tuple[str, Changes]]:
-    """The run of the search that is best on valid; SystemExit where none is recorded."""
-    runs = {name: RECORDED.get(f"short-{name}-1") for name in SEARCH if name.startswith(side)}
-    done = {name: run["valid"]["bleu"] for name, run in runs.items() if run}
-    if not done:
+def runs_of(name: str, length: str = "short") -> list[dict]:
+    """The records of a system that was searched or is known, one a seed."""
+    if name in KNOWN and length == "short":
+        found = [tables.RECORDED.get(f"{KNOWN[name]}-{seed}") for seed in SEEDS]
+    else:
+        found = [RECORDED.get(f"{length}-{name}-{seed}") for seed in SEEDS]
+    return [run for run in found if run]
+
+
+def best_of(side: str) -> str:
+    """The run of the search that is best on valid, seed 1; SystemExit where none of it is recorded."""
+    names = [name for name in SEARCH if name.startswith(side) and runs_of(name)]
+    if not names:
         raise SystemExit(f"error: no run of {side} is recorded: run the group search first")
-    name = max(done, key=lambda one: done[one])
-    return name, SEARCH[name]
+    names += [name for name in KNOWN if name.startswith(side)]
+    return max(names, key=lambda name: runs_of(name)[0]["valid"]["bleu"])
+
+
+def system(name: str) -> tuple[str, Changes]:
+    """Recipe and changes of a name."""
+    kind, *rest = name.split("-")
+    return SEARCH.get(name) or lstm(rest[0], float(rest[1]), float(rest[2]))
 
 
 def wanted(group: str) -> dict[str, tuple[str, Changes, str]]:
@@ -121,15 +139,16 @@ def wanted(group: str) -> dict[str, tuple[str, Changes, str]]:
         return {f"short-{name}-1": (*what, "cmn") for name, what in SEARCH.items()}
     if group == "ingredients":
         # of its rate and dropout, with all parts and without each
-        rate, dropout = best_of("transformer")[0].split("-")[1:3]
+        rate, dropout = best_of("transformer").split("-")[1:3]
         name, whole = f"transformer-{rate}-{dropout}", transformer(float(rate), float(dropout))
-        runs = {f"short-{name}-{part}-1": (*without(whole, part), "cmn") for part in PARTS}
+        runs = {f"short-{name}-{part}-1": (*changed(whole, part), "cmn") for part in PARTS}
         return {f"short-{name}-1": (*whole, "cmn"), **runs}
-    both = dict(best_of(side) for side in ("transformer", "lstm"))
+    both = {name: system(name) for name in map(best_of, ("transformer", "lstm"))}
     if group == "growing":
         return {f"long-{n}-{size}k-1": (*w, size) for size in SIZES for n, w in both.items()}
     length, seeds = ("short", SEEDS) if group == "chosen" else ("long", SEEDS[:1])
-    return {f"{length}-{n}-{seed}": (*w, "cmn") for seed in seeds for n, w in both.items()}
+    runs = {n: w for n, w in both.items() if not (group == "chosen" and n in KNOWN)}
+    return {f"{length}-{n}-{seed}": (*w, "cmn") for seed in seeds for n, w in runs.items()}
 
 
 GROUPS = ("search", "chosen", "ingredients", "longer", "growing")
@@ -220,9 +239,19 @@ def write_pairs(path: Path, split: str, most: int) -> Path:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def report(records: Iterable[dict]) -> str:
+def compared() -> Pairs:
+    """The best of either side in 8 minutes and in 24."""
+    ours, theirs = best_of("transformer"), best_of("lstm")
+    pairs = {f"{k}-{ours} − {theirs}": (runs_of(ours, k), runs_of(theirs, k)) for k in SECONDS}
+    return {title: pair for title, pair in pairs.items() if all(pair)}
+
+
+def report(records: Iterable[dict], tests: Iterable[dict]) -> str:
     """A row a system: BLEU over its seeds, and what it took."""
     systems: dict[str, list[dict]] = {}
+    for known, there in KNOWN.items():
+        found = [r for r in map(tables.RECORDED.get, (f"{there}-{k}" for k in SEEDS)) if r]
+        systems[f"short-{known}"] = found
     for record in records:
         if not record["run"].startswith("pace-"):
             systems.setdefault(record["run"].rsplit("-", 1)[0], []).append(record)
@@ -234,10 +263,9 @@ def report(records: Iterable[dict]) -> str:
         parameters = f"{runs[0]['parameters']:,}"
         rows.append([name, *scores, parameters, str(updates), f"{cpu:.0f}", str(len(runs))])
     head = ["run", "test BLEU", "valid BLEU", "parameters", "updates", "CPU s", "seeds"]
-    if not rows:
-        return f"*Nothing of `{COMMAND}` has been run yet.*"
     runs = [run for some in systems.values() for run in some]
-    return f"{markdown(head, rows)}\n\n{origin(COMMAND, runs)}"
+    made = [markdown(head, rows), significance_table(list(tests), TABLE), origin(COMMAND, runs)]
+    return "\n\n".join(made)
 
 
 def main() -> None:
@@ -259,7 +287,10 @@ def main() -> None:
             if args.only in (None, name):
                 made = with_length(args.work, name, what)
                 Runs(RECORDED, CONFIGS, args.work, best_of=True).do({name: made}, 1)
-    print(report(RECORDED.all()))
+    if not args.report:
+        references = corpus_data(args.work, "cmn") / "text" / "test.zh"
+        record_tests(tables.TESTS, {TABLE: compared()}, references)
+    print(report(RECORDED.all(), tables.TESTS.all()))
 
 
 def missing(groups: Iterable[str]) -> Iterator[str]:

@@ -8,15 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ext_common.presets import Choice, Machine, TaskPresets, shared_batch, short_warmup
+from ext_common.presets import Choice, Machine, TaskPresets, cosine, shared_batch, short_warmup
 from fairseq_ext.translation.corpus import Corpus
 
 # Pairs from which a GPU trains the base model.
 MANY_PAIRS = 200_000
 # Of short sentences: about so many pairs are an update of the model for minutes.
 PAIRS_AN_UPDATE = 56
-PASSES = 6
+PASSES = 5
 ROUND_TO = 500
+# From so many passes on a model of minutes learns its pairs by heart without dropout; its updates a minute
+# on one core say what --minutes gives.
+MANY_PASSES = 10
+UPDATES_A_MINUTE = 350
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Size:
-    """A model and how it is trained; tokens: padded pieces of an update, at most `most` of them a process."""
+    """A model and how it is trained; tokens: padded pieces of an update, at most `most` of them a process.
+
+    muon: the rate of Muon, with a cosine; Adam with Noam's rate, whose factor is `factor`, where it is 0.
+    more: flags of the model.
+    """
 
     about: str
     arch: str
@@ -44,16 +52,20 @@ class Size:
     updates: int
     tokens: int
     norm_first: bool = True
+    muon: float = 0.0
     most: int = 0
     saved: int = 0
     keep: int = 10
     workers: int = 0
+    more: tuple[str, ...] = ()
 
 
 MINUTES = Size(
-    "a small model for minutes on a CPU, six passes",
-    *("transformer_iwslt_de_en", 4, 128, 256, 4, "0.1", 0.45, 400, 3000, 600),
-    saved=200,
+    "a small model for minutes on a CPU, five passes",
+    *("transformer_compact", 2, 192, 384, 4, "0", 0.45, 200, 2500, 600),
+    muon=0.008,
+    saved=150,
+    more=("--no-zero-outputs",),
     keep=5,
 )
 TINY = Size(
@@ -90,34 +102,52 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
         passes = PASSES * facts.pairs / PAIRS_AN_UPDATE
         least = max(least, ROUND_TO * math.ceil(passes / ROUND_TO))
     updates = asked.get("max_update", least)
-    warmup = short_warmup(updates, size.warmup)
-    # the peak of the rate stays where the warm-up is shorter
-    factor = size.factor * math.sqrt(warmup / size.warmup)
-    peak = size.factor / math.sqrt(size.width * size.warmup)
-    noam = {
-        "--lr-scheduler": "noam",
-        "--noam-factor": f"{factor:g}",
-        "--warmup-updates": str(warmup),
-    }
-    rate = {} if asked.get("lr_scheduler", "noam") == "noam" else {"--lr": f"{peak:.2g}"}
+    flags = model(size, facts.joint)
+    longest = max(updates, machine.minutes * UPDATES_A_MINUTE)
+    if size is MINUTES and longest * PAIRS_AN_UPDATE > MANY_PASSES * facts.pairs:
+        flags["--dropout"] = "0.1"
     tokens, freq, together = shared_batch(size.tokens, machine.processes, size.most)
     batch = {"--max-tokens": str(tokens)} | ({"--update-freq": str(freq)} if freq > 1 else {})
     return [
         Choice("data", {}, f"{facts.pairs:,} pairs, {' and '.join(facts.languages)}: {size.about}"),
-        Choice("arch", model(size, facts.joint), size.about),
+        Choice("arch", flags, size.about),
         Choice(
             "criterion",
             {"--criterion": "label_smoothed_cross_entropy", "--label-smoothing": "0.1"},
             "as Vaswani et al. 2017",
         ),
-        Choice("optimizer", {"--optimizer": "adam", "--adam-betas": "(0.9, 0.98)"}, "as there"),
-        Choice("rate", rate, f"the peak that noam would have, for {size.tokens} pieces an update"),
-        Choice("schedule", noam, f"rises to {peak:.1e}, then falls with the inverse square root"),
+        *learning(size, updates, asked),
         Choice("batch", batch, together or "padded pieces of a side an update"),
         Choice("length", {"--max-update": str(least)}, f"at most, for {facts.pairs:,} pairs"),
         Choice("checkpoints", checkpoints(size, least), "for `average`, behind the best one"),
         Choice("stop", {"--patience": "10"}, "validations without a better BLEU"),
         Choice("loading", {"--num-workers": str(size.workers), "--log-interval": "100"}, ""),
+    ]
+
+
+def learning(size: Size, updates: int, asked: Mapping[str, Any]) -> list[Choice]:
+    """Optimizer, rate and schedule."""
+    betas: dict[str, str | None] = {"--adam-betas": "(0.9, 0.98)"}
+    # who names an option of Noam's schedule wants it
+    if size.muon and not {"noam_factor", "noam_cooldown"} & asked.keys():
+        optimizer = {"--optimizer": "muon"} | betas
+        schedule, falls = cosine(updates, size.warmup, asked), "rises for a moment, then falls to 0"
+        peak, why = size.muon, "for the matrices; Adam has the rest"
+    else:
+        optimizer = {"--optimizer": "adam"} | betas
+        warmup = short_warmup(updates, size.warmup)
+        peak, why = size.factor / math.sqrt(size.width * size.warmup), "as Vaswani et al. 2017"
+        # the peak of the rate stays where the warm-up is shorter
+        factor = size.factor * math.sqrt(warmup / size.warmup)
+        schedule = {"--lr-scheduler": "noam", "--noam-factor": f"{factor:g}"}
+        schedule["--warmup-updates"] = str(warmup)
+        falls = f"rises to {peak:.1e}, then falls with the inverse square root"
+    own = asked.get("lr_scheduler", schedule["--lr-scheduler"])
+    rate = {} if own == "noam" else {"--lr": f"{peak:.2g}"}
+    return [
+        Choice("optimizer", optimizer, why),
+        Choice("rate", rate, f"the peak, for {size.tokens} pieces an update"),
+        Choice("schedule", schedule, falls),
     ]
 
 
@@ -134,7 +164,7 @@ def model(size: Size, joint: bool) -> dict[str, str | None]:
         if size.norm_first:
             flags[f"--{side}-normalize-before"] = None
     shared = "--share-all-embeddings" if joint else "--share-decoder-input-output-embed"
-    return flags | {shared: None, "--dropout": size.dropout}
+    return flags | {shared: None, "--dropout": size.dropout} | dict.fromkeys(size.more)
 
 
 def checkpoints(size: Size, updates: int) -> dict[str, str | None]:
@@ -151,9 +181,9 @@ def checkpoints(size: Size, updates: int) -> dict[str, str | None]:
 
 PRESETS = TaskPresets(
     {
-        "arch": "transformer_iwslt_de_en",
+        "arch": "transformer_compact",
         "criterion": "label_smoothed_cross_entropy",
-        "optimizer": "adam",
+        "optimizer": "muon",
         "lr_scheduler": "noam",
     },
     read,

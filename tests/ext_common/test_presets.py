@@ -179,7 +179,7 @@ SNAPSHOTS = {
     "speaker_id/libri251": lambda: speaker(0.78, 251, 1121),
     "speaker_id/fsdd": lambda: speaker(0.36, 6, 3000),
     "speaker_id/hw4": lambda: speaker(118, 600, 64_666),
-    "translation/tiny_short": lambda: translation(27_835, False),
+    "translation/compact_short": lambda: translation(27_835, False),
     "translation/tiny": lambda: translation(27_835, True),
     "translation/base": lambda: translation(400_000, True),
     "diffusion/digits": lambda: diffusion(16, 16, 1, 1797, 10),
