@@ -3,8 +3,8 @@
 #
 #     bash scripts/test.sh [fast] [PYTEST ARGUMENT...]
 #
-# Runs ruff, mypy, the fast tests and then those marked slow; with `fast` as first word without the slow
-# ones. Further arguments go to pytest: bash scripts/test.sh fast tests/speaker -k pooling
+# Runs ruff, mypy and the tests; with `fast` as first word without those marked slow. Further arguments
+# go to pytest: bash scripts/test.sh fast tests/speaker -k pooling
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 case "${1:-}" in
@@ -13,35 +13,33 @@ case "${1:-}" in
     exit 0
     ;;
 esac
-suites=("not slow" "slow")
+which="slow or not slow"
 if [ "${1:-}" = fast ]; then
-    suites=("not slow")
+    which="not slow"
     shift
 fi
 
 bash scripts/setup.sh test || exit 1
 python=.venv/bin/python
 failed=()
-ran=
 
 $python -m ruff check . || failed+=("ruff check")
 $python -m ruff format --check . || failed+=("ruff format (mend with: $python -m ruff format .)")
-$python -m mypy || failed+=("mypy")
-# A process for each core, and a thread for each of these; a file stays in one process, as what its tests share
-# is made once a process.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-for suite in "${suites[@]}"; do
-    $python -m pytest -q --durations=5 -n auto --maxprocesses 8 --dist loadfile -m "$suite" "$@"
-    code=$?
-    # 5: nothing selected. Right for one of the suites when arguments select from the other only.
-    case $code in
-    0) ran=yes ;;
-    5) ;;
-    130 | 2) exit "$code" ;;
-    *) failed+=("tests ($suite)") ;;
-    esac
-done
-[ -n "$ran" ] || [ ${#failed[@]} -gt 0 ] || failed+=("no test selected")
+types=$(mktemp)
+$python -m mypy >"$types" 2>&1 &
+trap 'rm -f "$types"; kill $! 2>/dev/null' EXIT
+# A process for each core, and a thread for each of these; who has nothing left takes half of another's.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} \
+    $python -m pytest -q --durations=5 -n auto --maxprocesses 8 --dist worksteal -m "$which" "$@"
+code=$?
+case $code in
+0) ;;
+2 | 130) exit "$code" ;;
+5) failed+=("no test selected") ;;
+*) failed+=("tests") ;;
+esac
+wait $! || failed+=("mypy")
+cat "$types"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'FAILED: %s\n' "${failed[@]}" >&2

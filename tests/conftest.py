@@ -49,7 +49,9 @@ def shared_data() -> Path:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of a test marked `pairs`, leave the cases that show every two values of its parameters together."""
+    """Of a test marked `pairs`, leave the cases that show every two values of its parameters together; slow
+    ones come first, so that no process is left alone with one at the end.
+    """
     cases = {}
     for item in items:
         if item.get_closest_marker("pairs") and hasattr(item, "callspec"):
@@ -60,3 +62,4 @@ def pytest_collection_modifyitems(config, items):
         left_out |= {item for i, item in enumerate(group) if i not in kept}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

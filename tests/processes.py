@@ -1,10 +1,12 @@
 """Commands as processes of their own, without the seconds that importing torch and fairseq takes in each.
 
 One process imports them once, and none of this project's modules, and forks for every command: the fork has
-its own arguments, environment, folder, streams and exit code, as if it had been started.
+its own arguments, environment, folder, streams and exit code, as if it had been started. Commands that a
+script of scripts/ starts are forks of it.
 """
 
 import atexit
+import functools
 import json
 import os
 import runpy
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from pathlib import Path
 
 # what is imported before forking; a command that may not see fairseq loaded gets the first
@@ -21,6 +24,7 @@ _READY = {
     "fairseq": ("numpy", "torch", "sacrebleu", "fairseq_cli.train", "fairseq_cli.hydra_train"),
 }
 _TRAINS = ("diffusion_ext.train",)
+_ROOT = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 _servers: dict[str, subprocess.Popen] = {}
 _turn = threading.Lock()
 
@@ -52,20 +56,8 @@ def run(
         names = {name: os.path.join(folder, name) for name in ("stdin", "stdout", "stderr")}
         Path(names["stdin"]).write_bytes((input or "").encode() if text else input or b"")
         joined = streams.get("stderr") == subprocess.STDOUT
-        request = {
-            "words": words,
-            "cwd": os.fspath(cwd or os.getcwd()),
-            "env": dict(os.environ if env is None else env),
-            "streams": [
-                names["stdin"],
-                names["stdout"],
-                names["stdout" if joined else "stderr"],
-            ],
-            "timeout": timeout,
-        }
-        code = _ask(kind, request)
-        if code is None:
-            raise subprocess.TimeoutExpired(words, timeout)
+        files = [names["stdin"], names["stdout"], names["stdout" if joined else "stderr"]]
+        code = run_on(files, words, cwd, env, timeout)
         out = Path(names["stdout"]).read_bytes()
         err = None if joined else Path(names["stderr"]).read_bytes()
     if text:
@@ -75,13 +67,29 @@ def run(
     return subprocess.CompletedProcess(words, code, out, err)
 
 
+def run_on(streams: list[str], words, cwd=None, env=None, timeout=600) -> int:
+    """The exit code of such a command, whose standard input, output and errors are these files."""
+    words = [str(word) for word in words]
+    request = {
+        "words": words,
+        "cwd": os.fspath(cwd or os.getcwd()),
+        "env": dict(os.environ if env is None else env),
+        "streams": streams,
+        "timeout": timeout,
+    }
+    code = _ask(_kind(words), request)
+    if code is None:
+        raise subprocess.TimeoutExpired(words, timeout)
+    return code
+
+
 def _kind(words: list[str]) -> str | None:
     if Path(words[0]).name.startswith("fairseq-") and Path(words[0]).parent == _bin():
         return "fairseq"
     if words[:2] == [sys.executable, "-m"] and not words[2].startswith("pytest"):
         return "fairseq" if words[2] in _TRAINS else "python"
     if words[0] == sys.executable and "scripts" in Path(words[1]).parts:
-        return "python"
+        return "fairseq"
     return None
 
 
@@ -148,9 +156,19 @@ def become(installed: list[str], words, cwd, env, streams, timeout) -> None:
     for number, (name, mode) in enumerate(zip(streams, modes, strict=True)):
         os.dup2(os.open(name, mode), number)
     sys.stdin = open(0, encoding=sys.stdin.encoding, closefd=False)
-    paths = [entry for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if "scripts" in Path(words[1]).parts:
+        hidden = [name for name in sys.modules if name.split(".")[0] in ("fairseq", "fairseq_cli")]
+        libraries = {name: sys.modules.pop(name) for name in hidden}
+        subprocess.Popen = functools.partial(Fork, installed, libraries)
+    run_as_main(installed, words)
+
+
+def run_as_main(installed: list[str], words: list[str]) -> None:
+    """Run a command in this process, in which no other has begun."""
+    listed = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [entry for entry in listed if entry]
     if words[1:2] == ["-m"]:
-        sys.path[:] = [cwd, *paths, *installed]
+        sys.path[:] = [os.getcwd(), *paths, *installed]
         sys.argv = words[2:]
         runpy.run_module(words[2], run_name="__main__", alter_sys=True)
     else:
@@ -158,6 +176,63 @@ def become(installed: list[str], words, cwd, env, streams, timeout) -> None:
         sys.argv = words[1:] if words[0] == sys.executable else words
         sys.path[:] = [os.path.dirname(sys.argv[0]), *paths, *installed]
         runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+class Fork(subprocess.Popen):
+    """`subprocess.Popen` of a script: what `run` does not start either is a fork of the script's process.
+
+    libraries: modules that the script must not see loaded, and its commands may.
+    """
+
+    def __init__(self, installed, libraries, words, **options):
+        self.installed, self.libraries = installed, libraries
+        super().__init__(words, **options)
+
+    def _execute_child(self, *started):
+        words, _, before, _, _, cwd, env, _, _, _, *pipes = started
+        if _kind(words) is None:
+            super()._execute_child(*started)
+            return
+        self.pid = os.fork()
+        if self.pid:
+            self._child_created = True
+            self._close_pipe_fds(*pipes[:6])
+            return
+        code = 1
+        try:
+            if pipes[-1] >= 0:
+                os.setpgid(0, pipes[-1])
+            if before:
+                before()
+            os.environ.clear()
+            os.environ.update(env or {})
+            os.chdir(cwd or os.getcwd())
+            for number, stream in enumerate((pipes[0], pipes[3], pipes[5])):
+                if stream >= 0:
+                    os.dup2(stream, number)
+            sys.stdin = open(0, closefd=False)
+            sys.stdout.reconfigure(line_buffering=True)
+            for name, module in list(sys.modules.items()):
+                file = getattr(module, "__file__", None) or ""
+                if file.startswith(_ROOT) and "site-packages" not in file and name != "__main__":
+                    del sys.modules[name]
+            sys.modules.update(self.libraries)
+            subprocess.Popen = Fork.__base__
+            run_as_main(self.installed, words)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            # as an interpreter ends, which must not go back into the script
+            threading._shutdown()
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
 
 if __name__ == "__main__":

@@ -776,7 +776,7 @@ def test_killed_again_where_the_next_one_repairs(tmp_path):
     mono = numbered(tmp_path, 7)
     assert in_a_child(mono, tmp_path / "undisturbed") == 0
     draw = random.Random(3)
-    for number in range(25):
+    for number in range(8):
         dest, kills = tmp_path / f"out{number}", 0
         while in_a_child(mono, dest, draw.randrange(5, 40)) != 0 and kills < 50:
             kills += 1

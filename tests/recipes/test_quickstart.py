@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -329,7 +330,7 @@ def test_speaker_quickstart(tmp_path):
     assert again.stdout.partition("== result")[2] == done.stdout.partition("== result")[2]
 
     # More updates from another working folder, stopped on the way; the same once more.
-    args = [sys.executable, SCRIPTS / "quickstart" / "speaker.py", "--out", out, "--updates", "60"]
+    args = [sys.executable, SCRIPTS / "quickstart" / "speaker.py", "--out", out, "--updates", "160"]
     stopped = subprocess.Popen(
         args,
         stderr=subprocess.PIPE,
@@ -344,7 +345,7 @@ def test_speaker_quickstart(tmp_path):
     stopped.send_signal(signal.SIGINT)
     assert stopped.communicate(timeout=100)[1] == "stopped: the same command continues\n"
     assert stopped.returncode == 130
-    last = quickstart(out, "--updates", 60)
+    last = quickstart(out, "--updates", 160)
     assert last.returncode == 0, last.stdout + last.stderr
     loaded = re.findall(r"Loaded checkpoint .* @ (\d+) updates", log.read_text())
     assert loaded[0] == "4" and int(loaded[-1]) >= 25
@@ -433,10 +434,11 @@ def test_translation_quickstart_on_own_files_typed_to(tmp_path):
     args = ["--data", "my.de", "my.en", "--source-lang", "de", "--target-lang", "en"]
     reader, typed = pty.openpty()
     command = [sys.executable, script, *args, "--mono", "more.en", "--updates", "160"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdin=typed, stdout=typed, stderr=subprocess.PIPE, text=True
-    )
-    os.close(typed)
+    errors = tmp_path / "stderr"
+    streams = [os.ttyname(typed), os.ttyname(typed), str(errors)]
+    pool = ThreadPoolExecutor(1)
+    ended = pool.submit(processes.run_on, streams, command, tmp_path)
+    ended.add_done_callback(lambda _: os.close(typed))
     said, answers = b"", [b"ein rotes Haus\n", b"\x04"]
     with contextlib.suppress(OSError):  # the end of a terminal
         while part := os.read(reader, 65536):
@@ -444,7 +446,7 @@ def test_translation_quickstart_on_own_files_typed_to(tmp_path):
             # At a prompt only: what is typed before it goes through another mode of the terminal.
             if answers and said.count(b"de> ") == 3 - len(answers):
                 os.write(reader, answers.pop(0))
-    assert process.wait() == 0, process.stderr.read()
+    assert ended.result() == 0, errors.read_text()
     said = said.decode(errors="replace")
     assert "== result" in said and "generated text" not in said
     assert "type a line of de" in said and "en> " in said
