@@ -3,7 +3,7 @@
 import html
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -21,7 +21,9 @@ from fairseq_ext.translation.decode.checkpoint import (
 )
 from fairseq_ext.translation.decode.options import DecodeOptions
 from fairseq_ext.translation.decode.translator import Translator
+from fairseq_ext.translation.documents import open_document
 from fairseq_ext.translation.text.normalise import read_lines
+from fairseq_ext.translation.translate import Counts
 
 NBEST = 5
 LONGEST = 10_000  # characters that are typed, lines of a file
@@ -48,7 +50,7 @@ def tab(models: list[Model], settings: Settings) -> None:
         return None
 
     @answered
-    def translate(path: str, text: str) -> tuple[str, list[list[str]], str, str]:
+    def translate(path: str, text: str) -> tuple[str, list[list[str]], str, Any]:
         lines = usable(text)
         found = list(load(path).translate(lines, DecodeOptions(nbest=NBEST)))
         best = "\n".join(one.text for one in found)
@@ -60,26 +62,33 @@ def tab(models: list[Model], settings: Settings) -> None:
         ]
         reverse = backwards(path)
         back = "\n".join(load(reverse)(best.split("\n"))) if reverse else ""
+        shown_back = gr.update(value=back, visible=reverse is not None)
         shown = "" if several or not lines[0].strip() else looked(look(path), lines[0], best)
-        return best, rows, shown, back
+        return best, rows, shown, shown_back
 
     @answered
     def translate_file(path: str, given: Optional[str], progress: Any = PROGRESS) -> Iterator[Any]:
         if given is None:
-            raise UserError("there is no file yet: give a text file, a sentence a line")
-        lines = text_lines(given)
-        done: list[str] = []
+            raise UserError("there is no file yet: give text, a sentence a line, or a catalogue")
+        document = open_document(given)
+        lines = held(given, read_lines(given) if document is None else document.texts)
+        counts, done = Counts(), []
         for start in range(0, len(lines), STEP):
             progress((start, len(lines)), unit="lines")
-            yield gr.DownloadButton(visible=False)  # where a cancelled one ends
-            done += load(path)(lines[start : start + STEP])
-        language = load(path).vocabulary.target_lang
-        with (
-            tempfile.TemporaryDirectory() as folder
-        ):  # the page takes a copy, which it deletes in time
-            out = Path(folder, f"{Path(given).stem}.{language}.txt")
-            out.write_text("".join(f"{line}\n" for line in done), encoding="utf-8")
-            yield gr.DownloadButton(value=str(out), visible=True)
+            yield gr.DownloadButton(visible=False), ""  # where a cancelled one ends
+            for found in load(path).translate_window(lines[start : start + STEP]):
+                counts.add(found)
+                done.append(found.text)
+        content = "".join(f"{line}\n" for line in done).encode()
+        if document is not None:
+            content, counts.document = document.render(done)
+        name, language = Path(given), load(path).vocabulary.target_lang
+        with tempfile.TemporaryDirectory() as folder:
+            # the page takes a copy, which it deletes in time
+            out = Path(folder, f"{name.stem}.{language}{name.suffix if document else '.txt'}")
+            out.write_bytes(content)
+            said = "\n".join(f"- {sentence}" for sentence in counts.sentences())
+            yield gr.DownloadButton(value=str(out), visible=True), said
 
     busy: dict[str, Any] = dict(concurrency_id="translation", concurrency_limit=1)
     with gr.Tab("Translation"):
@@ -95,9 +104,7 @@ def tab(models: list[Model], settings: Settings) -> None:
             others = gr.Dataframe(
                 headers=["translation", "score"], label="The best ones", interactive=False
             )
-            back = gr.Textbox(
-                label="Translated back", lines=3, interactive=False, visible=len(models) > 1
-            )
+            back = gr.Textbox(label="Translated back", lines=3, interactive=False, visible=False)
         gr.on(
             [ask.click, source.submit],
             translate,
@@ -107,11 +114,15 @@ def tab(models: list[Model], settings: Settings) -> None:
             **busy,
         )
         with gr.Accordion("A whole file", open=False):
-            given = gr.File(label="Text, UTF-8, a sentence a line", file_types=[".txt", "text"])
+            given = gr.File(
+                label="Text, UTF-8, a sentence a line, or a catalogue of gettext (.po)",
+                file_types=[".txt", ".po", "text"],
+            )
             start, stop = gr.Button("Translate the file"), gr.Button("Cancel")
             out = gr.DownloadButton("Save its translation", visible=False)
+            became = gr.Markdown()
             running = start.click(
-                translate_file, [model, given], out, api_name="translate_file", **busy
+                translate_file, [model, given], [out, became], api_name="translate_file", **busy
             )
             stop.click(None, cancels=[running])
 
@@ -133,12 +144,14 @@ def usable(text: str) -> list[str]:
     return text.strip("\n").split("\n")
 
 
-def text_lines(path: str) -> list[str]:
-    """The lines of a text file; UserError for one that is none, or too long."""
-    name, lines = Path(path).name, list(itertools.islice(read_lines(path), LONGEST + 1))
-    if not lines or len(lines) > LONGEST:
+def held(path: str, texts: Iterable[str]) -> list[str]:
+    """The lines of a file, or the texts of a document; UserError for none, or too many."""
+    lines = list(itertools.islice(texts, LONGEST + 1))
+    if not lines:
+        raise UserError(f"{Path(path).name} has nothing to translate: give another file")
+    if len(lines) > LONGEST:
         raise UserError(
-            f"{name} has {'no' if not lines else 'more'} lines, the page takes 1 to {LONGEST:,}: use"
+            f"{Path(path).name} has more than {LONGEST:,} lines to translate, which the page takes: use"
             " python -m fairseq_ext.translation.translate"
         )
     return lines
