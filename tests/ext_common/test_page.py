@@ -21,6 +21,7 @@ from ext_common.cli import UserError
 
 pytest.importorskip("gradio", reason="the page needs the extra page")
 
+import gradio as gr
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
@@ -67,14 +68,22 @@ def people(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def client(paths, people, tmp_path_factory):
-    """Somebody who looks at a page with all three."""
+def page(paths, people, tmp_path_factory):
+    """A page with all three."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
         settings = Settings(port=0, gallery=people)
         page = build(find(paths.values())[0], settings)
-        yield Client(listen(page, settings), verbose=False, download_files=False)
+        listen(page, settings)
+        yield page
         page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def client(page):
+    """Somebody who looks at it."""
+    patient = {"timeout": 300}  # where another takes the processor, its 5 s are soon over
+    return Client(page.local_url, verbose=False, download_files=False, httpx_kwargs=patient)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +239,9 @@ def test_many_at_once_get_their_own_answers(client, paths, voices):
 
 
 @pytest.mark.slow
-def test_mistakes_are_sentences(client, paths, voices, tmp_path, capfd):
+def test_mistakes_are_sentences(page, client, paths, voices, tmp_path, capfd):
+    """One of ten goes the whole way; the others go to what answers it, which spares 180 uploads."""
+    identify = next(fn.fn for fn in page.fns.values() if fn.api_name == "identify")
     whole = Path(voices[0]).read_bytes()
     rng = np.random.default_rng(1)
     for number in range(200):
@@ -244,9 +255,13 @@ def test_mistakes_are_sentences(client, paths, voices, tmp_path, capfd):
         }[kind]
         path = tmp_path / f"{number}.{('wav', 'flac', 'mp3', 'ogg')[number % 4]}"
         path.write_bytes(bad)
-        with pytest.raises(AppError) as told:
-            client.predict(paths["speaker"], handle_file(str(path)), api_name="/identify")
-        assert "Traceback" not in str(told.value) and "went wrong here" not in str(told.value)
+        with pytest.raises((AppError, gr.Error)) as told:
+            if number % 50 < 5:
+                client.predict(paths["speaker"], handle_file(str(path)), api_name="/identify")
+            else:
+                identify(paths["speaker"], str(path))
+        said = getattr(told.value, "message", None) or str(told.value)
+        assert "Traceback" not in said and "went wrong here" not in said
     with pytest.raises(AppError, match="no recording yet"):
         client.predict(paths["speaker"], None, api_name="/identify")
     with pytest.raises(AppError, match="no text yet"):
