@@ -86,7 +86,9 @@ def tab(models: list[Model], settings: Settings) -> None:
         model, features = load(path), audio_features(usable(recording), load(path).spec)
         (found,) = model.identify([features], top_k=SHOWN)
         rows = [[match.speaker, shown(match.score, model.score_kind)] for match in found.candidates]
-        note = f"One of the {len(model.speakers):,} people it was trained with, whoever speaks."
+        scale = "cosine, 1 at best" if model.score_kind == "cosine" else "share of all of them"
+        known = f"{len(model.speakers):,} people it was trained with"
+        note = f"One of the {known}, whoever speaks. Score: {scale}."
         return f"## {plain(found.speaker)}\n\n{note}", rows, picture(model, features)
 
     @answered

@@ -28,6 +28,11 @@ from fairseq_ext.translation.translate import Counts
 NBEST = 5
 LONGEST = 10_000  # characters that are typed, lines of a file
 PROGRESS = gr.Progress()  # a default, as which Gradio finds it
+HOW_TO_LOOK = (
+    "Point at a piece of the translation, the second line, or step to it with the tab key: what the"
+    " model looked at when it wrote it is shaded."
+)
+END = "(end)"
 STEP = 64  # lines of a file between two looks at the progress
 
 
@@ -97,12 +102,12 @@ def tab(models: list[Model], settings: Settings) -> None:
             source = gr.Textbox(label="Text, a sentence a line", lines=3, max_length=LONGEST)
             target = gr.Textbox(label="Translation", lines=3, interactive=False, buttons=["copy"])
         ask = gr.Button("Translate", variant="primary")
-        looks = gr.HTML(
-            label="Where the model looked: point at a piece below, or step to it with the tab key"
-        )
+        looks = gr.HTML()
         with gr.Row():
             others = gr.Dataframe(
-                headers=["translation", "score"], label="The best ones", interactive=False
+                headers=["translation", "score"],
+                label="The best ones; score: log-probability of a piece, 0 at best",
+                interactive=False,
             )
             back = gr.Textbox(label="Translated back", lines=3, interactive=False, visible=False)
         gr.on(
@@ -166,7 +171,7 @@ def hover(found: Attention) -> str:
     """Pieces of source and target; pointing at one of the target shades what it looked at."""
 
     def piece(kind: str, number: int, text: str, more: str = "") -> str:
-        shown = html.escape(text.replace("▁", "␣")) or "␣"
+        shown = END if text == "</s>" else html.escape(text.replace("▁", "␣")) or "␣"
         return f'<span class="{kind}{number}"{more}>{shown}</span>'
 
     rules = []
@@ -178,4 +183,5 @@ def hover(found: Attention) -> str:
                 rules.append(f".looks:has(.t{row}:is(:hover,:focus)) .s{column}{{{shade}}}")
     source = " ".join(piece("s", k, text) for k, text in enumerate(found.source))
     target = " ".join(piece("t", k, text, ' tabindex="0"') for k, text in enumerate(found.target))
-    return f'<style>{"".join(rules)}</style><div class="looks"><p>{source}</p><p>{target}</p></div>'
+    rows = f"<p>{HOW_TO_LOOK}</p><p>{source}</p><p>{target}</p>"
+    return f'<style>{"".join(rules)}</style><div class="looks">{rows}</div>'
