@@ -219,13 +219,15 @@ def as_text(text: str) -> str:
     return f'<pre class="card">{html.escape(text)}</pre>'
 
 
-def figure(image: Any, caption: str, wide: bool = False) -> str:
-    """HTML of a Pillow image with its caption, its pixels as squares; `wide`: over the whole width."""
+def figure(image: Any, caption: str, kind: str = "pixels") -> str:
+    """HTML of a Pillow image with its caption.
+
+    kind: "pixels", which are squares, "wide", the same over the whole width, or "smooth", for a drawing.
+    """
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     source = base64.b64encode(buffer.getvalue()).decode()
     words = html.escape(caption)
-    kind = "wide" if wide else "pixels"
     return (
         f'<figure class="{kind}"><img src="data:image/png;base64,{source}" alt="{words}">'
         f"<figcaption>{words}</figcaption></figure>"

@@ -32,6 +32,7 @@ STYLE = """
 :root, .dark {--button-primary-background-fill: #b93b0a; --button-primary-background-fill-hover: #9a3008}
 footer {display: none !important}
 figure img {image-rendering: pixelated; max-width: 100%}
+figure.smooth img {image-rendering: auto}
 @media (max-width: 500px) {.tab-container button {padding: 0 6px !important}}
 figure.wide img {width: 100%; height: 160px}
 .card {white-space: pre-wrap; font: inherit}

@@ -16,6 +16,14 @@ from ext_common.trainlog import parse_log
 EVERY = 10  # seconds between two looks at a log
 RUNNING = 120  # seconds after which a log that nothing was added to is of a training that stands
 PICTURES = 4
+SHOWN = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "bleu": "BLEU",
+    "lr": "learning rate",
+    "ups": "updates a second",
+}
+SUBSETS = {"train_inner": "the last updates", "train": "the last epoch of training"}
 _TOTAL = re.compile(r"'max_update': (\d+)")
 
 
@@ -62,9 +70,10 @@ def standing(log: Path) -> str:
     lines = [f"**{plain(log.parent.name)}**: {words}"]
     for subset, point in found.items():
         figures = ", ".join(
-            f"{key} {value:.4g}" for key, value in point.stats.items() if key in SHOWN
+            f"{SHOWN[key]} {value:.4g}" for key, value in point.stats.items() if key in SHOWN
         )
-        lines.append(f"- {subset}, update {point.update or 0:,}: {figures}")
+        of = SUBSETS.get(subset, f"on {plain(subset)}")
+        lines.append(f"- {of}, update {point.update or 0:,}: {figures}")
     return "\n".join(lines)
 
 
@@ -78,9 +87,6 @@ def time_left(log: str, points: list[tuple[int | None, float | None]]) -> str:
     return f", {minutes((total - done) / rate)} left of {total:,} updates"
 
 
-SHOWN = ("loss", "accuracy", "bleu", "lr", "ups")
-
-
 def curves(log: Path) -> str:
     """The learning curve as a picture; nothing before anything was logged."""
     with tempfile.NamedTemporaryFile(suffix=".png") as file:
@@ -89,7 +95,7 @@ def curves(log: Path) -> str:
         except UserError:
             return ""
         with Image.open(file.name) as image:
-            return figure(image, "Loss, the figure on valid, and the rate, by updates")
+            return figure(image, "Loss, the figure on valid, and the rate, by updates", "smooth")
 
 
 def pictures(folder: Path) -> str:
@@ -100,5 +106,5 @@ def pictures(folder: Path) -> str:
     shown = []
     for path in found[:PICTURES]:
         with Image.open(path) as image:
-            shown.append(figure(image, path.name))
+            shown.append(figure(image, path.name, "smooth"))
     return "".join(shown)

@@ -266,7 +266,7 @@ def picture(model: SpeakerModel, features: np.ndarray) -> str:
     else:
         words += " Orange, above: how much each moment counted for the answer."
         pixels = np.concatenate([bars(weights), pixels])
-    return figure(Image.fromarray(pixels), words, wide=True)
+    return figure(Image.fromarray(pixels), words, "wide")
 
 
 def bars(weights: np.ndarray) -> np.ndarray:

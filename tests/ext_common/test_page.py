@@ -123,6 +123,10 @@ def test_people_are_enrolled_and_known_again(client, paths, people, voices):
     said, rows = client.predict(*who, handle_file(str(voices[1])), api_name="/recognise")
     assert said.startswith("## bob") and "gallery calibrate" in said
     assert rows["data"][0] == ["bob", "1.000"] and len(rows["data"]) == 2
+    # a page that is started anew
+    again = build(find([paths["speaker"]])[0], Settings(gallery=people))
+    recognise = next(fn.fn for fn in again.fns.values() if fn.api_name == "recognise")
+    assert recognise(*who, str(voices[0]))[0].startswith("## ann")
     with pytest.raises(AppError, match="a name without white space"):
         client.predict(*who, handle_file(str(voices[1])), "two words", api_name="/enrol")
 
