@@ -185,7 +185,9 @@ class MultiHeadAttention(nn.Module):
         B, T, _ = x.shape
         q, k, _ = self.in_proj(x).view(B, T, 3, self.nhead, -1).permute(2, 0, 3, 1, 4)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        weights: Tensor = scores.softmax(-1)
+        return weights
 
 
 def attention_of_products(
