@@ -62,11 +62,7 @@ def standing(log: Path) -> str:
     age = time.time() - log.stat().st_mtime
     text = log.read_text("utf-8", errors="replace")
     found = {p.subset: p for p in parse_log(text.splitlines())}
-    words = f"nothing was logged for {age / 60:,.0f} minutes"
-    if age < RUNNING:
-        words = "running" + time_left(
-            text, [(p.update, p.stats.get("ups")) for p in found.values()]
-        )
+    words = time_left(text, [(p.update, p.stats.get("ups")) for p in found.values()], age)
     lines = [f"**{plain(log.parent.name)}**: {words}"]
     for subset, point in found.items():
         figures = ", ".join(
@@ -77,14 +73,21 @@ def standing(log: Path) -> str:
     return "\n".join(lines)
 
 
-def time_left(log: str, points: list[tuple[int | None, float | None]]) -> str:
-    """`, 3:20 left of 5,000 updates` by (update, updates a second); nothing where it is not known."""
+def time_left(log: str, points: list[tuple[int | None, float | None]], age: float) -> str:
+    """`running, 3:20 left of 5,000 updates` by (update, updates a second), as far as it is known.
+
+    age: seconds since something was logged.
+    """
     total = int(totals[-1]) if (totals := _TOTAL.findall(log)) else 0
     done = max((update for update, _ in points if update), default=0)
     rate = next((rate for _, rate in points if rate), None)
-    if not rate or not done < total:
-        return ""
-    return f", {minutes((total - done) / rate)} left of {total:,} updates"
+    if total and done >= total:
+        return f"all {total:,} updates are done"
+    if age >= RUNNING:
+        return f"nothing was logged for {age / 60:,.0f} minutes"
+    if not rate or not total:
+        return "running"
+    return f"running, {minutes((total - done) / rate)} left of {total:,} updates"
 
 
 def curves(log: Path) -> str:

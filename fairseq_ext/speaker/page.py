@@ -249,12 +249,9 @@ def shown(score: float, kind: str) -> str:
 
 
 def picture(model: SpeakerModel, features: np.ndarray) -> str:
-    """Log-mel features (T, F) as a picture, low bands below, and above it how much each frame counted.
-
-    Nothing where a file makes its features itself.
-    """
+    """Log-mel features (T, F) as a picture, low bands below, and above it how much each frame counted."""
     if features.ndim != 2:
-        return ""
+        return "This file makes its features itself: there is no picture of what it hears."
     low, high = np.percentile(features, [1, 99])
     scaled = np.clip((features - low) / max(high - low, 1e-6), 0, 1)
     pixels = np.repeat((255 * scaled).astype(np.uint8).T[::-1, :, None], 3, axis=2)
@@ -262,7 +259,7 @@ def picture(model: SpeakerModel, features: np.ndarray) -> str:
     words = f"What the model hears: {seconds:.1f} s, low tones below."
     weights = model.frame_weights(features)
     if weights is None:
-        words += " Its pooling has no attention that says which part counted."
+        words += " Which part counted is not shown: its pooling has no attention, or its file does not say."
     else:
         words += " Orange, above: how much each moment counted for the answer."
         pixels = np.concatenate([bars(weights), pixels])

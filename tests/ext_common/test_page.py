@@ -379,6 +379,8 @@ def test_training_shows_how_it_stands(tmp_path):
     log.write_text("[x][INFO] {'optimization': {'max_update': 130}}\n" + line)
     assert "running, 1:00 left of 130 updates" in standing(log) and "loss 2.5" in standing(log)
     assert curves(log).startswith("<figure")
+    log.write_text(log.read_text().replace("130", "10"))
+    assert "all 10 updates are done" in standing(log)
     (tmp_path / "samples").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "samples" / "0010.png")
     assert "0010.png" in pictures(tmp_path)
