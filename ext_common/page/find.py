@@ -71,8 +71,13 @@ def model_of(path: Path) -> Optional[Model]:
     kind = name_of(state, "task") if isinstance(state, Mapping) else None
     if kind is None:
         raise UserError(f"{path} is no checkpoint of fairseq-train: give one")
-    card = Pack(path).read(CARD).decode() if is_pack(path) else ""
-    return Model(kind, path, about(state, path), card)
+    return Model(kind, path, about(state, path), card_of(path))
+
+
+def card_of(path: Path) -> str:
+    """The model card in a pack, Markdown; nothing for other files."""
+    pack = Pack(path) if is_pack(path) else None
+    return pack.read(CARD).decode(errors="replace") if pack and CARD in pack.files else ""
 
 
 def about(state: Mapping[str, Any], path: Path) -> dict[str, str]:
