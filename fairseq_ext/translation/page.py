@@ -44,15 +44,13 @@ def tab(models: list[Model], settings: Settings) -> None:
     )
     # decoding changes a model for speed, and then it has no attention to give
     look = Loaded(partial(whole, user_dir=settings.user_dir))
+    # of every model, of which only those that are used are built
+    languages = Loaded(languages_of)
 
     def backwards(path: str) -> Optional[str]:
         """The model of the other direction, where there is one."""
-        own = load(path).vocabulary
-        for model in models:
-            other = load(str(model.path)).vocabulary
-            if (other.source_lang, other.target_lang) == (own.target_lang, own.source_lang):
-                return str(model.path)
-        return None
+        wanted = languages(path)[::-1]
+        return next((str(m.path) for m in models if languages(str(m.path)) == wanted), None)
 
     @answered
     def translate(path: str, text: str) -> tuple[str, list[list[str]], str, Any]:
@@ -136,6 +134,12 @@ def whole(path: str, user_dir: Optional[str]) -> tuple[Any, Vocabulary]:
     """(model, vocabulary) as they were trained."""
     state = read_state(path)
     return build_model(state, path, user_dir), vocabulary_of(state, path)
+
+
+def languages_of(path: str) -> tuple[str, str]:
+    """(source, target) of a model."""
+    found = read_state(path)["task_state"]["translation"]
+    return found["source_lang"], found["target_lang"]
 
 
 def usable(text: str) -> list[str]:

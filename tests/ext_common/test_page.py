@@ -183,6 +183,22 @@ def test_translates_and_shows_where_it_looked(client, paths):
     assert 'class="t0" tabindex="0"' in looks
 
 
+def test_the_answer_is_translated_back_where_a_model_can(page, paths, tmp_path):
+    state = read_state(paths["translation"])
+    saved = state["task_state"]["translation"]
+    # the same model under the names of the other direction
+    for languages in (saved, state["cfg"]["task"]):
+        languages["source_lang"], languages["target_lang"] = "zh", "en"
+    saved["spm"] = {"zh": saved["spm"]["en"], "en": saved["spm"]["zh"]}
+    torch.save(state, tmp_path / "reverse.pt")
+    both = find([paths["translation"], tmp_path / "reverse.pt"])[0]
+    for shown, models in ((False, page), (True, build(both, Settings()))):
+        translate = next(fn.fn for fn in models.fns.values() if fn.api_name == "translate")
+        best, _, _, back = translate(paths["translation"], "I like red apples.")
+        assert back["visible"] is shown
+    assert [back["value"]] == Translator.from_checkpoint(tmp_path / "reverse.pt")([best])
+
+
 def test_a_file_has_as_many_lines_when_it_is_translated(client, paths, tmp_path):
     given = tmp_path / "lines.txt"
     given.write_text("I like red\u2028apples.\n\nwe see big houses.\n", encoding="utf-8")
