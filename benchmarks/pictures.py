@@ -4,8 +4,9 @@ speaker      the learning curve of configs/speaker_id/fsdd.yaml, a minute on one
 translation  attention of a Transformer after 2,000 updates on cmn-eng, about five minutes on one core;
                  needs a font with Chinese characters (fonts-noto-cjk)
 diffusion    of the grid that `benchmarks.diffusion.tables` recorded
-page         of the models below this folder (bash scripts/quickstart.sh page makes them), in Chromium, with a
-                 voice from --voice; needs the extra test and a font with Chinese characters
+page         of the models below this folder and the logs of their trainings (bash scripts/quickstart.sh page
+                 makes them), in Chromium, with a voice from --voice; needs the extra test and a font with
+                 Chinese characters
 """
 
 import argparse
@@ -63,10 +64,11 @@ def page(args: argparse.Namespace) -> None:
     from playwright.sync_api import sync_playwright
 
     from ext_common.page import Settings
-    from ext_common.page.__main__ import build, listen
+    from ext_common.page.__main__ import build, listen, load_tabs
     from ext_common.page.find import find
 
     settings = Settings(port=0, data=args.images)
+    load_tabs(settings)
     shown = build(find(args.models)[0], settings)
     address = listen(shown, settings)
     with sync_playwright() as playwright:
@@ -78,8 +80,11 @@ def page(args: argparse.Namespace) -> None:
 
         def take(name: str, tab: str) -> None:
             time.sleep(2)
-            looker.screenshot(path=PICTURES / f"page-{name}.png")
-            print(PICTURES / f"page-{name}.png", tab)
+            path = PICTURES / f"page-{name}.png"
+            looker.screenshot(path=path)
+            # a third of the bytes, and nothing that the eye misses
+            Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+            print(path, tab)
 
         looker.get_by_role("tab", name="Speaker").click()
         looker.get_by_label("Upload file").locator("visible=true").first.click()
@@ -96,6 +101,9 @@ def page(args: argparse.Namespace) -> None:
         looker.locator("#drawn img").wait_for(timeout=60_000)
         time.sleep(20)
         take("diffusion", "Pictures")
+        looker.get_by_role("tab", name="Training").click()
+        looker.get_by_alt_text("Loss, the figure on valid").wait_for(timeout=60_000)
+        take("training", "Training")
         browser.close()
     shown.close(verbose=False)
 

@@ -18,6 +18,7 @@ from diffusion_ext.inference import DiffusionModel
 from diffusion_ext.pictures import display_scale, grid, pil_image, save_png, to_uint8
 from diffusion_ext.prepare.options import ImageOptions
 from diffusion_ext.sample import SampleOptions, drawer, sampling
+from diffusion_ext.sample.guidance import settled
 from diffusion_ext.samplers import SAMPLERS
 from diffusion_ext.store import open_images
 from ext_common.cli import UserError
@@ -55,7 +56,7 @@ def tab(models: list[Model], settings: Settings) -> None:
             }
             save_png(names["inpaint"], image)
             save_png(names["mask"], mask)
-            options = options_of(path, label, 1, steps, num, seed, **names)
+            options = settled(model, options_of(path, label, 1, steps, num, seed, **names))
             return all_of(
                 drawer(model, options, list(range(num))), num, model, "Filled, each in its way"
             )
@@ -65,8 +66,9 @@ def tab(models: list[Model], settings: Settings) -> None:
         if one is None or other is None:
             raise UserError("two images are needed: give both")
         label, steps, num, seed = chosen
-        options = options_of(path, label, 1, steps, num, seed, interpolate=[one, other])
         model = load(path)
+        options = options_of(path, label, 1, steps, num, seed, interpolate=[one, other])
+        options = settled(model, options)
         return all_of(
             drawer(model, options, list(range(num))), num, model, "From the one to the other"
         )
@@ -82,7 +84,19 @@ def tab(models: list[Model], settings: Settings) -> None:
     def enlarge(painted: Any) -> Any:
         return large(painted["background"]) if painted and painted["background"] else painted
 
+    def fitting(path: str) -> list[Any]:
+        """Class, guidance, steps and sampler of a model that is chosen."""
+        chosen = load(path)
+        classes, (name, usual) = chosen.classes, chosen.usual_sampler
+        return [
+            gr.update(choices=[ALL, *classes], value=ALL, visible=bool(classes)),
+            gr.update(value=1, visible=bool(classes)),
+            gr.update(value=min(usual, chosen.schedule.timesteps)),
+            gr.update(value=name),
+        ]
+
     first = load(str(models[0].path))
+    name, usual = first.usual_sampler
     busy: dict[str, Any] = dict(concurrency_id="diffusion", concurrency_limit=1)
     with gr.Tab("Pictures"):
         model = choice(models)
@@ -91,20 +105,11 @@ def tab(models: list[Model], settings: Settings) -> None:
                 [ALL, *first.classes], value=ALL, label="Class", visible=bool(first.classes)
             )
             guidance = gr.Slider(1, 5, 1, step=0.1, label="Guidance", visible=bool(first.classes))
-            steps = gr.Slider(1, 100, 20, step=1, label="Steps")
+            steps = gr.Slider(1, 100, min(usual, first.schedule.timesteps), step=1, label="Steps")
             num = gr.Slider(1, 64, 16, step=1, label="Images")
             seed = gr.Number(1, precision=0, label="Seed")
-            sampler = gr.Dropdown(SAMPLERS.names(), value=SampleOptions.sampler, label="Sampler")
-        model.change(
-            lambda path: [
-                gr.update(
-                    choices=[ALL, *load(path).classes], value=ALL, visible=bool(load(path).classes)
-                ),
-                gr.update(value=1, visible=bool(load(path).classes)),
-            ],
-            model,
-            [label, guidance],
-        )
+            sampler = gr.Dropdown(SAMPLERS.names(), value=name, label="Sampler")
+        model.change(answered(fitting), model, [label, guidance, steps, sampler])
         with gr.Row():
             start, stop = gr.Button("Draw", variant="primary"), gr.Button("Cancel")
         with gr.Row():
@@ -161,7 +166,7 @@ def options_of(
             num=int(num),
             seed=int(seed),
             label=label,
-            sampler=sampler or SampleOptions.sampler,
+            sampler=sampler,
             **more,
         )
     except (TypeError, ValueError) as error:

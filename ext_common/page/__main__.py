@@ -13,7 +13,8 @@ from typing import Any
 from ext_common.checkpoints import load_plugin
 from ext_common.cli import Parser, UserError, add_dataclass, from_args, run
 from ext_common.page import ENTRY_POINTS, MAX_UPLOAD, TABS, Model, Settings
-from ext_common.page.find import find
+from ext_common.page.find import TRAINING, find
+from ext_common.page.training import tab as training
 from ext_common.parallel import free_port
 
 EPILOG = """
@@ -31,8 +32,10 @@ STYLE = """
 :root, .dark {--button-primary-background-fill: #b93b0a; --button-primary-background-fill-hover: #9a3008}
 footer {display: none !important}
 figure img {image-rendering: pixelated; max-width: 100%}
+figure.smooth img {image-rendering: auto}
 @media (max-width: 500px) {.tab-container button {padding: 0 6px !important}}
 figure.wide img {width: 100%; height: 160px}
+.card {white-space: pre-wrap; font: inherit}
 .min_value, .max_value, .or, input.subdued {color: var(--body-text-color) !important; opacity: 1 !important}
 """
 
@@ -46,6 +49,7 @@ def main(argv: list[str]) -> None:
     add_dataclass(parser, Settings)
     args = parser.parse_args(argv)
     settings = from_args(Settings, args)
+    load_tabs(settings)
     models, left_out = find(args.models or ["."])
     for sentence in left_out:
         print(f"left out: {sentence}", file=sys.stderr)
@@ -58,12 +62,20 @@ def main(argv: list[str]) -> None:
         page.close(verbose=False)
 
 
-def build(models: list[Model], settings: Settings) -> Any:
-    """The page, not yet listening; UserError where no tab knows what to do with any model."""
-    gr = gradio()
+def load_tabs(settings: Settings) -> None:
+    """Import what draws tabs and reads files."""
+    gradio()
     for point in entry_points(group=ENTRY_POINTS):
         point.load()
     load_plugin(settings.user_dir)
+    # the last one, after those of models
+    TABS[TRAINING] = TABS.pop(TRAINING, training)
+
+
+def build(models: list[Model], settings: Settings) -> Any:
+    """The page, not yet listening; UserError where no tab knows what to do with any model."""
+    gr = gradio()
+    load_tabs(settings)
     by_kind: dict[str, list[Model]] = {}
     for model in models:
         by_kind.setdefault(model.kind, []).append(model)
@@ -80,9 +92,6 @@ def build(models: list[Model], settings: Settings) -> Any:
         for kind in sorted(set(by_kind) - set(TABS)):
             paths = ", ".join(str(model.path) for model in by_kind[kind])
             print(f"no tab for {kind}: {paths}", file=sys.stderr)
-        from ext_common.page.training import tab as training
-
-        training([model.path.parent for model in models])
     return page
 
 

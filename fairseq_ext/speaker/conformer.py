@@ -180,6 +180,15 @@ class MultiHeadAttention(nn.Module):
         out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, T, C))
         return out
 
+    def weights(self, x: Tensor) -> Tensor:
+        """What each frame (dimension 2) takes from each (3), by head: (B, nhead, T, T), at least float32."""
+        B, T, _ = x.shape
+        q, k, _ = self.in_proj(x).view(B, T, 3, self.nhead, -1).permute(2, 0, 3, 1, 4)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        weights: Tensor = scores.softmax(-1)
+        return weights
+
 
 def attention_of_products(
     q: Tensor, k: Tensor, v: Tensor, padding_mask: Optional[Tensor]

@@ -1,5 +1,6 @@
 """The speaker tab of `python -m ext_common.page`: who is it, and are these two the same?"""
 
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -8,59 +9,112 @@ import gradio as gr
 import numpy as np
 import soundfile
 from PIL import Image
+from scipy.special import expit
 
 from ext_common.cli import UserError
-from ext_common.page import Loaded, Model, Settings, answered, choice, figure, tab_for
+from ext_common.manifest import known_sha256
+from ext_common.page import (
+    Loaded,
+    Model,
+    Settings,
+    answered,
+    choice,
+    figure,
+    plain,
+    reader_of,
+    tab_for,
+)
+from ext_common.page.find import saved
+from fairseq_ext.speaker.export.exported import ENDING, ExportedNetwork
 from fairseq_ext.speaker.features import audio_features
+from fairseq_ext.speaker.gallery.__main__ import new_backend
 from fairseq_ext.speaker.gallery.identify import decide
 from fairseq_ext.speaker.gallery.open_set import posteriors
 from fairseq_ext.speaker.gallery.options import GalleryIdentifyOptions
-from fairseq_ext.speaker.gallery.store import Gallery, changing
+from fairseq_ext.speaker.gallery.store import UNKNOWN, Gallery, changing
 from fairseq_ext.speaker.inference import SpeakerModel
 from fairseq_ext.speaker.verify.backend import Backend, Side
-from fairseq_ext.speaker.verify.scores import unit
+from fairseq_ext.speaker.verify.compared import compared_files
+from fairseq_ext.speaker.verify.voices import Runner
 
+KIND = "speaker_id"
+GALLERY = ".npz"
+PEOPLE = "people.npz"  # the gallery that is made where there is none
 LONGEST = 600  # seconds of a recording
 SHOWN = 5
 PRIOR = GalleryIdentifyOptions.prior_known
+BAND = 16  # rows of pixels above the features
+COLOUR, GROUND = (232, 110, 0), (236, 236, 236)
 
 
-@tab_for("speaker_id")
+@reader_of(GALLERY)
+def gallery_at(path: Path) -> Optional[Model]:
+    """A gallery of people; other files of the ending are nobody's business here."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            known = "gallery.npy" in file.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return None
+    return Model(KIND, path) if known else None
+
+
+@reader_of(ENDING)
+def exported_at(path: Path) -> Model:
+    """A model that `speaker.export` wrote."""
+    found = ExportedNetwork(path).description
+    about = {"export, weights in": found.weights, "people": f"{len(found.speakers):,}"}
+    return Model(KIND, path, {**about, "saved": saved(path), "SHA-256": known_sha256(path)[:12]})
+
+
+@tab_for(KIND)
 def tab(models: list[Model], settings: Settings) -> None:
     """Draws it."""
+    galleries = [str(model.path) for model in models if model.path.suffix == GALLERY]
+    models = [model for model in models if model.path.suffix != GALLERY]
+    if not models:
+        print(f"left out: {', '.join(galleries)}: a gallery is shown with the model it was made by")
+        return
+    if settings.gallery:
+        galleries = [settings.gallery]
+    galleries = galleries or [str(models[0].path.parent / PEOPLE)]
     load = Loaded(
         partial(SpeakerModel.from_checkpoint, device=settings.device, user_dir=settings.user_dir)
     )
 
     @answered
     def identify(path: str, recording: Optional[str]) -> tuple[str, list[list[str]], str]:
-        model, recording = load(path), usable(recording)
-        found = model.identify(recording, top_k=SHOWN)
+        model, features = load(path), audio_features(usable(recording), load(path).spec)
+        (found,) = model.identify([features], top_k=SHOWN)
         rows = [[match.speaker, shown(match.score, model.score_kind)] for match in found.candidates]
-        return f"## {found.speaker}", rows, picture(audio_features(recording, model.spec))
+        scale = "cosine, 1 at best" if model.score_kind == "cosine" else "share of all of them"
+        known = f"{len(model.speakers):,} people it was trained with"
+        note = f"One of the {known}, whoever speaks. Score: {scale}."
+        return f"## {plain(found.speaker)}\n\n{note}", rows, picture(model, features)
 
     @answered
-    def compare(path: str, one: Optional[str], other: Optional[str]) -> str:
-        a, b = unit(load(path).embed([usable(one), usable(other)]))
-        cosine = float(a @ b)
-        return f"## Cosine {cosine:.3f}\n1: the same voice; about 0: two voices that have nothing in common."
+    def compare(path: str, people: str, one: Optional[str], other: Optional[str]) -> str:
+        runner = Runner(load(path), path)
+        backend = backend_of(runner, settings.backend, people)
+        found = compared_files([usable(one), usable(other)], runner, backend)
+        return verdict(backend, found.score, found.llr)
 
     @answered
-    def enrol(path: str, recording: Optional[str], name: str) -> str:
+    def enrol(path: str, people: str, recording: Optional[str], name: str) -> str:
         model, embedding = load(path), load(path).embed([usable(recording)])
-        new = Gallery(model.sha256, Backend.unfitted("cosine", 0, model.sha256))
-        with changing(str(settings.gallery), new) as gallery:
-            gallery.check_model(model.sha256, str(settings.gallery))
+        new = Gallery(model.sha256, new_backend(settings.backend, Runner(model, path)))
+        with changing(people, new) as gallery:
+            gallery.check_model(model.sha256, people)
             gallery.enrol(name.strip(), embedding)
-            return f"{name.strip()} is one of {len(gallery.members)} people: {', '.join(gallery.names)}"
+            names = plain(", ".join(gallery.names))
+            return f"{plain(name)} is one of {len(gallery.members)} people: {names}"
 
     @answered
-    def recognise(path: str, recording: Optional[str]) -> tuple[str, list[list[str]]]:
+    def recognise(path: str, people: str, recording: Optional[str]) -> tuple[str, list[list[str]]]:
         model, recording = load(path), usable(recording)
-        if not Path(str(settings.gallery)).exists():
+        if not Path(people).exists():
             raise UserError("nobody is enrolled yet: record somebody, give the name, and enrol")
-        gallery = Gallery.load(str(settings.gallery))
-        gallery.check_model(model.sha256, str(settings.gallery))
+        gallery = Gallery.load(people)
+        gallery.check_model(model.sha256, people)
         seconds = np.array([soundfile.info(recording).duration])
         scores = gallery.scores(Side.of_tests(model.embed([recording]), seconds))
         return in_gallery(gallery, scores)
@@ -86,26 +140,62 @@ def tab(models: list[Model], settings: Settings) -> None:
             api_name="identify",
             **busy,
         )
-        with gr.Accordion("People enrolled here", open=True, visible=settings.gallery is not None):
+        with gr.Accordion("People enrolled here", open=True):
+            people = gr.Dropdown(
+                galleries, value=galleries[0], label="Gallery", visible=len(galleries) > 1
+            )
             with gr.Row():
                 person = gr.Textbox(label="Name of who speaks above, one word")
                 gr.Button("Enrol").click(
                     enrol,
-                    [model, recording, person],
+                    [model, people, recording, person],
                     gr.Markdown(elem_id="enrolled"),
                     api_name="enrol",
                     **busy,
                 )
             known = gr.Markdown(elem_id="known")
-            people = gr.Dataframe(headers=["person", "score or probability"], interactive=False)
+            nearest = gr.Dataframe(headers=["person", "score or probability"], interactive=False)
             gr.Button("Which of them is it?").click(
-                recognise, [model, recording], [known, people], api_name="recognise", **busy
+                recognise,
+                [model, people, recording],
+                [known, nearest],
+                api_name="recognise",
+                **busy,
             )
         with gr.Accordion("Are these two the same?", open=False):
             with gr.Row():
                 one, other = recorder("First recording"), recorder("Second recording")
-            same = gr.Markdown()
-            gr.Button("Compare").click(compare, [model, one, other], same, **busy)
+            same = gr.Markdown(elem_id="same")
+            gr.Button("Compare").click(
+                compare, [model, people, one, other], same, api_name="compare", **busy
+            )
+
+
+def backend_of(runner: Runner, given: Optional[str], people: str) -> Backend:
+    """What two recordings are compared by: --backend, that of the model or of the gallery, or the cosine."""
+    if found := given or runner.backend:
+        backend = Backend.load(found)
+        backend.check_model(runner.sha256, given or runner.path)
+        return backend
+    if Path(people).exists():
+        gallery = Gallery.load(people)
+        if gallery.model == runner.sha256 and gallery.backend.calibration is not None:
+            return gallery.backend
+    return Backend.unfitted("cosine", 0, runner.sha256)
+
+
+def verdict(backend: Backend, score: float, llr: Optional[float]) -> str:
+    """What is said of two recordings: by probability where the backend is calibrated."""
+    if llr is None:
+        return (
+            f"## {backend.score} {score:.3f}\n\n1: the same voice; about 0: two voices that have nothing in"
+            " common. For a probability start the page with `--backend`, a file of `speaker.verify"
+            " --calibrate`."
+        )
+    threshold = 0.0 if backend.threshold is None else backend.threshold
+    same = "The same person" if llr >= threshold else "Not the same person"
+    share = f"**{expit(llr):.1%}**, where it is as likely as not beforehand."
+    return f"## {same}\n\nProbability that it is one person: {share}"
 
 
 def in_gallery(gallery: Gallery, scores: np.ndarray) -> tuple[str, list[list[str]]]:
@@ -114,11 +204,14 @@ def in_gallery(gallery: Gallery, scores: np.ndarray) -> tuple[str, list[list[str
     threshold = None if found is None else float(found["threshold"])
     (name,), _ = decide(gallery, scores, threshold, PRIOR)
     calibrated = gallery.backend.calibration is not None
-    values = posteriors(scores, PRIOR)[0, :-1] if calibrated else scores[0]
+    shares = posteriors(scores, PRIOR)[0] if calibrated else scores[0]
+    nearest = np.argsort(-scores[0], kind="stable")[:SHOWN]
     rows = [
-        [gallery.names[k], f"{values[k]:.1%}" if calibrated else f"{values[k]:.3f}"]
-        for k in np.argsort(-values)[:SHOWN]
+        [gallery.names[k], f"{shares[k]:.1%}" if calibrated else f"{shares[k]:.3f}"]
+        for k in nearest
     ]
+    if calibrated:
+        rows.append([UNKNOWN, f"{shares[-1]:.1%}"])
     note = ""
     if found is None and not calibrated:
         note = (
@@ -126,7 +219,7 @@ def in_gallery(gallery: Gallery, scores: np.ndarray) -> tuple[str, list[list[str
         )
     elif found is not None and gallery.is_stale(found):
         note = "\n\nPeople were enrolled since it was calibrated: `gallery calibrate` again."
-    return f"## {name}{note}", rows
+    return f"## {plain(name)}{note}", rows
 
 
 def recorder(label: str) -> Any:
@@ -155,11 +248,27 @@ def shown(score: float, kind: str) -> str:
     return f"{score:.3f}" if kind == "cosine" else f"{np.exp(score):.1%}"
 
 
-def picture(features: np.ndarray) -> str:
-    """Log-mel features (T, F) as a picture, low bands below."""
+def picture(model: SpeakerModel, features: np.ndarray) -> str:
+    """Log-mel features (T, F) as a picture, low bands below, and above it how much each frame counted."""
+    if features.ndim != 2:
+        return "This file makes its features itself: there is no picture of what it hears."
     low, high = np.percentile(features, [1, 99])
     scaled = np.clip((features - low) / max(high - low, 1e-6), 0, 1)
-    image = Image.fromarray((255 * scaled).astype(np.uint8).T[::-1])
-    return figure(
-        image, f"What the model hears: {len(features) / 100:.1f} s, low tones below", wide=True
-    )
+    pixels = np.repeat((255 * scaled).astype(np.uint8).T[::-1, :, None], 3, axis=2)
+    seconds = len(features) * model.spec.seconds_per_frame
+    words = f"What the model hears: {seconds:.1f} s, low tones below."
+    weights = model.frame_weights(features)
+    if weights is None:
+        words += " Which part counted is not shown: its pooling has no attention, or its file does not say."
+    else:
+        words += " Orange, above: how much each moment counted for the answer."
+        pixels = np.concatenate([bars(weights), pixels])
+    return figure(Image.fromarray(pixels), words, "wide")
+
+
+def bars(weights: np.ndarray) -> np.ndarray:
+    """uint8 (BAND, T, 3): a bar for each weight (T,), the largest over the whole height."""
+    heights = BAND * weights / max(float(weights.max()), 1e-12)
+    filled = heights[None] >= np.arange(BAND, 0, -1)[:, None] - 0.5
+    found: np.ndarray = np.where(filled[..., None], COLOUR, GROUND).astype(np.uint8)
+    return found

@@ -5,7 +5,8 @@ Padded frames have no influence whatever they hold; an utterance without a valid
 Sums over time are computed in float32 or better.
 
 One that has `statistics(x)` and `pooled(statistics)` besides, whose composition is itself, can be put
-together from windows of a long recording (`chunks`).
+together from windows of a long recording (`chunks`). One that weighs frames has `frame_scores(x)`:
+(B, T, K), whose softmax over time is the weight of each frame for each of K heads or channels.
 """
 
 from dataclasses import dataclass, field
@@ -132,6 +133,10 @@ class SelfAttentivePooling(nn.Module):
 
     pooled = staticmethod(mean_of)
 
+    def frame_scores(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.score(x)
+        return scores
+
     def statistics(self, x: Tensor) -> Statistics:
         scores = self.score(x)
         return statistics_of(x, scores.repeat_interleave(x.shape[-1] // scores.shape[-1], -1))
@@ -151,6 +156,10 @@ class AttentiveStatisticsPooling(nn.Module):
         return mean_and_std(x, softmax_over_time(self.score(x), padding_mask)).to(x.dtype)
 
     pooled = staticmethod(mean_and_deviation)
+
+    def frame_scores(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.score(x)
+        return scores
 
     def statistics(self, x: Tensor) -> Statistics:
         return statistics_of(x, self.score(x))
@@ -179,6 +188,10 @@ class SelfAttentionPooling(nn.Module):
     def statistics(self, x: Tensor) -> Statistics:
         """Of the attended frames; those beyond `x` are not attended to."""
         return statistics_of(self.attention(x, None))
+
+    def frame_scores(self, x: Tensor) -> Tensor:
+        """Logarithm of what the attended frames take from each, together."""
+        return self.attention.weights(x).sum(2).log().transpose(1, 2)
 
 
 def scoring_layer(d_model: int, hidden: int, outputs: int) -> nn.Module:

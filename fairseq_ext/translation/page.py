@@ -3,7 +3,7 @@
 import html
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -21,11 +21,18 @@ from fairseq_ext.translation.decode.checkpoint import (
 )
 from fairseq_ext.translation.decode.options import DecodeOptions
 from fairseq_ext.translation.decode.translator import Translator
+from fairseq_ext.translation.documents import open_document
 from fairseq_ext.translation.text.normalise import read_lines
+from fairseq_ext.translation.translate import Counts
 
 NBEST = 5
 LONGEST = 10_000  # characters that are typed, lines of a file
 PROGRESS = gr.Progress()  # a default, as which Gradio finds it
+HOW_TO_LOOK = (
+    "Point at a piece of the translation, the second line, or step to it with the tab key: what the"
+    " model looked at when it wrote it is shaded."
+)
+END = "(end)"
 STEP = 64  # lines of a file between two looks at the progress
 
 
@@ -37,18 +44,16 @@ def tab(models: list[Model], settings: Settings) -> None:
     )
     # decoding changes a model for speed, and then it has no attention to give
     look = Loaded(partial(whole, user_dir=settings.user_dir))
+    # of every model, of which only those that are used are built
+    languages = Loaded(languages_of)
 
     def backwards(path: str) -> Optional[str]:
         """The model of the other direction, where there is one."""
-        own = load(path).vocabulary
-        for model in models:
-            other = load(str(model.path)).vocabulary
-            if (other.source_lang, other.target_lang) == (own.target_lang, own.source_lang):
-                return str(model.path)
-        return None
+        wanted = languages(path)[::-1]
+        return next((str(m.path) for m in models if languages(str(m.path)) == wanted), None)
 
     @answered
-    def translate(path: str, text: str) -> tuple[str, list[list[str]], str, str]:
+    def translate(path: str, text: str) -> tuple[str, list[list[str]], str, Any]:
         lines = usable(text)
         found = list(load(path).translate(lines, DecodeOptions(nbest=NBEST)))
         best = "\n".join(one.text for one in found)
@@ -60,26 +65,33 @@ def tab(models: list[Model], settings: Settings) -> None:
         ]
         reverse = backwards(path)
         back = "\n".join(load(reverse)(best.split("\n"))) if reverse else ""
+        shown_back = gr.update(value=back, visible=reverse is not None)
         shown = "" if several or not lines[0].strip() else looked(look(path), lines[0], best)
-        return best, rows, shown, back
+        return best, rows, shown, shown_back
 
     @answered
     def translate_file(path: str, given: Optional[str], progress: Any = PROGRESS) -> Iterator[Any]:
         if given is None:
-            raise UserError("there is no file yet: give a text file, a sentence a line")
-        lines = text_lines(given)
-        done: list[str] = []
+            raise UserError("there is no file yet: give text, a sentence a line, or a catalogue")
+        document = open_document(given)
+        lines = held(given, read_lines(given) if document is None else document.texts)
+        counts, done = Counts(), []
         for start in range(0, len(lines), STEP):
             progress((start, len(lines)), unit="lines")
-            yield gr.DownloadButton(visible=False)  # where a cancelled one ends
-            done += load(path)(lines[start : start + STEP])
-        language = load(path).vocabulary.target_lang
-        with (
-            tempfile.TemporaryDirectory() as folder
-        ):  # the page takes a copy, which it deletes in time
-            out = Path(folder, f"{Path(given).stem}.{language}.txt")
-            out.write_text("".join(f"{line}\n" for line in done), encoding="utf-8")
-            yield gr.DownloadButton(value=str(out), visible=True)
+            yield gr.DownloadButton(visible=False), ""  # where a cancelled one ends
+            for found in load(path).translate_window(lines[start : start + STEP]):
+                counts.add(found)
+                done.append(found.text)
+        content = "".join(f"{line}\n" for line in done).encode()
+        if document is not None:
+            content, counts.document = document.render(done)
+        name, language = Path(given), load(path).vocabulary.target_lang
+        with tempfile.TemporaryDirectory() as folder:
+            # the page takes a copy, which it deletes in time
+            out = Path(folder, f"{name.stem}.{language}{name.suffix if document else '.txt'}")
+            out.write_bytes(content)
+            said = "\n".join(f"- {sentence}" for sentence in counts.sentences())
+            yield gr.DownloadButton(value=str(out), visible=True), said
 
     busy: dict[str, Any] = dict(concurrency_id="translation", concurrency_limit=1)
     with gr.Tab("Translation"):
@@ -88,16 +100,14 @@ def tab(models: list[Model], settings: Settings) -> None:
             source = gr.Textbox(label="Text, a sentence a line", lines=3, max_length=LONGEST)
             target = gr.Textbox(label="Translation", lines=3, interactive=False, buttons=["copy"])
         ask = gr.Button("Translate", variant="primary")
-        looks = gr.HTML(
-            label="Where the model looked: point at a piece below, or step to it with the tab key"
-        )
+        looks = gr.HTML()
         with gr.Row():
             others = gr.Dataframe(
-                headers=["translation", "score"], label="The best ones", interactive=False
+                headers=["translation", "score"],
+                label="The best ones; score: log-probability of a piece, 0 at best",
+                interactive=False,
             )
-            back = gr.Textbox(
-                label="Translated back", lines=3, interactive=False, visible=len(models) > 1
-            )
+            back = gr.Textbox(label="Translated back", lines=3, interactive=False, visible=False)
         gr.on(
             [ask.click, source.submit],
             translate,
@@ -107,11 +117,15 @@ def tab(models: list[Model], settings: Settings) -> None:
             **busy,
         )
         with gr.Accordion("A whole file", open=False):
-            given = gr.File(label="Text, UTF-8, a sentence a line", file_types=[".txt", "text"])
+            given = gr.File(
+                label="Text, UTF-8, a sentence a line, or a catalogue of gettext (.po)",
+                file_types=[".txt", ".po", "text"],
+            )
             start, stop = gr.Button("Translate the file"), gr.Button("Cancel")
             out = gr.DownloadButton("Save its translation", visible=False)
+            became = gr.Markdown()
             running = start.click(
-                translate_file, [model, given], out, api_name="translate_file", **busy
+                translate_file, [model, given], [out, became], api_name="translate_file", **busy
             )
             stop.click(None, cancels=[running])
 
@@ -120,6 +134,12 @@ def whole(path: str, user_dir: Optional[str]) -> tuple[Any, Vocabulary]:
     """(model, vocabulary) as they were trained."""
     state = read_state(path)
     return build_model(state, path, user_dir), vocabulary_of(state, path)
+
+
+def languages_of(path: str) -> tuple[str, str]:
+    """(source, target) of a model."""
+    found = read_state(path)["task_state"]["translation"]
+    return found["source_lang"], found["target_lang"]
 
 
 def usable(text: str) -> list[str]:
@@ -133,12 +153,14 @@ def usable(text: str) -> list[str]:
     return text.strip("\n").split("\n")
 
 
-def text_lines(path: str) -> list[str]:
-    """The lines of a text file; UserError for one that is none, or too long."""
-    name, lines = Path(path).name, list(itertools.islice(read_lines(path), LONGEST + 1))
-    if not lines or len(lines) > LONGEST:
+def held(path: str, texts: Iterable[str]) -> list[str]:
+    """The lines of a file, or the texts of a document; UserError for none, or too many."""
+    lines = list(itertools.islice(texts, LONGEST + 1))
+    if not lines:
+        raise UserError(f"{Path(path).name} has nothing to translate: give another file")
+    if len(lines) > LONGEST:
         raise UserError(
-            f"{name} has {'no' if not lines else 'more'} lines, the page takes 1 to {LONGEST:,}: use"
+            f"{Path(path).name} has more than {LONGEST:,} lines to translate, which the page takes: use"
             " python -m fairseq_ext.translation.translate"
         )
     return lines
@@ -153,7 +175,7 @@ def hover(found: Attention) -> str:
     """Pieces of source and target; pointing at one of the target shades what it looked at."""
 
     def piece(kind: str, number: int, text: str, more: str = "") -> str:
-        shown = html.escape(text.replace("▁", "␣")) or "␣"
+        shown = END if text == "</s>" else html.escape(text.replace("▁", "␣")) or "␣"
         return f'<span class="{kind}{number}"{more}>{shown}</span>'
 
     rules = []
@@ -165,4 +187,5 @@ def hover(found: Attention) -> str:
                 rules.append(f".looks:has(.t{row}:is(:hover,:focus)) .s{column}{{{shade}}}")
     source = " ".join(piece("s", k, text) for k, text in enumerate(found.source))
     target = " ".join(piece("t", k, text, ' tabindex="0"') for k, text in enumerate(found.target))
-    return f'<style>{"".join(rules)}</style><div class="looks"><p>{source}</p><p>{target}</p></div>'
+    rows = f"<p>{HOW_TO_LOOK}</p><p>{source}</p><p>{target}</p>"
+    return f'<style>{"".join(rules)}</style><div class="looks">{rows}</div>'

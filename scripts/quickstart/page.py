@@ -2,7 +2,8 @@
 
 bash scripts/quickstart.sh page
 
-What a quickstart trained before, in its folder here, is taken as it is. Ctrl-C ends the page.
+What a quickstart trained before, in its folder here, is taken as it is. Who is enrolled on the page is kept
+beside the speaker model. Ctrl-C ends the page.
 """
 
 import os
@@ -22,7 +23,7 @@ def main(argv):
     parser = Parser(prog="bash scripts/quickstart.sh page", description=__doc__)
     add_dataclass(parser, Settings)
     args = parser.parse_args(argv)
-    from_args(Settings, args)
+    settings = from_args(Settings, args)
     for job in JOBS:
         if not list(Path(f"quickstart-{job}").glob("**/checkpoint_best.pt")):
             print(f"\nTraining for {job}:", flush=True)
@@ -35,6 +36,8 @@ def main(argv):
                 )
     folders = [f"quickstart-{job}" for job in JOBS]
     command = [sys.executable, "-m", "ext_common.page", *folders, *argv]
+    if settings.data is None:
+        command += ["--data", "quickstart-diffusion/data"]  # beside what is drawn the nearest of it
     os.execv(sys.executable, command)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fairseq_ext.speaker import inference
-from fairseq_ext.speaker.inference.chunks import forward_long, windows
+from fairseq_ext.speaker.inference.chunks import forward_long, frame_weights, windows
 from fairseq_ext.speaker.network import NamedNetwork, NetworkOptions, SpeakerNetwork
 from fairseq_ext.speaker.pooling import POOLINGS, MeanPooling
 
@@ -89,6 +89,31 @@ def test_what_fits_is_whole_and_a_frame_more_is_hardly_different():
             forward_long(network, x, 400)["embedding"], network(x[None])["embedding"]
         )
     assert near > 0.999
+
+
+@pytest.mark.parametrize("front", [{}, {"front_end": "linear", "frame_stack": 3}])
+@pytest.mark.parametrize("frames", [40, 41, 333])
+def test_weights_of_frames_are_those_they_are_pooled_with(front, frames, monkeypatch):
+    """With one learned query what is pooled is Σ weight · frame, also over windows."""
+    network = network_of(pooling="self_attentive", **front)
+    for block in network.encoder.blocks:
+        monkeypatch.setattr(block.attention, "forward", lambda x, mask=None: torch.zeros_like(x))
+        monkeypatch.setattr(block.convolution, "forward", lambda x, mask=None: torch.zeros_like(x))
+    with torch.inference_mode():
+        x = features(frames)
+        normal = (x - network.feature_mean) / network.feature_std
+        inner, _ = network.frames(normal[None])
+        weights = frame_weights(NamedNetwork(network), x, chunk=40)
+        owner = torch.arange(frames) // network.step
+        pooled = (weights[:, None] * inner[0, owner]).sum(0)
+        torch.testing.assert_close(pooled, network.pooling(inner)[0], rtol=1e-4, atol=1e-5)
+    assert weights.std() > 1e-3 / frames
+
+
+def test_a_pooling_without_attention_has_no_weights_of_frames():
+    for changes in ({"pooling": "mean"}, {"pooling": "statistics"}):
+        assert frame_weights(network_of(**changes), features(9)) is None
+    assert frame_weights(torch.nn.Linear(MELS, 2), features(9)) is None
 
 
 class Median(MeanPooling):

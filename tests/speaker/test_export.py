@@ -303,13 +303,18 @@ def test_a_pack_answers_as_its_checkpoint_with_and_without_torch(
     recordings = [str(tiny_recordings / name / "9.wav") for name in ("dora", "anna")]
     program = (
         "import sys; sys.modules.update(torch=None, torchaudio=None, safetensors=None)\n"
+        "from ext_common.pack import main as pack\n"
         "from fairseq_ext.speaker.identify import main\n"
-        "main(sys.argv[1:])"
+        "path, folder, *recordings = sys.argv[1:]\n"
+        "pack(['--unpack', path, folder])\n"
+        "for given in (path, folder + '/model.onnx'): main([*recordings, '--path', given])"
     )
-    done = without_torch(program, repo_root, *recordings, "--path", path)
+    done = without_torch(program, repo_root, path, tmp_path / "parts", *recordings)
     names = [found.speaker for found in model.identify(recordings)]
-    rows = [line.split() for line in done.stdout.splitlines()[1:]]
-    assert rows == [list(row) for row in zip(recordings, names, strict=True)], done.stderr
+    unpacked, *rows = [line.split() for line in done.stdout.splitlines()]
+    expected = [list(row) for row in zip(recordings, names, strict=True)]
+    assert rows[1:3] == rows[4:] == expected, done.stderr
+    assert unpacked[-3:] == ["all", "as", "packed"]
 
 
 def test_a_file_can_be_pickled(written, recordings):

@@ -101,6 +101,10 @@ def test_self_attention_is_torch_attention_then_the_masked_mean(nhead, masked):
     found = pooling(x, mask if masked else None)
     assert found.shape == (len(x), DIM)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # how much each frame counts: what the others attend to it, in the mean
+    _, attended = peer(x, x, x, average_attn_weights=False)
+    weights = pooling.frame_scores(x).softmax(1)
+    torch.testing.assert_close(weights, attended.mean(2).transpose(1, 2), rtol=1e-5, atol=1e-6)
 
 
 @both

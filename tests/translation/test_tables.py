@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ext_common.cli import UserError
-from fairseq_ext.translation.text.tables import Layout, is_quoted, kind_of, read_pairs
+from fairseq_ext.translation.text.tables import Layout, is_quoted, kind_of, open_po, read_pairs
 
 LAYOUT = Layout((1, 2), ("en", "zh"))
 PAIRS = [
@@ -95,6 +95,9 @@ def test_po(tmp_path):
         encoding="utf-8",
     )
     assert pairs(path) == [("Yes", "是"), ("", ""), ("", "")]
+    path.write_bytes('msgid "größe"\nmsgstr ""\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.po, line 1 is not UTF-8"):
+        open_po(path)
 
 
 def test_the_ending_says_what_a_file_is():

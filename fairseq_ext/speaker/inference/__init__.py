@@ -123,6 +123,20 @@ class SpeakerModel:
         """
         return self._collect(utterances, "embedding", None, batch_size, max_frames)
 
+    def frame_weights(self, utterance) -> np.ndarray | None:
+        """How much each frame of one utterance counts, by the attention of the pooling: float32 (T,), sum 1.
+
+        None where the pooling weighs all frames alike, or the network does not say (an exported one).
+        """
+        import torch
+
+        from fairseq_ext.speaker.inference.chunks import frame_weights
+
+        features = torch.from_numpy(self._features(utterance))
+        with torch.inference_mode():
+            found = frame_weights(self.network, features, device=self.device)
+        return None if found is None else found.numpy()
+
     def identify(self, utterances, top_k: int = 1):
         """An `Identification` for one utterance, a list of them for several.
 
@@ -243,6 +257,9 @@ class ExportedModel(SpeakerModel):
     @property
     def backend(self) -> io.BytesIO | None:
         return self.network.backend
+
+    def frame_weights(self, utterance) -> None:
+        return None
 
     def _run(self, batch: list[np.ndarray]) -> dict[str, np.ndarray]:
         if self._frames(batch[0]) <= CHUNK_FRAMES:

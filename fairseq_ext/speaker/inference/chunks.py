@@ -6,15 +6,16 @@ and the pooling merges what it knows of each window (`Statistics`), so that the 
 over the whole recording. A pooling that does not say how gives embeddings, which are averaged by length.
 """
 
-from typing import Any, Dict, List, Optional
+from collections.abc import Iterator
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from fairseq_ext.speaker.batching import CHUNK_FRAMES
+from fairseq_ext.speaker.batching import CHUNK_FRAMES, Window
 from fairseq_ext.speaker.batching import windows as windows
 from fairseq_ext.speaker.network import SpeakerNetwork, normalise
-from fairseq_ext.speaker.pooling import Statistics
+from fairseq_ext.speaker.pooling import Statistics, softmax_over_time
 
 
 def forward_long(
@@ -27,18 +28,9 @@ def forward_long(
     plain = getattr(network, "network", network)
     if not isinstance(plain, SpeakerNetwork):
         return averaged(network, features, chunk, device)
-    mean = None
-    if plain.feature_norm == "utterance":
-        mean = (features.mean(0) - plain.feature_mean.cpu()) / plain.feature_std.cpu()
-    kind = "none" if plain.feature_norm == "none" else "global"
     merged: Optional[Statistics] = None
     embeddings, weights = [], []
-    for window in windows(len(features), chunk, plain.step):
-        x = features[window.start : window.end]
-        x = normalise(x[None].to(device), None, kind, plain.feature_mean, plain.feature_std)
-        x, _ = plain.frames(x if mean is None else x - mean.to(device), None)
-        first, last = ((n - window.start) / plain.step for n in (window.first, window.last))
-        x = x[:, int(first) : -int(-last // 1)]
+    for window, x in counted_frames(plain, features, chunk, device):
         if getattr(plain.pooling, "statistics", None):
             found = plain.pooling.statistics(x)
             merged = found if merged is None else merged.merge(found)
@@ -50,6 +42,41 @@ def forward_long(
     else:
         embedding = mean_of(embeddings, weights)
     return {"embedding": embedding, "logits": plain.head(embedding)}
+
+
+def counted_frames(
+    network: SpeakerNetwork, features: Tensor, chunk: int, device: Any
+) -> Iterator[Tuple[Window, Tensor]]:
+    """Of each window of features (T, F) the frames that count, as they are pooled: (1, n, C)."""
+    mean = None
+    if network.feature_norm == "utterance":
+        mean = (features.mean(0) - network.feature_mean.cpu()) / network.feature_std.cpu()
+    kind = "none" if network.feature_norm == "none" else "global"
+    for window in windows(len(features), chunk, network.step):
+        x = features[window.start : window.end]
+        x = normalise(x[None].to(device), None, kind, network.feature_mean, network.feature_std)
+        x, _ = network.frames(x if mean is None else x - mean.to(device), None)
+        first, last = ((n - window.start) / network.step for n in (window.first, window.last))
+        yield window, x[:, int(first) : -int(-last // 1)]
+
+
+def frame_weights(
+    network: Any, features: Tensor, chunk: int = CHUNK_FRAMES, device: Any = "cpu"
+) -> Optional[Tensor]:
+    """How much each frame of features (T, F) counts in what is pooled: float32 (T,), whose sum is 1.
+
+    The mean over the heads or channels that the pooling has weights for. None where it weighs all frames
+    alike, and for a network whose inside is unknown.
+    """
+    plain = getattr(network, "network", network)
+    if not isinstance(plain, SpeakerNetwork) or not hasattr(plain.pooling, "frame_scores"):
+        return None
+    parts = counted_frames(plain, features, chunk, device)
+    scores = torch.cat([plain.pooling.frame_scores(x) for _, x in parts], 1)
+    weights = softmax_over_time(scores, None).mean(-1)[0].float().cpu()
+    # what is pooled stands for `step` frames, the last of a recording for what is left
+    owner = torch.arange(len(features)) // plain.step
+    return weights[owner] / owner.bincount()[owner]
 
 
 def averaged(network: Any, features: Tensor, chunk: int, device: Any) -> Dict[str, Tensor]:

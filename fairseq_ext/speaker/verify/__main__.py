@@ -19,8 +19,13 @@ from ext_common.manifest import MANIFEST_NAME, atomic_json, beside, known_sha256
 from fairseq_ext.speaker.inference import SpeakerModel
 from fairseq_ext.speaker.inference.inputs import BatchOptions, check_output, check_positive
 from fairseq_ext.speaker.verify import report
-from fairseq_ext.speaker.verify.backend import QUALITIES, Backend, Side
-from fairseq_ext.speaker.verify.compared import Compared, asked_threshold, measured
+from fairseq_ext.speaker.verify.backend import QUALITIES, Backend
+from fairseq_ext.speaker.verify.compared import (
+    Compared,
+    asked_threshold,
+    compared_files,
+    measured,
+)
 from fairseq_ext.speaker.verify.norms import NORMS
 from fairseq_ext.speaker.verify.scores import SCORES
 from fairseq_ext.speaker.verify.trials import make_trials, write_scores, write_trials
@@ -313,22 +318,17 @@ def compare(paths, options) -> int:
     """Two files."""
     runner = load_runner(options)
     backend = load_backend(options, runner)
-    found = open_voices(paths).embed(runner, [0, 1])
-    parts = found.embeddings, found.seconds, found.hertz
-    one, two = (Side.of_tests(*(part[i : i + 1] for part in parts)) for i in (0, 1))
-    sides = one, two, np.zeros(1, np.int32), np.zeros(1, np.int32)
-    scores = backend.scores(*sides)
-    calibrated = backend.calibration is not None
-    if calibrated:
-        scores = backend.llr(scores, *sides)
-        print(f"log-likelihood ratio {scores[0]:.3f} (above 0: rather the same person)")
+    score, llr = compared_files(paths, runner, backend)
+    if llr is not None:
+        print(f"log-likelihood ratio {llr:.3f} (above 0: rather the same person)")
     else:
-        print(f"{backend.score} {scores[0]:.4f}, not calibrated: --calibrate says what it is worth")
+        print(f"{backend.score} {score:.4f}, not calibrated: --calibrate says what it is worth")
     threshold = backend.threshold
     if options.threshold:
-        threshold = asked_threshold(options.threshold, calibrated)
+        threshold = asked_threshold(options.threshold, llr is not None)
     if threshold is not None:
-        same = "the same person" if scores[0] >= threshold else "not the same person"
+        value = score if llr is None else llr
+        same = "the same person" if value >= threshold else "not the same person"
         print(f"{same}, at the threshold {threshold:.4g}")
     return 0
 

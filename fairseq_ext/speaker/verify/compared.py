@@ -2,7 +2,8 @@
 
 import sys
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +12,26 @@ from fairseq_ext.speaker.verify import report
 from fairseq_ext.speaker.verify.backend import Backend, Side
 from fairseq_ext.speaker.verify.metrics import bayes_threshold, rates_at, threshold_at
 from fairseq_ext.speaker.verify.trials import Trials, read_enrolment, read_trials
-from fairseq_ext.speaker.verify.voices import Runner, Voices, row_numbers
+from fairseq_ext.speaker.verify.voices import Runner, Voices, open_voices, row_numbers
+
+
+class Pair(NamedTuple):
+    """Two recordings compared. score: as the backend scores; llr: natural, None where not calibrated."""
+
+    score: float
+    llr: float | None
+
+
+def compared_files(paths: Sequence[str], runner: Runner, backend: Backend) -> Pair:
+    """Two audio files."""
+    found = open_voices(paths).embed(runner, [0, 1])
+    parts = found.embeddings, found.seconds, found.hertz
+    one, two = (Side.of_tests(*(part[i : i + 1] for part in parts)) for i in (0, 1))
+    sides = one, two, np.zeros(1, np.int32), np.zeros(1, np.int32)
+    scores = backend.scores(*sides)
+    if backend.calibration is None:
+        return Pair(float(scores[0]), None)
+    return Pair(float(scores[0]), float(backend.llr(scores, *sides)[0]))
 
 
 class Compared:

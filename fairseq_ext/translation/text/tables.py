@@ -162,7 +162,7 @@ def open_po(path: str | os.PathLike[str]) -> Any:
         raise UserError(
             f"{path} needs the package polib: install it with pip install 'fairseq-ext[po]'"
         ) from error
-    text = b"".join(blocks(path)).decode("utf-8")
+    text = "\n".join(read_lines(path))
     if not any(line.startswith("msgid") for line in text.splitlines()):
         raise UserError(f"{path} is no PO catalogue (it has no msgid): give one")
     try:
