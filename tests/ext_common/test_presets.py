@@ -381,16 +381,22 @@ def test_the_same_data_and_task_go_on(parse, speech, trained, tmp_path):
     assert again["lr_scheduler"]["warmup_updates"] == cfg["lr_scheduler"]["warmup_updates"] == 15
 
 
-def test_twice_the_processes_have_half_the_batch_of_the_checkpoint(
-    parse, speech, trained, tmp_path, monkeypatch
+@pytest.mark.parametrize("before, now, batch", [(1, 2, 32), (2, 1, 64)])
+def test_another_number_of_processes_keeps_the_batch_of_all(
+    parse, speech, trained, tmp_path, monkeypatch, before, now, batch
 ):
     speech()
-    cfg, _ = parse(TINY)
-    trained(tmp_path / "checkpoints" / "DATA-speaker_id", cfg)
-    environment = dict(MASTER_ADDR="x", MASTER_PORT="1", RANK="0", WORLD_SIZE="2")
-    for name, value in environment.items():
+    for name, value in dict(MASTER_ADDR="x", MASTER_PORT="1", RANK="0").items():
         monkeypatch.setenv(name, value)
-    assert parse(TINY)[0]["dataset"]["batch_size"] == 32
+    monkeypatch.setenv("WORLD_SIZE", str(before))
+    cfg, _ = parse(TINY)
+    cfg["distributed_training"]["distributed_world_size"] = before
+    trained(tmp_path / "checkpoints" / "DATA-speaker_id", cfg)
+    monkeypatch.setenv("WORLD_SIZE", str(now))
+    again, _ = parse(TINY)
+    assert cfg["dataset"]["batch_size"] * before == again["dataset"]["batch_size"] * now == 64
+    assert again["dataset"]["batch_size"] == batch
+    assert again["optimization"]["lr"] == cfg["optimization"]["lr"]
 
 
 def test_a_training_of_before_goes_on_in_its_folder(parse, speech, trained, tmp_path):

@@ -1,4 +1,4 @@
-"""scripts/setup.sh with a stand-in for pip: what it installs, and when; gpu_check.sh where there is no GPU."""
+"""scripts/setup.sh with a stand-in for pip: what it installs, and when; gpu_check.sh without a GPU."""
 
 import os
 import shutil
