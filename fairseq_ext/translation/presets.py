@@ -17,6 +17,8 @@ MANY_PAIRS = 200_000
 PAIRS_AN_UPDATE = 56
 PASSES = 6
 ROUND_TO = 500
+# Of lengths of batches, where the network is compiled: a third more padding, and some 20 shapes for 500.
+PADDED_TO = 16
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
         "--warmup-updates": str(warmup),
     }
     rate = {} if asked.get("lr_scheduler", "noam") == "noam" else {"--lr": f"{peak:.2g}"}
+    shapes = {"--required-seq-len-multiple": str(PADDED_TO)} if asked.get("compile") else {}
     tokens, freq, together = shared_batch(size.tokens, machine.processes, size.most)
     batch = {"--max-tokens": str(tokens)} | ({"--update-freq": str(freq)} if freq > 1 else {})
     return [
@@ -114,6 +117,7 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
         Choice("rate", rate, f"the peak that noam would have, for {size.tokens} pieces an update"),
         Choice("schedule", noam, f"rises to {peak:.1e}, then falls with the inverse square root"),
         Choice("batch", batch, together or "padded pieces of a side an update"),
+        Choice("shapes", shapes, "few, as the network is compiled for each"),
         Choice("length", {"--max-update": str(least)}, f"at most, for {facts.pairs:,} pairs"),
         Choice("checkpoints", checkpoints(size, least), "for `average`, behind the best one"),
         Choice("stop", {"--patience": "10"}, "validations without a better BLEU"),

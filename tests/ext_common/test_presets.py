@@ -13,7 +13,7 @@ import yaml
 from ext_common import presets
 from ext_common.checkpoints import untouched_logging
 from ext_common.cli import UserError
-from ext_common.presets import Machine, save_dirs
+from ext_common.presets import Machine, command, save_dirs
 
 GOLDEN = Path(__file__).parent / "golden"
 COMMANDS = json.loads((GOLDEN / "commands.json").read_text())
@@ -292,6 +292,15 @@ def test_all_processes_together_have_the_same_batch(complete, speech, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     flags, _ = complete(TINY)
     assert flags["batch-size"] == str(each) and flags["lr"] == "0.004"
+
+
+def test_gpus_of_a_machine_are_processes_without_a_launcher_too(monkeypatch):
+    """fairseq starts one on each; --cpu takes none of them."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for cpu, machine in ((False, Machine(True, 8, 0.0)), (True, Machine(False, 1, 0.0))):
+        args = argparse.Namespace(cpu=cpu, distributed_world_size=8)
+        assert command.machine_of(args, {}) == machine
 
 
 def test_memory_limits_the_batch_of_a_process():
