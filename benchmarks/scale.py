@@ -404,7 +404,8 @@ def resident(pid: int) -> tuple[float, float]:
 def store_section(records: dict[str, dict]) -> str:
     about = (
         "Speaker data: a store that is a hole in the disk, as silence is; recordings of the course's layout,"
-        " prepared by one worker. The larger one has a thousand (ten) times as much."
+        " prepared by one worker. The larger one has a thousand (ten) times as much; what grows in training"
+        " is what stands for each utterance and each crop of an epoch."
     )
     rows = [
         [
