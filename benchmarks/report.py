@@ -10,7 +10,7 @@ figures mean, with the tables put in. docs/fairseq-gaps.md comes from the docstr
 import re
 import sys
 
-from benchmarks import page, shortest
+from benchmarks import page, scale, shortest
 from benchmarks.backtranslation import report as backtranslation
 from benchmarks.diffusion import report as diffusion
 from benchmarks.diffusion import speed as diffusion_speed
@@ -98,6 +98,7 @@ def speed_tables() -> dict[str, str]:
     found["speaker export"] = speaker_export.section(recorded("speaker_export"))
     found["startup"] = startup_section(recorded("startup"))
     found["page"] = page.section(recorded("page"))
+    found["scale"] = scale.report(recorded("scale"))
     found["shortest"] = shortest.report()
     return found
 

@@ -1,95 +1,152 @@
-"""Several processes, and random numbers without generators: figures of docs/training.md.
+"""More than one process, random numbers, compiled networks, large stores: figures of docs/results/speed.md.
 
     python -m benchmarks.scale two         two processes of one training beside two trainings of one process
     python -m benchmarks.scale random      Philox beside a torch generator an image, its share of an update
+    python -m benchmarks.scale compile     the three networks as they are and compiled, a thread each
+    python -m benchmarks.scale store       anonymous memory of training from 50 GB and of preparing 2 GB
 
-Both sides of `two` use the whole machine, a core a process: what one training of two processes does beside
-two of one is its efficiency. Run it when the machine does nothing else.
+Each is minutes, and a run that is recorded is not made again: killed and started once more it goes on. All
+but `store` are timings, for when the machine does nothing else. What one training of two processes does
+beside two of one, both on the whole machine, a core a process, is its efficiency.
 """
 
+import datetime
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from benchmarks import gpu
 from benchmarks.common import machine
+from benchmarks.pages import markdown, origin
 from benchmarks.recorded import RESULTS, ROOT, Results, digest_of
 from ext_common.cli import Parser, UsageError, add_dataclass, from_args, run
-from tests.trainings import traced
+from ext_common.manifest import versions
 
 BIN = Path(sys.executable).parent
+# Samples of a process.
+BATCHES = {"speaker": 32, "diffusion": 16}
 # shapes of the presets, and images of a batch
 SHAPES = {
     "digits 28": ((1, 28, 28), 64),
     "32 × 32": ((3, 32, 32), 32),
     "64 × 64": ((3, 64, 64), 32),
 }
+# Of the networks; the last keeps the lengths of the sentences.
+WAYS = {
+    "as it is": "",
+    "compiled": "--compile inductor",
+    "compiled, any lengths": "--compile inductor --required-seq-len-multiple 1",
+}
+FRAMES, N_MELS = 5000, 40  # of an utterance of the large store: 800 kB
+BYTES_OF_A_RECORDING = 105_000 * 1.14  # of `benchmarks.speaker.prepare`, with the unlabelled ones
 
 
 @dataclass
 class Options:
-    updates: int = field(default=120, metadata={"help": "updates of each training of `two`"})
+    updates: int = field(
+        default=40,
+        metadata={"help": "updates of each training, of which the first quarter is not timed"},
+    )
     rounds: int = field(
-        default=3, metadata={"help": "rounds, in each of which every side runs once"}
+        default=2, metadata={"help": "rounds of `two`, in each of which every side runs once"}
+    )
+    train_gb: float = field(default=50.0, metadata={"help": "size of the large store of `store`"})
+    prepare_gb: float = field(
+        default=2.0, metadata={"help": "size of the recordings that `store` prepares"}
     )
     output: str = field(
         default=str(RESULTS / "scale.jsonl"), metadata={"help": "JSON-lines file for the figures"}
     )
 
 
+# The name of a run, and what measures it.
+Run = tuple[str, Callable[[], dict[str, Any]]]
+
+
 def main(argv: list[str]) -> None:
     """The command."""
     parser = Parser(prog="python -m benchmarks.scale", description=__doc__)
-    parser.add_argument("what", choices=["two", "random"])
+    parser.add_argument("what", choices=list(PARTS))
     add_dataclass(parser, Options)
     args = parser.parse_args(argv)
     options = from_args(Options, args)
-    if options.updates < 40:
-        raise UsageError("--updates must be at least 40: the first 20 are not timed")
-    found = {"two": two, "random": draws}[args.what](options)
-    record = {"run": args.what, "recipe_sha256": digest_of(vars(options)), "machine": machine()}
-    Results(options.output).put({**record, **found})
-    for row in found["rows"]:
-        print("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row) + " |")
-
-
-def two(options: Options) -> dict[str, Any]:
-    """Samples a second of two single trainings together, and of one training of two processes."""
-    from benchmarks.gpu import written
-
-    rows = []
+    if options.updates < 8:
+        raise UsageError("--updates must be at least 8")
+    results, recipe = Results(options.output), digest_of({**vars(options), "output": ""})
     with tempfile.TemporaryDirectory() as folder:
-        data = written(Path(folder), small=False)
-        for job, (plugin, task, batch) in {
-            "speaker": ("fairseq_ext", "speaker_id", 64),
-            "diffusion": ("diffusion_ext", "diffusion", 64),
-        }.items():
+        for name, measure in PARTS[args.what](Path(folder), options):
+            name = f"{args.what} {name}"
+            if results.has(name, recipe):
+                continue
+            record = {
+                "run": name,
+                "recipe_sha256": recipe,
+                "date": datetime.date.today().isoformat(),
+                "machine": machine(),
+                "command": f"python -m benchmarks.scale {args.what}",
+                "versions": versions(),
+            }
+            results.put({**record, **measure()})
+            print(f"{name} is recorded", file=sys.stderr)
+    print(SECTIONS[args.what](of(results.all(), args.what)))
+
+
+def of(records: list[dict], what: str) -> dict[str, dict]:
+    """The records of a command, by the rest of their names."""
+    return {
+        record["run"].removeprefix(f"{what} "): record
+        for record in records
+        if record["run"].split()[0] == what
+    }
+
+
+def report(records: list[dict]) -> str:
+    """The sections of docs/results/speed.md; none for what was not run yet."""
+    found = [(section, of(records, what)) for what, section in SECTIONS.items()]
+    return "\n\n".join(section(records) for section, records in found if records)
+
+
+# --- two processes --------------------------------------------------------------------------------
+
+
+def two(folder: Path, options: Options) -> Iterator[Run]:
+    """Samples a second of two single trainings together, and of one training of two processes."""
+    data = gpu.written(folder, small=True, jobs=BATCHES)
+    for number in range(options.rounds):
+        for job, batch in BATCHES.items():
+            plugin, task, _ = gpu.TASKS[job]
             words = [str(data[job]), "--user-dir", plugin, "--task", task, "--cpu", "--no-save"]
             words += ["--max-update", str(options.updates), "--disable-validation"]
-            words += ["--log-format", "json", "--log-interval", "20", "--save-dir", f"{folder}/ck"]
+            words += ["--log-format", "json", "--log-interval", str(options.updates // 4)]
+            words += ["--save-dir", str(folder / "ck"), "--batch-size", str(batch)]
             if job == "diffusion":
                 words += ["--sample-interval", "0"]
-            ways: dict[str, list[float]] = {"singles": [], "two": []}
-            for _ in range(options.rounds):
-                half = [*words, "--batch-size", str(batch // 2)]
-                ways["singles"].append(sum(speeds([[BIN / "fairseq-train", *half]] * 2)))
-                torchrun = [BIN / "torchrun", "--nproc_per_node", "2", "--no-python"]
-                ways["two"].append(sum(speeds([[*torchrun, BIN / "fairseq-train", *half]])))
-            singles, both = (statistics.median(ways[name]) for name in ("singles", "two"))
-            rows.append([job, singles, both, both / singles])
-    return {"rows": rows}
+            train = [str(BIN / "fairseq-train"), *words]
+            torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--no-python", *train]
+            for side, commands in {"single": [train] * 2, "together": [torchrun]}.items():
+
+                def measure(commands: list[list[str]] = commands) -> dict[str, Any]:
+                    return {"per_second": sum(speeds(commands))}
+
+                yield f"{job} {side} {number + 1}", measure
 
 
-def speeds(commands: list[list[Any]]) -> list[float]:
-    """Samples a second of trainings that run at the same time, after the first 20 updates."""
+def speeds(commands: list[list[str]]) -> list[float]:
+    """Samples a second of trainings that run at the same time, after the first quarter."""
+    from tests.trainings import traced
+
     started = [
         subprocess.Popen(
-            list(map(str, command)),
+            command,
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -108,29 +165,53 @@ def speeds(commands: list[list[Any]]) -> list[float]:
     return found
 
 
-def draws(options: Options) -> dict[str, Any]:
-    """Milliseconds: the draws of an update, by a generator for each image and by Philox, and the update."""
-    import torch
-
-    from diffusion_ext.randomness import BEFORE, training_draws
-    from ext_common.random import STREAM
-
-    torch.set_num_threads(1)
+def two_section(records: dict[str, dict]) -> str:
     rows = []
+    for job in BATCHES:
+        each = [
+            [r["per_second"] for name, r in records.items() if name.startswith(f"{job} {side}")]
+            for side in ("single", "together")
+        ]
+        if all(each):
+            single, together = map(statistics.median, each)
+            unit = gpu.TASKS[job][2]
+            figures = [f"{single:.0f} {unit}/s", f"{together:.0f}", f"{together / single:.2f}"]
+            rows.append([job, *figures])
+    head = ["a core a process", "two trainings", "one of two processes", "efficiency (goal: 0.90)"]
+    return section("Two processes", head, rows, records)
+
+
+# --- random numbers -------------------------------------------------------------------------------
+
+
+def draws(_folder: Path, options: Options) -> Iterator[Run]:
+    """Milliseconds: the draws of an update, by a generator for each image and by Philox, and the update."""
     for name, (shape, batch) in SHAPES.items():
-        ids = torch.arange(batch)
-        times = {}
-        for stream in (BEFORE, STREAM):
-            rounds = []
-            for update in range(5 + 5 * options.rounds):
-                began = time.perf_counter()
-                training_draws(1, update, ids, shape, 1000, 7, stream=stream)
-                rounds.append(time.perf_counter() - began)
-            times[stream] = 1000 * statistics.median(rounds[5:])
-        update = 1000 * seconds_of_update(shape, batch)
-        share = times[STREAM] / update
-        rows.append([name, batch, times[BEFORE], times[STREAM], update, share])
-    return {"rows": rows}
+
+        def measure(shape: tuple = shape, batch: int = batch) -> dict[str, Any]:
+            import torch
+
+            from diffusion_ext.randomness import BEFORE, training_draws
+            from ext_common.random import STREAM
+
+            torch.set_num_threads(1)
+            ids, times = torch.arange(batch), {}
+            for stream in (BEFORE, STREAM):
+                rounds = []
+                for update in range(25):
+                    began = time.perf_counter()
+                    training_draws(1, update, ids, shape, 1000, 7, stream=stream)
+                    rounds.append(time.perf_counter() - began)
+                times[stream] = 1000 * statistics.median(rounds[5:])
+            update_ms = 1000 * seconds_of_update(shape, batch)
+            return {
+                "batch": batch,
+                "before_ms": times[BEFORE],
+                "philox_ms": times[STREAM],
+                "update_ms": update_ms,
+            }
+
+        yield name, measure
 
 
 def seconds_of_update(shape: tuple[int, int, int], batch: int) -> float:
@@ -160,6 +241,212 @@ def seconds_of_update(shape: tuple[int, int, int], batch: int) -> float:
         times.append(time.perf_counter() - began)
     return min(times)
 
+
+def random_section(records: dict[str, dict]) -> str:
+    rows = [
+        [
+            name,
+            str(r["batch"]),
+            *(f"{r[key]:.1f} ms" for key in ("before_ms", "philox_ms")),
+            f"{r['update_ms']:,.0f} ms",
+            f"{r['philox_ms'] / r['update_ms']:.2%}",
+        ]
+        for name, r in records.items()
+    ]
+    head = ["images", "a batch", "a generator each, as before", "Philox", "an update"]
+    about = (
+        "Noise, timesteps and augmentation of an update, on one thread. What the arithmetic of Philox buys is"
+        " the same numbers on every device and in every batch. Its words are its authors' known answers, to"
+        " the bit (`tests/ext_common/test_random.py`)."
+    )
+    return section("Random numbers", [*head, "share (goal: 2 %)"], rows, records, about)
+
+
+# --- compiled networks ----------------------------------------------------------------------------
+
+
+def compiled(folder: Path, options: Options) -> Iterator[Run]:
+    """Seconds of an update of each job, with its network as it is and compiled, and what compiling takes."""
+    data = gpu.written(folder, small=True)
+    for job in gpu.TASKS:
+        for way, flags in WAYS.items():
+            if job != "translation" and way == "compiled, any lengths":
+                continue
+
+            def measure(job: str = job, flags: str = flags) -> dict[str, Any]:
+                timing = gpu.Options(updates=options.updates, warm=options.updates // 2)
+                # what an earlier one has compiled would be found again
+                cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache {job} {len(flags)}")}
+                with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", **cache):
+                    return gpu.timed(folder, job, data[job], f"--cpu {flags}", timing)
+
+            yield f"{job} {way}", measure
+
+
+def compile_section(records: dict[str, dict]) -> str:
+    rows = []
+    for job, (*_, unit) in gpu.TASKS.items():
+        plain = records.get(f"{job} as it is", {}).get("steady_per_second")
+        for way in WAYS:
+            if (r := records.get(f"{job} {way}")) is None:
+                continue
+            if "error" in r:
+                rows.append([job, way, f"failed: {r['error'].splitlines()[-1]}", "", "", ""])
+                continue
+            rate, first = r["steady_per_second"], r["first_seconds"]
+            row = [job, way, f"{rate:,.0f} {unit}/s"]
+            if way == "as it is" or not plain:
+                rows.append([*row, "", "", ""])
+                continue
+            # so long takes the plain one what the compiled one does in as long, compiling included
+            pays = f"{first / (1 - plain / rate) / 60:.1f} minutes" if rate > plain else "never"
+            rows.append([*row, f"{rate / plain:.2f} ×", f"{first:.0f} s", pays])
+    head = ["job", "network", "training", "beside as it is", "compiling", "pays in trainings from"]
+    about = (
+        "`--compile inductor` in float32 on one thread, the networks that presets choose for minutes. Batches"
+        " of sentences are padded to lengths of 16, 32, 48 …, so that they have few shapes, or left as they"
+        " are. *Compiling* is what updates took beyond the steady rate."
+    )
+    return section("Compiled networks", head, rows, records, about)
+
+
+# --- large stores ---------------------------------------------------------------------------------
+
+
+def store(folder: Path, options: Options) -> Iterator[Run]:
+    """Peak of anonymous memory, of sizes a thousand (or ten) times apart."""
+    for gb in (options.train_gb / 1000, options.train_gb):
+
+        def trained(gb: float = gb) -> dict[str, Any]:
+            utterances = sparse(folder / f"{gb}", gb)
+            plugin, task, _ = gpu.TASKS["speaker"]
+            command = [str(BIN / "fairseq-train"), str(folder / f"{gb}"), "--user-dir", plugin]
+            command += ["--task", task, "--cpu", "--no-save", "--max-update", str(options.updates)]
+            command += ["--save-dir", str(folder / "ck"), "--disable-validation"]
+            command += ["--num-workers", "0"]
+            return {"gb": gb, "utterances": utterances, **watched(command)}
+
+        yield f"train {gb:g}", trained
+    for gb in (options.prepare_gb / 10, options.prepare_gb):
+
+        def prepared(gb: float = gb) -> dict[str, Any]:
+            from benchmarks.speaker.prepare import generate
+
+            source, dest = folder / f"source {gb}", folder / f"dest {gb}"
+            utterances = max(2, round(gb * 1e9 / BYTES_OF_A_RECORDING))
+            generate(source, utterances, 1)
+            command = [sys.executable, "-m", "fairseq_ext.speaker.prepare", str(source), str(dest)]
+            command += ["--layout", "hw4", "--workers", "1"]
+            return {"gb": gb, "utterances": utterances, **watched(command)}
+
+        yield f"prepare {gb:g}", prepared
+
+
+def sparse(place: Path, gb: float) -> int:
+    """DATA of so many GB that take no room on the disk: silence; how many utterances."""
+    from ext_common.store import FORMAT, store_paths
+    from fairseq_ext.speaker import corpus
+    from fairseq_ext.speaker.features import FeatureSpec
+
+    count = max(8, round(gb * 1e9 / (4 * FRAMES * N_MELS)))
+    place.mkdir()
+    _, final, index, _ = store_paths(place)
+    final.touch()
+    os.truncate(final, 4 * count * FRAMES * N_MELS)
+    lengths = [FRAMES] * count
+    about = {"format": FORMAT, "dtype": "<f4", "row_shape": [N_MELS], "rows": sum(lengths)}
+    index.write_text(json.dumps({**about, "lengths": lengths}))
+    speakers = [f"s{number:03}" for number in range(min(500, count // 2))]
+    rows = [
+        (f"{k:06}", speakers[k % len(speakers)], "train", None, k * FRAMES, FRAMES)
+        for k in range(count)
+    ]
+    # 50 GB of silence need not be read for its mean
+    silence = ([0.0] * N_MELS, [1.0] * N_MELS, "", count * FRAMES)
+    with mock.patch.object(corpus, "frame_statistics", lambda *_: silence):
+        corpus.write_corpus(place, final, rows, speakers, FeatureSpec(n_mels=N_MELS))
+    return count
+
+
+def watched(command: list[str]) -> dict[str, float]:
+    """Run a command: peaks of its processes' anonymous memory and of their pages of files, MB; seconds."""
+    from benchmarks.speaker.prepare import descendants
+
+    began = time.monotonic()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    anonymous, files = 0.0, 0.0
+    while process.poll() is None:
+        found = [resident(pid) for pid in descendants(process.pid)]
+        anonymous = max(anonymous, sum(anon for anon, _ in found))
+        files = max(files, sum(file for _, file in found))
+        time.sleep(0.1)
+    if process.returncode:
+        raise RuntimeError(process.stderr.read().decode()[-2000:] if process.stderr else command)
+    return {"anon_mb": anonymous, "file_mb": files, "seconds": time.monotonic() - began}
+
+
+def resident(pid: int) -> tuple[float, float]:
+    """MB of a process that are its own, and that are pages of files; 0 for one that is gone."""
+    found = {"RssAnon": 0.0, "RssFile": 0.0}
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name in found:
+                found[name] = int(rest.split()[0]) / 1024
+    except OSError:
+        pass
+    return found["RssAnon"], found["RssFile"]
+
+
+def store_section(records: dict[str, dict]) -> str:
+    about = (
+        "Speaker data: a store that is a hole in the disk, as silence is; recordings of the course's layout,"
+        " prepared by one worker. The larger one has a thousand (ten) times as much; what grows in training"
+        " is what stands for each utterance and each crop of an epoch."
+    )
+    rows = [
+        [
+            {"train": "training from", "prepare": "preparing"}[name.split()[0]],
+            f"{r['gb']:g} GB",
+            f"{r['utterances']:,}",
+            f"{r['anon_mb']:.0f} MB",
+            f"{r['file_mb']:.0f} MB",
+        ]
+        for name, r in sorted(records.items(), key=lambda one: (one[0].split()[0], one[1]["gb"]))
+    ]
+    head = [
+        "",
+        "size",
+        "utterances",
+        "peak of anonymous memory",
+        "mapped files, given back at need",
+    ]
+    return section("Large stores", head, rows, records, about)
+
+
+def section(
+    title: str, head: list[str], rows: list[list[str]], records: dict[str, dict], about: str = ""
+) -> str:
+    found = list(records.values())
+    parts = [f"## {title}", about, markdown(head, rows), origin(found[0]["command"], found)]
+    return "\n\n".join(filter(None, parts))
+
+
+PARTS: dict[str, Callable[[Path, Options], Iterator[Run]]] = {
+    "two": two,
+    "random": draws,
+    "compile": compiled,
+    "store": store,
+}
+SECTIONS: dict[str, Callable[[dict[str, dict]], str]] = {
+    "two": two_section,
+    "random": random_section,
+    "compile": compile_section,
+    "store": store_section,
+}
 
 if __name__ == "__main__":
     run(main)

@@ -10,7 +10,7 @@ that made a torch generator for each image, and goes on with those, as do its sa
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,8 +31,24 @@ def stream_seed(purpose: str, *numbers: int) -> int:
 
 
 def generator(device: torch.device | str, purpose: str, *numbers: int) -> torch.Generator:
-    """The old streams: a generator on `device`, seeded with `stream_seed`."""
+    """A torch generator on `device`, seeded with `stream_seed`."""
     return torch.Generator(device).manual_seed(stream_seed(purpose, *numbers))
+
+
+def drawn_before(
+    purpose: str, addresses: Sequence[tuple[int, ...]], device: torch.device | str = "cpu"
+) -> Callable[..., Tensor]:
+    """The old streams, all there is of them: a torch generator for each address, each with a state.
+
+    Returns a function of `torch.rand` or `torch.randn` and a shape: what it draws next, (B, *shape) on
+    `device`.
+    """
+    sources = [generator(device, purpose, *numbers) for numbers in addresses]
+
+    def draw(kind: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        return torch.stack([kind(shape, generator=one, device=device) for one in sources])
+
+    return draw
 
 
 def training_draws(
@@ -47,14 +63,11 @@ def training_draws(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each of B samples a timestep (B,) int64, noise (B, *shape) and numbers in [0, 1) (B, uniforms)."""
     if stream is BEFORE:
-        rows, noise = [], []
-        for number in torch.as_tensor(ids).tolist():
-            source = generator(device, "training", seed, update, number)
-            rows.append(torch.rand(uniforms + 1, generator=source, device=device))
-            noise.append(torch.randn(shape, generator=source, device=device))
-        drawn = torch.stack(rows)
+        numbers = [(seed, update, number) for number in torch.as_tensor(ids).tolist()]
+        draw = drawn_before("training", numbers, device)
+        drawn = draw(torch.rand, (uniforms + 1,))
         t = (drawn[:, 0].double() * timesteps).long().clamp(max=timesteps - 1)
-        return t, torch.stack(noise), drawn[:, 1:]
+        return t, draw(torch.randn, shape), drawn[:, 1:]
     ids = torch.as_tensor(ids, device=device)
     return (
         Stream("timestep", seed, update).integers(ids, timesteps),
@@ -66,7 +79,7 @@ def training_draws(
 def coin(seed: int, update: int, stream: str | None = STREAM) -> bool:
     """Heads or tails for an update, the same in all processes."""
     if stream is BEFORE:
-        return bool(torch.rand((), generator=generator("cpu", "self", seed, update)) < 0.5)
+        return bool(drawn_before("self", [(seed, update)])(torch.rand, ()) < 0.5)
     return not Stream("self", seed, update).integers(torch.zeros(1, dtype=torch.int64), 2)
 
 
@@ -86,10 +99,8 @@ def validation_draws(
     ratio = (5**0.5 - 1) / 2
     t = ((0.5 + ids.double() * ratio) % 1 * timesteps).long()
     if stream is BEFORE:
-        noise = [
-            torch.randn(shape, generator=generator("cpu", "validation", k)) for k in ids.tolist()
-        ]
-        return t, torch.stack(noise).to(device)
+        draw = drawn_before("validation", [(number,) for number in ids.tolist()])
+        return t, draw(torch.randn, shape).to(device)
     return t, Stream("validation").normals(ids, shape)
 
 
@@ -109,16 +120,15 @@ class ImageNoise:
     ):
         self.seed, self.shape, self.device, self.draws = seed, shape, device, 0
         self.ids = torch.tensor(numbers, dtype=torch.int64, device=device)
-        self.sources: list[torch.Generator] | None = None
+        self.before: Callable[..., Tensor] | None = None
         if stream is BEFORE:
-            self.sources = [generator("cpu", "sampling", seed, k) for k in numbers]
+            self.before = drawn_before("sampling", [(seed, number) for number in numbers])
         self.start = self.draw()
 
     def draw(self) -> Tensor:
         """The next noise of each image, (B, *shape)."""
-        if self.sources is not None:
-            drawn = [torch.randn(self.shape, generator=source) for source in self.sources]
-            return torch.stack(drawn).to(self.device)
+        if self.before is not None:
+            return self.before(torch.randn, self.shape).to(self.device)
         self.draws += 1
         return Stream("sampling", self.seed, self.draws - 1).normals(self.ids, self.shape)
 

@@ -6,6 +6,8 @@
 # OUTPUT is gpu_check.json unless given. It holds the card, the outcome of each test by name, and the figures of
 # benchmarks/gpu.py. The exit code is 0 where all tests passed. Takes about 12 minutes on one GPU.
 set -uo pipefail
+output=${1:-gpu_check.json}
+[ "${output:0:1}" = / ] || output=$PWD/$output
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 case "${1:-}" in
 -h | --help)
@@ -13,8 +15,12 @@ case "${1:-}" in
     exit 0
     ;;
 esac
-output=${1:-gpu_check.json}
-folder=$(mktemp -d)
+# NVIDIA, AMD, Windows: said before gigabytes are fetched
+if ! compgen -G '/dev/nvidia[0-9]*' >/dev/null && [ ! -e /dev/kfd ] && [ ! -e /dev/dxg ]; then
+    echo "error: this machine has no GPU: nothing is set up, nothing is checked" >&2
+    exit 1
+fi
+folder=$(mktemp -d) || exit 1
 trap 'rm -rf "$folder"' EXIT
 
 bash scripts/setup.sh test || exit 1
@@ -27,4 +33,4 @@ OMP_NUM_THREADS=1 $python -m pytest -q -n 0 -m gpu tests/gpu --junitxml "$folder
 tests=$?
 $python -m benchmarks.gpu --tests "$folder/tests.xml" --output "$output" || exit 1
 echo "wrote $output"
-exit $tests
+exit "$tests"

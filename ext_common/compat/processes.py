@@ -371,6 +371,7 @@ def _worker(
         for action in before_an_error:
             action()
         tell(str(error))
+        leave_group()
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 

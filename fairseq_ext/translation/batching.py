@@ -9,14 +9,23 @@ from ext_common.cli import UserError
 
 
 def batches(
-    dataset, indices: np.ndarray, max_tokens: int | None, max_sentences: int | None
+    dataset,
+    indices: np.ndarray,
+    max_tokens: int | None,
+    max_sentences: int | None,
+    multiple: int = 1,
 ) -> list[np.ndarray]:
     """Consecutive `indices` in batches of at most so many sentences and padded pieces (of a side).
 
     None is no limit. A sentence longer than `max_tokens` is a batch of its own; where fairseq drops the
-    rest of a division by --required-batch-size-multiple, the last batch is smaller here.
+    rest of a division by --required-batch-size-multiple, the last batch is smaller here. multiple: to which
+    the collater pads both sides; above 1 sentences are first put in the order of their padded lengths, so
+    that all but a few batches have one of few shapes.
     """
-    tokens = dataset.num_tokens_vec(indices).astype(np.int64)
+    if multiple > 1:
+        padded = -(-np.asarray(dataset.sizes)[indices].reshape(len(indices), -1) // multiple)
+        indices = indices[np.lexsort(padded.T[::-1])]
+    tokens = -(-dataset.num_tokens_vec(indices).astype(np.int64) // multiple) * multiple
     if max_tokens:
         tokens = np.minimum(tokens, max_tokens)
     return data_utils.batch_by_size(

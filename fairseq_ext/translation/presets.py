@@ -21,6 +21,8 @@ ROUND_TO = 500
 # on one core say what --minutes gives.
 MANY_PASSES = 10
 UPDATES_A_MINUTE = 350
+# Of lengths of batches, where the network is compiled: a third more padding, and some 20 shapes for 500.
+PADDED_TO = 16
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
     longest = max(updates, machine.minutes * UPDATES_A_MINUTE)
     if size is MINUTES and longest * PAIRS_AN_UPDATE > MANY_PASSES * facts.pairs:
         flags["--dropout"] = "0.1"
+    shapes = {"--required-seq-len-multiple": str(PADDED_TO)} if asked.get("compile") else {}
     tokens, freq, together = shared_batch(size.tokens, machine.processes, size.most)
     batch = {"--max-tokens": str(tokens)} | ({"--update-freq": str(freq)} if freq > 1 else {})
     return [
@@ -118,6 +121,7 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
         ),
         *learning(size, updates, asked),
         Choice("batch", batch, together or "padded pieces of a side an update"),
+        Choice("shapes", shapes, "few, as the network is compiled for each"),
         Choice("length", {"--max-update": str(least)}, f"at most, for {facts.pairs:,} pairs"),
         Choice("checkpoints", checkpoints(size, least), "for `average`, behind the best one"),
         Choice("stop", {"--patience": "10"}, "validations without a better BLEU"),

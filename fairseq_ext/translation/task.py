@@ -260,7 +260,9 @@ class TranslationSpmTask(OwnBatches, TranslationTask):
         if about and about not in self._said:
             self._said.add(about)
             logger.warning(f"{about}: left out, the model cannot hold them")
-        return batches(dataset, indices, wanted.max_tokens, wanted.max_sentences)
+        # a network is compiled for a shape
+        multiple = self.cfg.required_seq_len_multiple if self.cfg.compile else 1
+        return batches(dataset, indices, wanted.max_tokens, wanted.max_sentences, multiple)
 
     # --- text -----------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ext_common import compat
-from ext_common.cli import UserError
+from ext_common.cli import UsageError, UserError
 
 compat.apply()
 
@@ -144,6 +144,21 @@ def test_processes_on_gpus_are_started_as_those_on_cpus(environment):
     assert told.distributed_training.distributed_rank is None
     # one process alone is fairseq's
     assert processes.arrange(config(cpu=False)) == 0
+
+
+@pytest.mark.parametrize("error, code", [(UserError, 1), (UsageError, 2)])
+def test_a_mistake_is_told_before_its_process_leaves_the_group(environment, capsys, error, code):
+    """NCCL warns of a group that was not left, behind the one sentence."""
+    left, threads = [], torch.get_num_threads()
+
+    def fail(*_args):
+        raise error("no such data")
+
+    environment.setattr(processes.distributed_utils, "distributed_main", fail)
+    environment.setattr(processes, "leave_group", lambda: left.append(capsys.readouterr().err))
+    with pytest.raises(SystemExit) as ended:
+        processes._worker(0, print, None, {}, threads, ())
+    assert (ended.value.code, left) == (code, ["error: no such data\n"])
 
 
 def test_training_apart_is_refused(environment):

@@ -13,7 +13,7 @@ import yaml
 from ext_common import presets
 from ext_common.checkpoints import untouched_logging
 from ext_common.cli import UserError
-from ext_common.presets import Machine, save_dirs
+from ext_common.presets import Machine, command, save_dirs
 
 GOLDEN = Path(__file__).parent / "golden"
 COMMANDS = json.loads((GOLDEN / "commands.json").read_text())
@@ -294,6 +294,15 @@ def test_all_processes_together_have_the_same_batch(complete, speech, monkeypatc
     assert flags["batch-size"] == str(each) and flags["lr"] == "0.004"
 
 
+def test_gpus_of_a_machine_are_processes_without_a_launcher_too(monkeypatch):
+    """fairseq starts one on each; --cpu takes none of them."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for cpu, machine in ((False, Machine(True, 8, 0.0)), (True, Machine(False, 1, 0.0))):
+        args = argparse.Namespace(cpu=cpu, distributed_world_size=8)
+        assert command.machine_of(args, {}) == machine
+
+
 def test_memory_limits_the_batch_of_a_process():
     """16,384 pieces an update, at most 8,192 at a time."""
     split = {n: presets.shared_batch(16384, n, 8192)[:2] for n in (1, 2, 3, 8)}
@@ -381,16 +390,22 @@ def test_the_same_data_and_task_go_on(parse, speech, trained, tmp_path):
     assert again["lr_scheduler"]["warmup_updates"] == cfg["lr_scheduler"]["warmup_updates"] == 15
 
 
-def test_twice_the_processes_have_half_the_batch_of_the_checkpoint(
-    parse, speech, trained, tmp_path, monkeypatch
+@pytest.mark.parametrize("before, now, batch", [(1, 2, 32), (2, 1, 64)])
+def test_another_number_of_processes_keeps_the_batch_of_all(
+    parse, speech, trained, tmp_path, monkeypatch, before, now, batch
 ):
     speech()
-    cfg, _ = parse(TINY)
-    trained(tmp_path / "checkpoints" / "DATA-speaker_id", cfg)
-    environment = dict(MASTER_ADDR="x", MASTER_PORT="1", RANK="0", WORLD_SIZE="2")
-    for name, value in environment.items():
+    for name, value in dict(MASTER_ADDR="x", MASTER_PORT="1", RANK="0").items():
         monkeypatch.setenv(name, value)
-    assert parse(TINY)[0]["dataset"]["batch_size"] == 32
+    monkeypatch.setenv("WORLD_SIZE", str(before))
+    cfg, _ = parse(TINY)
+    cfg["distributed_training"]["distributed_world_size"] = before
+    trained(tmp_path / "checkpoints" / "DATA-speaker_id", cfg)
+    monkeypatch.setenv("WORLD_SIZE", str(now))
+    again, _ = parse(TINY)
+    assert cfg["dataset"]["batch_size"] * before == again["dataset"]["batch_size"] * now == 64
+    assert again["dataset"]["batch_size"] == batch
+    assert again["optimization"]["lr"] == cfg["optimization"]["lr"]
 
 
 def test_a_training_of_before_goes_on_in_its_folder(parse, speech, trained, tmp_path):

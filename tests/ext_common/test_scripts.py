@@ -1,9 +1,10 @@
-"""scripts/setup.sh with a stand-in for pip: what it installs, and when."""
+"""scripts/setup.sh with a stand-in for pip: what it installs, and when; gpu_check.sh without a GPU."""
 
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -170,3 +171,14 @@ def test_where_nothing_can_be_fetched_one_sentence_says_so(later, programs):
         "error: no working Python 3.11 or 3.12 found, and fetching one needs the network"
     )
     assert reason in error and error.endswith("or set PYTHON to its path")
+
+
+@pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="there is a GPU here")
+def test_without_a_gpu_nothing_is_set_up_and_one_sentence_says_so(tmp_path, repo_root):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(repo_root / "scripts" / "gpu_check.sh", tmp_path / "scripts")
+    command = ["bash", tmp_path / "scripts" / "gpu_check.sh", "found.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    said = "error: this machine has no GPU: nothing is set up, nothing is checked\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+    assert [path.name for path in tmp_path.iterdir()] == ["scripts"]

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from argparse import Namespace
+from types import SimpleNamespace
 
 import fairseq  # noqa: F401
 import numpy as np
@@ -18,6 +19,7 @@ from fairseq.logging import metrics as logged
 import fairseq_ext  # noqa: F401
 from ext_common.cli import UserError
 from fairseq_ext.translation import validation
+from fairseq_ext.translation.batching import batches
 from fairseq_ext.translation.score.metrics import BLEU_KEYS, CHRF_KEYS
 from fairseq_ext.translation.task import TranslationSpmConfig, TranslationSpmTask
 from fairseq_ext.translation.text.vocabulary import SpmDictionary
@@ -56,6 +58,23 @@ def seen(iterator):
 
 
 # --- nothing is dropped ---------------------------------------------------------------------------
+
+
+def test_compiled_batches_have_few_shapes(task):
+    """Of both sides' padded lengths and the number of sentences: 20 where there were hundreds."""
+    draw = np.random.default_rng(1)
+    source = draw.gamma(3, 6, 4000).clip(2, 100)
+    sizes = np.stack([source, (source * draw.uniform(0.7, 1.4, 4000)).clip(2, 100)], 1).astype(int)
+    dataset = SimpleNamespace(sizes=sizes, num_tokens_vec=lambda rows: sizes[rows].max(1))
+
+    def shapes_of(multiple):
+        found = batches(dataset, np.argsort(sizes[:, 0], kind="stable"), 600, None, multiple)
+        assert sorted(np.concatenate(found)) == list(range(4000))
+        padded = [tuple(-(-sizes[rows].max(0) // multiple) * multiple) for rows in found]
+        assert all(len(rows) * max(p) <= 600 for rows, p in zip(found, padded, strict=True))
+        return len({(len(rows), *p) for rows, p in zip(found, padded, strict=True)})
+
+    assert shapes_of(16) <= 20 < 100 < shapes_of(1)
 
 
 @pytest.mark.parametrize("count", [*range(1, 18), 100])
