@@ -8,6 +8,7 @@ over the whole recording. A pooling that does not say how gives embeddings, whic
 
 from typing import Any, Dict, List, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +19,11 @@ from fairseq_ext.speaker.pooling import Statistics
 
 
 def forward_long(
-    network: Any, features: Tensor, chunk: int = CHUNK_FRAMES, device: Any = "cpu"
+    network: Any, features: Any, chunk: int = CHUNK_FRAMES, device: Any = "cpu"
 ) -> Dict[str, Tensor]:
     """`network` over features (T, F) of any length: embedding (1, D) and logits (1, C).
 
+    features: an array or what gives stretches of one (`LongFeatures`), so that no more is held than a window.
     network: a `SpeakerNetwork`, also under another name (`NamedNetwork`), or any module with its interface.
     """
     plain = getattr(network, "network", network)
@@ -29,13 +31,13 @@ def forward_long(
         return averaged(network, features, chunk, device)
     mean = None
     if plain.feature_norm == "utterance":
-        mean = (features.mean(0) - plain.feature_mean.cpu()) / plain.feature_std.cpu()
+        mean = (mean_frame(features, chunk) - plain.feature_mean.cpu()) / plain.feature_std.cpu()
     kind = "none" if plain.feature_norm == "none" else "global"
     merged: Optional[Statistics] = None
     embeddings, weights = [], []
     for window in windows(len(features), chunk, plain.step):
-        x = features[window.start : window.end]
-        x = normalise(x[None].to(device), None, kind, plain.feature_mean, plain.feature_std)
+        seen = torch.as_tensor(features[window.start : window.end])
+        x = normalise(seen[None].to(device), None, kind, plain.feature_mean, plain.feature_std)
         x, _ = plain.frames(x if mean is None else x - mean.to(device), None)
         first, last = ((n - window.start) / plain.step for n in (window.first, window.last))
         x = x[:, int(first) : -int(-last // 1)]
@@ -46,17 +48,25 @@ def forward_long(
             embeddings.append(plain.embed(plain.pooling(x, None)))
             weights.append(window.last - window.first)
     if merged is not None:
-        embedding = plain.embed(plain.pooling.pooled(merged).to(features.dtype))
+        embedding = plain.embed(plain.pooling.pooled(merged).to(seen.dtype))
     else:
         embedding = mean_of(embeddings, weights)
     return {"embedding": embedding, "logits": plain.head(embedding)}
 
 
-def averaged(network: Any, features: Tensor, chunk: int, device: Any) -> Dict[str, Tensor]:
+def mean_frame(features: Any, size: int) -> Tensor:
+    """float32 (F,): the mean of features (T, F) over time, summed in float64 a piece at a time."""
+    pieces = (features[i : i + size] for i in range(0, len(features), size))
+    total = sum(np.asarray(piece).sum(0, dtype=np.float64) for piece in pieces)
+    return torch.as_tensor(total / len(features)).float()
+
+
+def averaged(network: Any, features: Any, chunk: int, device: Any) -> Dict[str, Tensor]:
     """As `forward_long` for a network whose inside is unknown: its outputs, averaged by length."""
     parts = windows(len(features), chunk)
     weights = [part.last - part.first for part in parts]
-    found = [network(features[part.first : part.last][None].to(device), None) for part in parts]
+    cuts = (torch.as_tensor(features[part.first : part.last])[None].to(device) for part in parts)
+    found = [network(cut, None) for cut in cuts]
     return {key: mean_of([out[key] for out in found], weights) for key in ("embedding", "logits")}
 
 
