@@ -84,7 +84,8 @@ def noise_of(x: np.ndarray, spec: FeatureSpec, rng: np.random.Generator) -> np.n
     half = spec.n_fft // 2
     samples = samples[half : half + len(x) * spec.hop_length].astype(np.float32)
     level = np.exp(x.astype(np.float64)).mean() / np.exp(log_mel(samples, spec)).mean()
-    return np.clip(np.sqrt(np.float32(level)) * samples, -1, 1)
+    scaled: np.ndarray = np.clip(np.sqrt(np.float32(level)) * samples, -1, 1)
+    return scaled
 
 
 def through(samples: np.ndarray, rate: int, kind: str, level: float | None) -> np.ndarray:

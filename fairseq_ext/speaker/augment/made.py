@@ -74,5 +74,4 @@ def room(rate: int, decay: float, ratio_db: float, rng: np.random.Generator) -> 
     t = np.arange(round(decay * rate)) / rate
     tail = rng.standard_normal(len(t)) * 10 ** (-3 * t / decay)
     tail *= np.sqrt(10 ** (-ratio_db / 10) / np.square(tail).sum())
-    parts = [np.zeros(before), [1.0], np.zeros(gap), tail]
-    return np.concatenate(parts).astype(np.float32)
+    return np.concatenate([np.zeros(before), np.ones(1), np.zeros(gap), tail]).astype(np.float32)
