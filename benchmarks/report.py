@@ -52,7 +52,8 @@ def pages() -> dict[str, str]:
     tables = {
         "speaker": speaker.tables(recorded("speaker_tables"))
         | verification.tables(recorded("speaker_strangers"), recorded("speaker_open_set"))
-        | {"audio": speaker.audio_table(recorded("speaker_audio"))},
+        | {"audio": speaker.audio_table(recorded("speaker_audio"))}
+        | {"mixed": speaker.mixed_table(recorded("speaker_mixed"))},
         "translation": translation.tables(
             recorded("translation_tables"), recorded("translation_tests")
         )

@@ -13,14 +13,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from ext_common.cli import Parser, UserError, run
 from ext_common.manifest import atomic_write
 from ext_common.trainlog import collect_curves, parse_log
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ImportError:
+    raise UserError(
+        "pictures need the package matplotlib, which is not installed: pip install 'matplotlib>=3.8'"
+    ) from None
 
 MAX_LEGEND = 20  # as many colours as tab20 has
 _MAX_NUMBERS = 30  # classes up to which a confusion matrix has room for its numbers

@@ -230,7 +230,7 @@ MISTAKES = [
     (text("--seed -1"), 2, "--seed -1 is too small"),
     (speakers("--distributed-world-size 0"), 2, "--distributed-world-size 0 is too small"),
     (speakers("--adam-betas x"), 2, "--adam-betas x are no two numbers"),
-    (speakers("--augment noise"), 1, "--augment noise needs --noise-dir"),
+    (speakers("--augment codec:kinds=mp4"), 1, "unknown codec 'mp4': known are mp3, ogg, ulaw"),
     (speakers("--nhead 3"), 1, "d_model 16 is not a multiple of nhead 3"),
     (text("--encoder-attention-heads 3"), 1, "must be divisible by num_heads"),
     (text("--lr-scheduler inverse_sqrt --lr 1,2"), 1, "Consider --lr-scheduler=fixed instead"),
@@ -271,7 +271,7 @@ MISTAKES = [
     ),
     (recipe("task.data={p}/speakers dataset.valid_subset=dev"), 1, "has no split 'dev'"),
     (recipe("task.data={p}/speakers model._name=transformer"), 1, "give conformer_speaker"),
-    (recipe("task.data={p}/speakers task.augment=noise"), 1, "--augment noise needs --noise-dir"),
+    (recipe("task.data={p}/speakers task.augment=nois"), 1, "did you mean 'noise'"),
     # our own commands
     (("fairseq_ext.speaker.prepare", "{p}/gone {p}/new"), 1, "is not a folder"),
     (("fairseq_ext.speaker.prepare", "{p}/rec {p}/file/x"), 1, "Not a directory"),

@@ -16,6 +16,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor
 
+from ext_common.cli import UserError
 from ext_common.devices import sums
 from fairseq_ext.speaker.margins import MARGINS, margin_at
 
@@ -46,6 +47,11 @@ class SpeakerCriterion(FairseqCriterion):
         self.loss = MARGINS.get(self.margin)
         known = MARGINS.options(self.margin)
         self.options = {f.name: cfg[f.name] for f in fields(known)} if known else {}
+        try:
+            if known:
+                type(known)(**self.options)
+        except ValueError as error:
+            raise UserError(f"--criterion {self.margin}: {error}") from None
         self.warmup = (cfg.margin_start, cfg.margin_end) if "m" in self.options else None
 
     def set_num_updates(self, num_updates: int) -> None:
@@ -59,7 +65,9 @@ class SpeakerCriterion(FairseqCriterion):
         """
         if not self.warmup or not self.training:
             return self.options
-        return {**self.options, "m": margin_at(self.num_updates, self.options["m"], *self.warmup)}
+        sizes = {name: self.options[name] for name in ("m", "inter_m") if name in self.options}
+        grown = {k: margin_at(self.num_updates, m, *self.warmup) for k, m in sizes.items()}
+        return {**self.options, **grown}
 
     def forward(self, model, sample, reduce=True):
         """(loss summed over the B utterances, B, sums to log); loss (B,) where `reduce` is False."""

@@ -23,8 +23,8 @@ from fairseq_ext.speaker.inference.inputs import (
 )
 
 EPILOG = """
-npz holds the arrays ids (N,) and speakers (N,), text ("" without a speaker), and embeddings (N, D)
-float32, in source order:
+npz holds the arrays ids (N,), speakers (N,), text ("" without a speaker), recordings (N,), what each is cut
+from, and embeddings (N, D) float32, in source order:
 
   found = numpy.load("embeddings.npz"); found["ids"], found["embeddings"]
 
@@ -82,7 +82,7 @@ def embed(inputs, options):
         import_kaldiio()
     source = open_inputs(inputs, options.subset, options.channel)
     if options.format == "ark":
-        check_kaldi_ids(getattr(source, "paths", source.ids))
+        check_kaldi_ids(source.ids)
     model = load_model(source, options)
     rows = {}
     for positions, found in predictions(model, source, options, "embed"):
@@ -90,7 +90,7 @@ def embed(inputs, options):
     embeddings = np.stack([rows[i] for i in range(len(rows))])
     speakers = [name or "" for name in source.speakers]
     if options.format == "npz":
-        write_npz(output, source.ids, speakers, embeddings)
+        write_npz(output, source.ids, speakers, source.recordings, embeddings)
     else:
         write_ark(output, source.ids, embeddings)
     counts = {"dimensions": embeddings.shape[1]}
@@ -108,13 +108,14 @@ def embed(inputs, options):
     return 1 if source.bad else 0
 
 
-def write_npz(path, ids, speakers, embeddings):
+def write_npz(path, ids, speakers, recordings, embeddings):
     """Text as fixed-width unicode, so that numpy reads it without pickle."""
     with atomic_write(path, "wb") as file:
         np.savez(
             file,
             ids=np.array(ids, dtype=str),
             speakers=np.array(speakers, dtype=str),
+            recordings=np.array(recordings, dtype=str),
             embeddings=embeddings,
         )
 

@@ -21,6 +21,8 @@ from fairseq_ext.speaker.audio.recording import CHANNELS as CHANNELS
 from fairseq_ext.speaker.audio.recording import Recording as Recording
 from fairseq_ext.speaker.audio.recording import Source, resample
 from fairseq_ext.speaker.audio.recording import load_audio as load_audio
+from fairseq_ext.speaker.audio.waveform import Waveform
+from fairseq_ext.speaker.batching import CHUNK_FRAMES
 
 if TYPE_CHECKING:
     from torchaudio.transforms import MelSpectrogram
@@ -102,6 +104,38 @@ class FeatureSpec:
         """What a network takes of float (n,) samples: log-mel features, see `log_mel`."""
         return log_mel(samples, self)
 
+    def of_padded(self, padded: np.ndarray, frames: int) -> np.ndarray:
+        """Log-mel float32 (frames, n_mels) of samples that begin half a window before the first frame."""
+        return mel_frames(padded, frames, self)
+
+    def stretches(self, samples: Waveform) -> "Waveform | LongFeatures":
+        """As `features`, of a long recording, made when a stretch of them is asked for."""
+        return LongFeatures(samples, self)
+
+
+class LongFeatures:
+    """Log-mel features of a long recording, made when a stretch is asked for: `len`, `[a:b]`.
+
+    A stretch is float32 (b - a, n_mels), what `log_mel` of the whole gives there, to rounding.
+    """
+
+    def __init__(self, samples: Waveform, spec: FeatureSpec) -> None:
+        self.samples, self.spec = samples, spec
+
+    def __len__(self) -> int:
+        return 1 + len(self.samples) // self.spec.hop_length
+
+    def __getitem__(self, stretch: slice) -> np.ndarray:
+        first, last, _ = stretch.indices(len(self))
+        spec, n = self.spec, len(self.samples)
+        start = first * spec.hop_length - spec.n_fft // 2
+        end = start + (last - first - 1) * spec.hop_length + spec.n_fft
+        # one sample more on either side: the reflection at an end leaves out the end itself
+        low = max(start - 1, 0)
+        samples = self.samples[low : min(end + 1, n)]
+        padded = np.pad(samples, (max(-start, 0), max(end - n, 0)), mode="reflect")
+        return spec.of_padded(padded[max(start - low, 0) :], last - first)
+
 
 def audio_features(
     path: Source,
@@ -124,14 +158,19 @@ class Heard(NamedTuple):
     """A recording or a cut of it.
 
     features: as of `audio_features`; samples: float32 (n,) mono at `rate` Hz; hertz: up to where there is
-    something (`bandwidth`); said: what somebody should know of it, or None.
+    something (`bandwidth`); said: what somebody should know of it, or None. Of a long recording (`listen`)
+    both are what gives stretches of them.
     """
 
-    features: np.ndarray
-    samples: np.ndarray
+    features: Any
+    samples: Any
     rate: int
     hertz: float
     said: str | None
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / self.rate
 
 
 def hear(
@@ -148,6 +187,29 @@ def hear(
     return Heard(features, samples, recording.rate, hertz, recording.said)
 
 
+def listen(recording: Recording, spec: FeatureSpec) -> Heard:
+    """As `hear` of the whole; what is longer than a chunk stays on the disk and is read in stretches.
+
+    Only then the recording stays open. Loudness and silence (`condition`) are of all samples, which are held.
+    """
+    chunk = CHUNK_FRAMES * spec.seconds_per_frame
+    whole = spec.trim_silence or spec.loudness_db is not None
+    if whole or recording.frames < chunk * recording.rate:
+        with recording:
+            return hear(recording, spec)
+    samples = Waveform(recording, spec.sample_rate)
+    found = samples.survey
+    if found.constant is not None:
+        raise silent(recording.name, found.constant)
+    hertz = min(found.hertz, spec.sample_rate / 2)
+    return Heard(spec.stretches(samples), samples, spec.sample_rate, hertz, found.said)
+
+
+def silent(name: str, value: float) -> AudioError:
+    """What is said of a recording of one value."""
+    return AudioError("silent", f"{name}: all samples are {value:g}: give a recording of speech")
+
+
 def samples_features(
     samples: np.ndarray,
     rate: int,
@@ -162,9 +224,7 @@ def samples_features(
             "too short", f"{name}: {found:.3f} s, at least {min_seconds:g} s are needed"
         )
     if (samples == samples[0]).all():
-        raise AudioError(
-            "silent", f"{name}: all samples are {samples[0]:g}: give a recording of speech"
-        )
+        raise silent(name, samples[0])
     return spec.features(resample(samples, rate, spec.sample_rate, name))
 
 
@@ -176,8 +236,6 @@ def log_mel(waveform: ArrayLike, spec: FeatureSpec) -> np.ndarray:
     zeros). Loudness and silence are dealt with first where the specification asks for it. Raises
     ValueError for no samples.
     """
-    import torch
-
     waveform = condition(np.ascontiguousarray(waveform, dtype=np.float32), spec)
     if waveform.ndim != 1 or not len(waveform):
         raise ValueError(f"log_mel needs samples of shape (n,), got {waveform.shape}")
@@ -185,13 +243,20 @@ def log_mel(waveform: ArrayLike, spec: FeatureSpec) -> np.ndarray:
     half = spec.n_fft // 2
     if len(waveform) <= half:
         waveform = np.pad(waveform, (0, half + 1 - len(waveform)))
+    return mel_frames(np.pad(waveform, half, mode="reflect"), frames, spec)
+
+
+def mel_frames(padded: np.ndarray, frames: int, spec: FeatureSpec) -> np.ndarray:
+    """As `FeatureSpec.of_padded`."""
+    import torch
+
     with torch.inference_mode():
-        padded = torch.from_numpy(np.pad(waveform, half, mode="reflect"))
+        source = torch.from_numpy(padded)
         transform = mel_transform(spec)
         blocks = []
         for first in range(0, frames, BLOCK_FRAMES):
             last = min(first + BLOCK_FRAMES, frames)
-            block = padded[first * spec.hop_length : (last - 1) * spec.hop_length + spec.n_fft]
+            block = source[first * spec.hop_length : (last - 1) * spec.hop_length + spec.n_fft]
             blocks.append(transform(block).clamp_(min=spec.floor).log_().T)
         return torch.cat(blocks).contiguous().numpy()
 

@@ -95,6 +95,9 @@ def identify(inputs, options):
     """Predict, write and print; returns the exit code."""
     source = open_inputs(inputs, options.subset, options.channel)
     from_folder = os.path.isdir(inputs[0])
+    if (options.output or from_folder) and any(source.speakers):
+        # what the picture needs is asked for before the work
+        import ext_common.plots  # noqa: F401
     output = options.output or ("predictions.csv" if from_folder else None)
     if output:
         check_output(output, [*inputs, options.path])

@@ -1,7 +1,7 @@
 """The speaker networks as fairseq models: `--arch conformer_speaker` and its sizes."""
 
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Dict, Optional
+from typing import Dict, List, Optional
 
 import torch
 from fairseq.dataclass import FairseqDataclass
@@ -35,6 +35,12 @@ class SpeakerModelConfig(NetworkOptions, FairseqDataclass):
             " taken over, the class weights are new"
         },
     )
+    init_head: bool = field(
+        default=False,
+        metadata={
+            "help": "take the class weights of speakers that the checkpoint knows over too (with --init-from)"
+        },
+    )
     freeze_encoder: bool = field(
         default=False, metadata={"help": "train the class weights only (with --init-from)"}
     )
@@ -54,9 +60,10 @@ class SpeakerModelBase(NamedNetwork, BaseFairseqModel):
 
     @classmethod
     def build_model(cls, cfg, task):
-        weights = None
+        weights = state = None
         if cfg.init_from and not task.from_checkpoint:
-            weights = encoder_of(read_speaker_checkpoint(cfg.init_from, task))
+            state = read_speaker_checkpoint(cfg.init_from, task)
+            weights = encoder_of(state)
         head = cfg.head or fitting_head(cfg.criterion)
         options = NetworkOptions(**{f.name: cfg[f.name] for f in fields(NetworkOptions)})
         try:
@@ -66,6 +73,10 @@ class SpeakerModelBase(NamedNetwork, BaseFairseqModel):
         if weights is not None:
             # all but the class weights, which stay as they were drawn
             network.load_state_dict({**weights, **head_of(network)})
+            if cfg.init_head and not copy_head(network, state, task.speakers):
+                raise UserError(
+                    f"--init-head: {cfg.init_from} knows none of the speakers of the data: leave it out"
+                )
         else:
             network.feature_mean.copy_(torch.as_tensor(task.feature_mean))
             network.feature_std.copy_(torch.as_tensor(task.feature_std))
@@ -97,6 +108,20 @@ def head_of(network: SpeakerNetwork) -> Dict[str, Tensor]:
     return {k: v for k, v in network.state_dict().items() if k.startswith("head.")}
 
 
+def copy_head(network: SpeakerNetwork, state: Dict, speakers: List[str]) -> int:
+    """Take over the class weights of `speakers` that a checkpoint's state knows; how many these are."""
+    theirs = {name: label for label, name in enumerate(state["task_state"]["speakers"])}
+    both = [(label, theirs[name]) for label, name in enumerate(speakers) if name in theirs]
+    mine, other = (list(labels) for labels in zip(*both, strict=True)) if both else ([], [])
+    for key, value in head_of(network).items():
+        saved = state["model"].get(f"network.{key}")
+        if saved is not None:
+            # one row a speaker, its sub-centres side by side
+            rows, found = value.view(len(speakers), -1), saved.view(len(theirs), -1)
+            rows[mine] = found[other].to(rows.dtype)
+    return len(both)
+
+
 def complete(cfg, task) -> None:
     """Write into the options of a new model what follows from others, so that its checkpoint has it.
 
@@ -108,10 +133,13 @@ def complete(cfg, task) -> None:
     cfg.head = fitting
     if cfg.freeze_encoder and not cfg.init_from:
         raise UserError("--freeze-encoder needs --init-from: a random encoder learns nothing")
+    if cfg.init_head and not cfg.init_from:
+        raise UserError("--init-head needs --init-from: give the checkpoint that has it")
     if cfg.init_from:
         theirs = read_speaker_checkpoint(cfg.init_from, task)["cfg"]["model"]
+        own = {"dropout", "embedding_dropout"} | (set() if cfg.init_head else {"subcenters"})
         for f in fields(NetworkOptions):
-            if f.name in theirs and f.name not in ("subcenters", "dropout", "embedding_dropout"):
+            if f.name in theirs and f.name not in own:
                 cfg[f.name] = theirs[f.name]
 
 

@@ -3,6 +3,7 @@
 import logging
 import shlex
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -25,6 +26,7 @@ from fairseq_ext.speaker.augment import (
     random_noise,
     random_reverb,
 )
+from fairseq_ext.speaker.augment.made import made_noises, made_rooms
 from fairseq_ext.speaker.balance import power_of
 from fairseq_ext.speaker.batching import batches_by_frames
 from fairseq_ext.speaker.corpus import Corpus
@@ -74,10 +76,13 @@ class SpeakerIdConfig(PresetOptions, FairseqDataclass):
     )
     noise_dir: Optional[str] = field(
         default=None,
-        metadata={"help": "audio files, or a prepared folder, for augmentation 'noise'"},
+        metadata={
+            "help": "audio files, or a prepared folder, for augmentation 'noise'; none: made noises"
+        },
     )
     rir_dir: Optional[str] = field(
-        default=None, metadata={"help": "room impulse responses for augmentation 'reverb'"}
+        default=None,
+        metadata={"help": "room impulse responses for augmentation 'reverb'; none: made rooms"},
     )
     max_valid_frames: int = field(
         default=MAX_FRAMES,
@@ -200,19 +205,28 @@ class SpeakerIdTask(OwnBatches, FairseqTask):
             self.cfg.seed,
             self.cfg.speed_perturb,
             build_augmentation(self.cfg.augment),
-            self._context(),
+            self._context(rows),
             power_of(self.cfg.balance),
         )
 
-    def _context(self) -> Context:
-        spec = self.corpus.spec
+    def _context(self, rows: np.ndarray) -> Context:
+        """What augmentation of the utterances in `rows` needs."""
+        spec, seed = self.corpus.spec, self.cfg.seed
+        steps = {step.func for step in build_augmentation(self.cfg.augment)}
+        noises = read_collection(self.cfg.noise_dir, spec)
+        if random_noise in steps and not noises:
+            noises = made_noises(spec, seed, partial(speech_of, self.corpus, rows))
+        rooms = read_collection(self.cfg.rir_dir, spec)
+        if random_reverb in steps and not rooms:
+            rooms = made_rooms(spec, seed)
         return Context(
             self.corpus.mean,
             mel_frequencies(spec.n_mels, spec.f_min, spec.sample_rate / 2),
             spec.sample_rate,
             float(np.log(spec.floor)),
-            read_collection(self.cfg.noise_dir, spec),
-            read_rooms(self.cfg.rir_dir, spec),
+            noises,
+            relative_rooms(rooms, spec),
+            spec,
         )
 
     def batches_of(self, dataset, wanted: Wanted):
@@ -277,15 +291,10 @@ def check_options(cfg: SpeakerIdConfig) -> None:
         power_of(cfg.balance)
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    steps = {step.func for step in build_augmentation(cfg.augment)}
-    for flag, folder, name, step in (
-        ("--noise-dir", cfg.noise_dir, "noise", random_noise),
-        ("--rir-dir", cfg.rir_dir, "reverb", random_reverb),
-    ):
+    build_augmentation(cfg.augment)
+    for flag, folder in (("--noise-dir", cfg.noise_dir), ("--rir-dir", cfg.rir_dir)):
         if folder and not Path(folder).is_dir():
             raise UserError(f"{flag} {folder} does not exist: give a folder of audio files")
-        if step in steps and not folder:
-            raise UserError(f"--augment {name} needs {flag}: give it a folder of audio files")
 
 
 def read_collection(folder: Optional[str], spec: FeatureSpec) -> List[np.ndarray]:
@@ -307,9 +316,18 @@ def read_collection(folder: Optional[str], spec: FeatureSpec) -> List[np.ndarray
     return [audio_features(Path(folder) / name, spec, min_seconds=0) for name in files]
 
 
-def read_rooms(folder: Optional[str], spec: FeatureSpec) -> List[np.ndarray]:
+def relative_rooms(rooms: List[np.ndarray], spec: FeatureSpec) -> List[np.ndarray]:
     """Impulse responses as `Context` wants them: (T, n_mels) relative to that of a single sample."""
     impulse = np.zeros(4 * spec.n_fft, dtype=np.float32)
     impulse[2 * spec.hop_length] = 1
     flat = log_mel(impulse, replace(spec, loudness_db=None, trim_silence=False)).max(0)
-    return [response - flat for response in read_collection(folder, spec)]
+    return [response - flat for response in rooms]
+
+
+def speech_of(
+    corpus: Corpus, rows: np.ndarray, rng: np.random.Generator, frames: int
+) -> np.ndarray:
+    """`frames` frames of a drawn utterance of `rows`, from a drawn place on and round its end."""
+    row = int(rng.choice(rows))
+    x = corpus.read(row)
+    return x[(int(rng.integers(len(x))) + np.arange(frames)) % len(x)]

@@ -19,6 +19,9 @@ from fairseq_ext.speaker.augment import (
     reverberate,
     tilt_response_db,
 )
+from fairseq_ext.speaker.augment.codecs import KINDS, through
+from fairseq_ext.speaker.augment.made import babble, coloured, room
+from fairseq_ext.speaker.export.frontend import mel_bands
 from fairseq_ext.speaker.features import FeatureSpec, log_mel
 
 SPEC = FeatureSpec()
@@ -66,6 +69,7 @@ EVERY = [
     "bandwidth:p=1",
     "channel",
     "channel:ripple_db=3",
+    "codec:p=1",
     "noise:p=1",
     "reverb:p=1",
     "specaugment",
@@ -228,10 +232,6 @@ class TestNoise:
         # stretches of the noise are rotations of it: same mean power
         assert 4.9 < min(ratios) < 6.5 and 13.5 < max(ratios) < 15.1
 
-    def test_without_recordings(self):
-        with pytest.raises(UserError, match="--noise-dir"):
-            run("noise", crop())
-
 
 class TestReverb:
     def relative(self, response):
@@ -294,21 +294,17 @@ class TestReverb:
         y = reverberate(crop(10), np.linspace(0, -5, 300)[:, None] + np.zeros(MELS))
         assert y.shape == (10, MELS) and np.isfinite(y).all()
 
-    def test_without_rooms(self):
-        with pytest.raises(UserError, match="--rir-dir"):
-            run("reverb", crop())
-
     def test_the_task_reads_rooms_relative_to_an_impulse(self, tmp_path):
         pytest.importorskip("fairseq")
-        from fairseq_ext.speaker.task import read_rooms
+        from fairseq_ext.speaker.task import read_collection, relative_rooms
 
         impulse = np.zeros(4000, dtype=np.float32)
         impulse[800] = 0.25
         soundfile.write(tmp_path / "flat.wav", impulse, RATE, subtype="FLOAT")
-        (found,) = read_rooms(str(tmp_path), SPEC)
+        (found,) = relative_rooms(read_collection(str(tmp_path), SPEC), SPEC)
         loudest = found[found.sum(1).argmax()]
         np.testing.assert_allclose(loudest, 2 * np.log(0.25), atol=1e-3)
-        assert read_rooms(None, SPEC) == []
+        assert read_collection(None, SPEC) == []
 
 
 class TestSpeed:
@@ -390,8 +386,11 @@ class TestBuild:
     @pytest.mark.parametrize(
         "pipeline, message",
         [
-            ("specaugmnt", "did you mean 'specaugment'.*channel, noise, reverb, specaugment"),
-            ("xyzzy", "known: bandwidth, channel, noise, reverb, specaugment"),
+            (
+                "specaugmnt",
+                "did you mean 'specaugment'.*channel, codec, noise, reverb, specaugment",
+            ),
+            ("xyzzy", "known: bandwidth, channel, codec, noise, reverb, specaugment"),
             ("channel:gain=3", "did you mean 'gain_db'"),
             ("channel:gain_db=loud", "gain_db"),
             ("channel:gain_db", "key=value"),
@@ -459,3 +458,67 @@ def test_a_telephone_begins_at_300_hz_and_p_is_a_share():
     assert all((y[:, 0] < -2).all() for y in changed), "below 100 Hz at least 10 dB are gone"
     band = (about.frequencies > 300) & (about.frequencies < 3400)
     assert all((y[:, band] == 0).all() for y in changed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_codec_does_to_features_what_it_does_to_audio(kind, monkeypatch):
+    """The features of speech that went through it, band by band, from those of the speech alone."""
+    samples = speech(1.5)
+    x = log_mel(samples, SPEC)
+    for level in (0.3, 0.95):
+        if KINDS[kind][2] is not None:
+            monkeypatch.setitem(KINDS, kind, (*KINDS[kind][:2], (level, level)))
+        there = log_mel(through(samples, RATE, kind, level if KINDS[kind][2] else None), SPEC) - x
+        found = run(f"codec:p=1,kinds={kind}", x) - x
+        difference = (found - there)[3:-3].mean(0) / DB
+        assert np.abs(difference).mean() < 0.6 and np.abs(difference).max() < 4
+    if kind == "mp3":
+        assert there[3:-3].mean(0).min() < -20 * DB, "it drops bands, or nothing is tested"
+
+
+def test_u_law_leaves_its_noise_where_nothing_was():
+    """White, 6.02 · 8 + 4.77 − 20 log10 ln 256 = 38.05 dB below the signal (Smith 1957)."""
+    band = np.arange(MELS) < 20
+    x = np.where(band, 0, FLOOR).astype(np.float32) + np.zeros((60, 1), np.float32)
+    y = run("codec:p=1,kinds=ulaw", x)
+    assert np.abs((y - x)[:, band]).mean() < 0.2 * DB
+    # the signal fills as many bins as its triangles, the noise all 201
+    widths = mel_bands(SPEC).sum(0)
+    density = np.exp(x[0].astype(float))[band].sum() / widths[band].sum()
+    noise = density * widths[24:] * 10**-3.805 * widths[band].sum() / 201
+    np.testing.assert_allclose(y[:, 24:].mean(0) / DB, np.log(noise) / DB, atol=2)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
+def test_noise_has_its_colour(exponent):
+    noise = coloured(1 << 17, exponent, np.random.default_rng(0))
+    assert noise.std() == pytest.approx(1, rel=1e-3)
+    power = np.abs(np.fft.rfft(noise.astype(float))) ** 2
+    hertz = np.fft.rfftfreq(len(noise), 1 / RATE)
+    octaves = [100 * 2**k for k in range(6)]
+    levels = [power[(hertz >= f) & (hertz < 2 * f)].mean() for f in octaves]
+    slope = np.polyfit(np.log2(octaves), np.log2(levels), 1)[0]
+    assert slope == pytest.approx(-exponent, abs=0.08)
+
+
+def test_babble_is_the_mean_of_powers_of_equally_loud_voices():
+    a, b = crop(50, 1), crop(50, 2)
+    np.testing.assert_allclose(babble([a]), a, atol=1e-5)
+    np.testing.assert_allclose(np.diff(babble([a, a + 3]), axis=0), np.diff(a, axis=0), atol=1e-4)
+    power = np.exp(babble([a, b]).astype(float))
+    scaled = [np.exp(v.astype(float)) / np.exp(v.astype(float)).mean() for v in (a, b)]
+    np.testing.assert_allclose(power / power.mean(), (scaled[0] + scaled[1]) / 2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("decay, ratio", [(0.25, -2.0), (0.7, 10.0)])
+def test_a_room_decays_as_asked(decay, ratio):
+    h = room(RATE, decay, ratio, np.random.default_rng(0)).astype(float)
+    direct = int(h.argmax()) if ratio > 0 else 800
+    assert h[direct] == 1 and not h[:direct].any()
+    tail = h[direct + 1 :]
+    assert 10 * np.log10(1 / np.square(tail).sum()) == pytest.approx(ratio, abs=0.01)
+    # energy that is still to come (Schroeder 1965), as a straight line in dB
+    left = 10 * np.log10(np.cumsum(np.square(tail)[::-1])[::-1])
+    t = np.arange(len(tail)) / RATE
+    used = (t > 0.01) & (t < 0.6 * decay)
+    assert np.polyfit(t[used], left[used], 1)[0] == pytest.approx(-60 / decay, rel=0.12)

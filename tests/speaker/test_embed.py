@@ -34,6 +34,7 @@ def test_npz_has_every_utterance_in_source_order(embed, tiny_data, tiny_checkpoi
     assert found["ids"].tolist() == corpus.ids
     assert found["speakers"].tolist() == [corpus.speakers[label] for label in corpus.labels]
     assert found["embeddings"].dtype == np.float32
+    assert found["recordings"].tolist() == corpus.ids
     alone = np.concatenate([model.embed([corpus.read(row)]) for row in range(len(corpus))])
     np.testing.assert_allclose(found["embeddings"], alone, atol=1e-5)
     manifest = json.load(open("embeddings.manifest.json"))

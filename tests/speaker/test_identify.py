@@ -99,6 +99,14 @@ def test_two_runs_in_one_folder_keep_what_is_theirs(identify, tiny_data):
     assert len(os.listdir()) == 8
 
 
+def test_without_matplotlib_a_sentence_comes_before_the_work(identify, tiny_data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "ext_common.plots", raising=False)
+    with pytest.raises(UserError, match="pip install 'matplotlib"):
+        identify(tiny_data)
+    assert os.listdir() == []
+
+
 def test_nothing_is_written_beside_what_is_no_file(identify, tiny_data, tmp_path):
     pipe = tmp_path / "pipe.csv"
     os.mkfifo(pipe)

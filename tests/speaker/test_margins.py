@@ -14,12 +14,16 @@ from fairseq_ext.speaker.network import Head
 LOSSES = {"am_softmax": am_softmax, "aam_softmax": aam_softmax}
 
 
-def by_hand(cosines, labels, s, m, kind):
+def by_hand(cosines, labels, s, m, kind, topk=0, inter_m=0.0):
     """−log softmax of the margined scores, one utterance and one class at a time, in float64."""
     losses = []
     for row, label in zip(np.asarray(cosines, dtype=np.float64), labels, strict=True):
         scores = []
+        others = sorted((j for j in range(len(row)) if j != label), key=lambda j: -row[j])
         for j, cos in enumerate(row):
+            if j in others[:topk]:
+                aam = math.cos(math.acos(cos) - inter_m)
+                cos = cos + inter_m if kind == "am_softmax" else aam
             if j == label and kind == "am_softmax":
                 cos = cos - m
             elif j == label and kind == "aam_softmax":
@@ -58,6 +62,23 @@ def test_equals_the_formula(kind, s, m):
     expected = by_hand(cosines, labels, s, m, kind)
     found = LOSSES[kind](cosines, labels, s=s, m=m, reduction="none")
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("topk", [1, 3, 99])
+def test_the_nearest_others_have_a_margin_too(kind, topk):
+    cosines, labels = some_cosines()
+    expected = by_hand(cosines, labels, 20.0, 0.2, kind, topk, 0.06)
+    options = dict(s=20.0, m=0.2, inter_topk=topk, reduction="none")
+    found = LOSSES[kind](cosines, labels, **options)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9, atol=1e-9)
+    x = cosines.clone().requires_grad_()
+    LOSSES[kind](x, labels, **options).sum().backward()
+    assert x.grad.isfinite().all() and (x.grad != 0).all()
+    plain = LOSSES[kind](cosines, labels, s=20.0, m=0.2, reduction="none")
+    assert torch.equal(LOSSES[kind](cosines, labels, **{**options, "inter_topk": 0}), plain)
+    with pytest.raises(ValueError, match="inter_topk must not be negative"):
+        MARGINS.options(kind, "inter_topk=-1")
 
 
 def test_am_softmax_worked_example():

@@ -245,6 +245,18 @@ class TestOnPreparedData:
         with pytest.raises(UserError, match="other features"):
             read_collection(str(tiny_data), FeatureSpec(n_mels=80))
 
+    def test_noises_and_rooms_are_made_where_no_folder_is_given(self, tiny_data):
+        def context(augment):
+            task = task_of(data=str(tiny_data), augment=augment)
+            return task._context(task.corpus.rows("train"))
+
+        found, again = context("noise;reverb"), context("noise:p=1;reverb")
+        assert (len(found.noises), len(found.impulse_responses)) == (24, 32)
+        for one, other in zip(found.noises, again.noises, strict=True):
+            assert one.shape == (1001, 40)
+            np.testing.assert_array_equal(one, other)
+        assert not context("channel").noises and not context("noise").impulse_responses
+
     def test_names_and_features_travel_in_the_checkpoint(self, tiny_data):
         """The labels are the corpus's, in its order; no data is needed to have them again."""
         state = task_of(data=str(tiny_data)).state_dict()
@@ -281,8 +293,8 @@ class TestOnPreparedData:
         (dict(speed_perturb=1.5), "--speed-perturb 1.5"),
         (dict(augment="chanel"), "did you mean 'channel'"),
         (dict(noise_dir="/no/such/folder"), "--noise-dir /no/such/folder does not exist"),
-        (dict(augment="channel;noise:p=1"), "--augment noise needs --noise-dir"),
-        (dict(augment="reverb:p=0.1"), "--augment reverb needs --rir-dir"),
+        (dict(augment="channel;codec:kinds=mp4"), "unknown codec 'mp4': known are mp3, ogg, ulaw"),
+        (dict(rir_dir="/no/such/folder"), "--rir-dir /no/such/folder does not exist"),
     ],
 )
 def test_options_are_checked_before_anything_is_built(options, words):

@@ -153,7 +153,7 @@ def test_a_recipe_trains_and_is_identified(run, repo_root, tiny_data, tmp_path):
     save_dir = tmp_path / "ck"
     log = run(
         *(BIN / "fairseq-hydra-train", "--config-dir", repo_root / "configs" / "speaker_id"),
-        "--config-name libri251 lr_scheduler.warmup_updates=5 task.crop_frames=30",
+        "--config-name verification lr_scheduler.warmup_updates=5 task.crop_frames=30",
         "model=conformer_speaker_classroom",
         f"task.data={tiny_data} checkpoint.save_dir={save_dir} optimization.max_update=40",
         "task.epoch_updates=20 dataset.batch_size=8 checkpoint.no_epoch_checkpoints=false",
@@ -214,6 +214,21 @@ def test_presets_and_recipes_say_the_same(repo_root):
         defaults = MODEL_DATACLASS_REGISTRY[name]()
         known = {f.name: getattr(defaults, f.name) for f in fields(NetworkOptions)}
         assert yaml.safe_load((folder / f"{name}.yaml").read_text()) == {"_name": name, **known}
+
+
+def test_class_weights_are_taken_over_by_name():
+    from fairseq_ext.speaker.model import copy_head
+    from fairseq_ext.speaker.network import NetworkOptions, SpeakerNetwork
+
+    options = NetworkOptions(d_model=8, nhead=2, d_ffn=8, layers=1, embedding_dim=4, subcenters=2)
+    old, new = SpeakerNetwork(options, 40, 3), SpeakerNetwork(options, 40, 4)
+    saved = {f"network.{key}": value for key, value in old.state_dict().items()}
+    state = {"model": saved, "task_state": {"speakers": ["ann", "ben", "eve"]}}
+    drawn = new.head.weight.detach().clone().view(4, 2, 4)
+    assert copy_head(new, state, ["ben", "carl", "dora", "ann"]) == 2
+    theirs, found = (x.head.weight.detach().view(-1, 2, 4) for x in (old, new))
+    assert torch.equal(found, torch.stack([theirs[1], drawn[1], drawn[2], theirs[0]]))
+    assert copy_head(new, state, ["carl", "dora", "fay", "gil"]) == 0
 
 
 def test_default_is_small(repo_root):

@@ -9,6 +9,7 @@ import pytest
 from ext_common.cli import UsageError, UserError
 from fairseq_ext.speaker.embed import main as embed
 from fairseq_ext.speaker.inference import SpeakerModel
+from fairseq_ext.speaker.prepare.__main__ import PrepareOptions, prepare
 from fairseq_ext.speaker.verify.__main__ import main
 from fairseq_ext.speaker.verify.metrics import Ladder, equal_error_rate
 from fairseq_ext.speaker.verify.trials import make_trials, read_trials
@@ -168,6 +169,45 @@ def test_pairs_of_one_recording_are_left_out_and_a_sample_has_both_kinds():
     assert (len(some), some.targets.sum()) == (6, 3)
     again = make_trials(speakers, recordings, 6, 1)
     assert some.first.tolist() == again.first.tolist()
+
+
+def test_cuts_of_one_recording_are_known_whatever_their_ids(
+    verify, tiny_recordings, tiny_checkpoint, tmp_path
+):
+    source = tmp_path / "kaldi"
+    source.mkdir()
+    lines = [
+        (f"{name}{n}-{cut}", f"{name}{n}", name, cut)
+        for name in ("anna", "ben")
+        for n in (8, 9)
+        for cut in (0, 1)
+    ]
+    table = {
+        "wav.scp": {f"{r} {tiny_recordings}/{who}/{r[-1]}.wav\n" for _, r, who, _ in lines},
+        "utt2spk": [f"{u} {who}\n" for u, _, who, _ in lines],
+        "segments": [f"{u} {r} {0.4 * cut} {0.4 * cut + 0.3}\n" for u, r, _, cut in lines],
+    }
+    for name, rows in table.items():
+        (source / name).write_text("".join(sorted(rows)))
+    options = PrepareOptions(layout="kaldi", workers=1, valid_fraction=0.0, test_fraction=0.0)
+    prepare(source, tmp_path / "data", options)
+    embed([str(tmp_path / "data"), "--path", str(tiny_checkpoint), "--device", "cpu"])
+    for data in (tmp_path / "data", "embeddings.npz"):
+        assert verify(data, "--make-trials", "t.txt") == 0
+        pairs = [line.split()[1:] for line in open("t.txt")]
+        assert len(pairs) == 28 - 4 and all(a[:-2] != b[:-2] for a, b in pairs)
+
+
+def test_a_list_of_files_is_compared(verify, tiny_recordings, tiny_checkpoint):
+    names = ["anna/8.wav", "anna/9.wav", "ben/9.wav"]
+    with open("few.scp", "w") as file:
+        file.writelines(f"u{i} {tiny_recordings}/{name}\n" for i, name in enumerate(names))
+    open("t.txt", "w").write("1 u0 u1\n0 u2 u1\n")
+    assert verify("few.scp", "t.txt", "--draws", 0) == 0
+    pairs = [(names[0], names[1]), (names[2], names[1])]
+    expected = cosines(SpeakerModel.from_checkpoint(tiny_checkpoint), tiny_recordings, pairs)
+    found = [float(line.split()[2]) for line in open("scores.txt")]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_what_contradicts_the_speakers_and_bad_usage(verify, tiny_recordings):

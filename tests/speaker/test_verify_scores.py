@@ -61,6 +61,9 @@ def test_em_recovers_what_was_simulated():
 def test_plda_of_lone_recordings_is_refused():
     with pytest.raises(ValueError, match="several recordings of a speaker"):
         fit_plda(np.eye(4), np.arange(4))
+    for score in ("plda", "plda:lda=2"):
+        with pytest.raises(UserError, match="several recordings of a speaker: give more, or cut"):
+            Backend.fit(score, "none", np.eye(4), list("abcd"))
 
 
 def test_lda_finds_the_one_direction_that_tells_people_apart():

@@ -26,12 +26,22 @@ def bandwidth(samples: np.ndarray, rate: int) -> float:
     Taken is, in each band, the level that one window in twenty exceeds: hisses are rare, and reach highest.
     Silence has rate / 2.
     """
-    half = rate / 2
     if len(samples) < WINDOW:
-        return half
-    count = min(len(samples) // WINDOW, MOST_WINDOWS)
-    starts = np.linspace(0, len(samples) - WINDOW, count).astype(np.int64)
-    frames = np.lib.stride_tricks.sliding_window_view(samples, WINDOW)[starts]
+        return rate / 2
+    windows = np.lib.stride_tricks.sliding_window_view(samples, WINDOW)
+    return bandwidth_of_windows(windows[window_starts(len(samples))], rate)
+
+
+def window_starts(samples: int) -> np.ndarray:
+    """int64: where the windows lie that are looked at of so many samples."""
+    count = min(samples // WINDOW, MOST_WINDOWS)
+    starts: np.ndarray = np.linspace(0, samples - WINDOW, count).astype(np.int64)
+    return starts
+
+
+def bandwidth_of_windows(frames: np.ndarray, rate: float) -> float:
+    """As `bandwidth`, of the windows (N, WINDOW) themselves."""
+    half = rate / 2
     power = np.square(np.abs(np.fft.rfft(frames * np.hanning(WINDOW).astype(np.float32), axis=1)))
     band_of = (np.fft.rfftfreq(WINDOW, 1 / rate) / max(BAND, rate / WINDOW)).astype(np.int64)
     bands, first = np.unique(band_of, return_index=True)

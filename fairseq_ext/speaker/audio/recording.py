@@ -5,10 +5,11 @@ import io
 import math
 import os
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 
+from fairseq_ext.speaker.audio.bandwidth import WINDOW, bandwidth_of_windows, window_starts
 from fairseq_ext.speaker.audio.containers import (
     MP3_SLACK,
     UNKNOWN_FRAMES,
@@ -26,6 +27,20 @@ CHANNELS = ("best", "mean", "left", "right")
 CANCELLED = 0.2
 # A recording on the disk, or open.
 Source = str | os.PathLike[str] | BinaryIO
+
+
+class Survey(NamedTuple):
+    """What is known of a recording once it has been read through.
+
+    samples: how many there are; column: the channel that is taken, None for the mean; said: as of
+    `Recording`; hertz: as of `bandwidth`; constant: the value of all samples, None where they differ.
+    """
+
+    samples: int
+    column: int | None
+    said: str | None
+    hertz: float
+    constant: float | None
 
 
 def load_audio(
@@ -75,8 +90,8 @@ class Recording:
         self._file = open_whole(self._source, self.name)
         self.rate = self._file.samplerate
         self.frames = self._file.frames
-        self._block_start = 0
-        self._block = np.zeros((0, self._file.channels), dtype=np.float32)
+        # of what is decoded in pieces the last two: stretches that are read in order overlap
+        self._blocks = [(0, np.zeros((0, self._file.channels), dtype=np.float32))]
         if not LOWEST_RATE <= self.rate <= HIGHEST_RATE:
             self._file.close()
             raise AudioError(
@@ -111,41 +126,84 @@ class Recording:
 
     def read(self, start: float | None = None, end: float | None = None) -> np.ndarray:
         """float32 (n,) mono at the file's own rate; `start` and `end` in seconds."""
-        import soundfile
-
         first, last = self._bounds(start, end)
-        try:
-            samples = self._decode(first, last)
-        except (soundfile.SoundFileError, OSError) as error:
-            raise AudioError("corrupt", f"{self.name}: {reason_of(error)}") from None
-        if len(samples) < last - first - (MP3_SLACK if self._file.format == "MP3" else 0):
-            raise AudioError(
-                "corrupt",
-                f"{self.name}: cut short, {len(samples)} of {last - first} samples decoded",
-            )
+        samples = self.decode(first, last)
+        self._check_decoded(len(samples), last - first)
         mono, self.said = to_mono(samples, self.channel)
         if not np.isfinite(mono).all():
-            raise AudioError("nan", f"{self.name}: holds NaN or infinite samples")
+            raise self._not_finite()
         return np.ascontiguousarray(mono)
 
+    def survey(self) -> Survey:
+        """What only the whole recording says, in one pass that holds a piece of it at a time."""
+        first, last = self._bounds(None, None)
+        starts = window_starts(last) if last >= WINDOW else np.zeros(0, dtype=np.int64)
+        total, windows = 0, []
+        tallies: list[np.ndarray] = []
+        for place in range(first, last, DECODE_SAMPLES):
+            # windows may reach into the next piece
+            longer = self.decode(place, min(place + DECODE_SAMPLES + WINDOW, last))
+            longer = with_mean(longer)
+            piece = longer[:DECODE_SAMPLES]
+            total += len(piece)
+            inside = starts[(starts >= place) & (starts < place + len(piece))] - place
+            inside = inside[inside + WINDOW <= len(longer)]
+            windows.append(longer[inside[:, None] + np.arange(WINDOW)])
+            if len(piece):
+                squares = np.square(piece, dtype=np.float64).sum(0)
+                tallies.append(np.stack([squares, piece.min(0), piece.max(0)]))
+        self._check_decoded(total, last - first)
+        squares, lows, highs = np.stack(tallies, 1)
+        powers = squares.sum(0) / total
+        column, said = channel_of(powers[: self._file.channels], powers[-1], self.channel)
+        chosen = -1 if column is None else column
+        # NaN and infinities stay in sums of squares
+        if not np.isfinite(powers[chosen]):
+            raise self._not_finite()
+        low, high = lows[:, chosen].min(), highs[:, chosen].max()
+        heard = np.concatenate(windows)[:, :, chosen]
+        hertz = bandwidth_of_windows(heard, self.rate) if len(heard) else self.rate / 2
+        return Survey(total, column, said, hertz, float(low) if low == high else None)
+
+    def stretch(self, first: int, last: int, column: int | None) -> np.ndarray:
+        """float32 (n,) samples from `first` to `last` of a channel, None: the mean of all."""
+        samples = with_mean(self.decode(first, last))
+        return np.ascontiguousarray(samples[:, -1 if column is None else column])
+
+    def _not_finite(self) -> AudioError:
+        return AudioError("nan", f"{self.name}: holds NaN or infinite samples")
+
+    def _check_decoded(self, found: int, wanted: int) -> None:
+        if found < wanted - (MP3_SLACK if self._file.format == "MP3" else 0):
+            raise AudioError(
+                "corrupt", f"{self.name}: cut short, {found} of {wanted} samples decoded"
+            )
+
+    def decode(self, first: int, last: int) -> np.ndarray:
+        """float32 (n, channels): samples from `first` to `last`. AudioError where that fails."""
+        import soundfile
+
+        try:
+            return self._decode(first, last)
+        except (soundfile.SoundFileError, OSError) as error:
+            raise AudioError("corrupt", f"{self.name}: {reason_of(error)}") from None
+
     def _decode(self, first: int, last: int) -> np.ndarray:
-        """(n, channels) samples from `first` to `last`."""
         if not self._in_pieces:
             self._file.seek(first)
             return np.asarray(self._file.read(last - first, dtype="float32", always_2d=True))
-        if first < self._block_start:
+        if first < self._blocks[0][0]:
             self._file.close()
             self._open()
-        pieces = []
+        pieces = [part(place, block, first, last) for place, block in self._blocks]
         while True:
-            end = self._block_start + len(self._block)
-            if end > first:
-                start = self._block_start
-                pieces.append(self._block[max(first - start, 0) : last - start])
-            if end >= last or (end and len(self._block) < DECODE_SAMPLES):
-                return np.concatenate(pieces or [self._block[:0]])
-            self._block_start = end
-            self._block = self._file.read(DECODE_SAMPLES, dtype="float32", always_2d=True)
+            place, block = self._blocks[-1]
+            end = place + len(block)
+            if end >= last or (end and len(block) < DECODE_SAMPLES):
+                return np.concatenate(pieces)
+            block = self._file.read(DECODE_SAMPLES, dtype="float32", always_2d=True)
+            self._blocks = [self._blocks[-1], (end, block)]
+            pieces.append(part(end, block, first, last))
 
     def _bounds(self, start: float | None, end: float | None) -> tuple[int, int]:
         if self.frames <= 0:
@@ -179,16 +237,40 @@ def to_mono(samples: np.ndarray, channel: str = "best") -> tuple[np.ndarray, str
         return samples[:, int(channel == "right")], None
     mean = samples.mean(axis=1, dtype=np.float32)
     powers = np.square(samples, dtype=np.float64).mean(axis=0)
-    left = float(np.square(mean, dtype=np.float64).mean())
+    column, said = channel_of(powers, float(np.square(mean, dtype=np.float64).mean()), channel)
+    return mean if column is None else samples[:, column], said
+
+
+def channel_of(powers: np.ndarray, left: float, channel: str) -> tuple[int | None, str | None]:
+    """(the channel to take or None for the mean, what to say or None), see `to_mono`.
+
+    powers: mean squares of the channels; left: that of their mean.
+    """
+    count = len(powers)
+    if channel in ("left", "right"):
+        return min(int(channel == "right"), count - 1), None
     # not "<" turned round: NaN is told by the caller
     if not left < CANCELLED / count * powers.mean():
-        return mean, None
+        return None, None
     # the first of those within half a decibel: rounding must not choose
     loudest = int((powers > 0.9 * powers.max()).argmax())
     name = ("the left", "the right")[loudest] if count == 2 else f"channel {loudest + 1}"
     if channel == "mean":
-        return mean, "its channels cancel in their mean (one is inverted): --channel best mends it"
-    return samples[:, loudest], f"its channels cancel (one is inverted): {name} was taken"
+        said = "its channels cancel in their mean (one is inverted): --channel best mends it"
+        return None, said
+    return loudest, f"its channels cancel (one is inverted): {name} was taken"
+
+
+def with_mean(samples: np.ndarray) -> np.ndarray:
+    """float32 (n, channels) with the mean of the channels behind them, where there are several."""
+    if samples.shape[1] == 1:
+        return samples
+    return np.concatenate([samples, samples.mean(axis=1, dtype=np.float32)[:, None]], axis=1)
+
+
+def part(place: int, block: np.ndarray, first: int, last: int) -> np.ndarray:
+    """What lies from `first` to `last` of a block that begins at `place`."""
+    return block[max(first - place, 0) : max(last - place, 0)]
 
 
 def resample(samples: np.ndarray, rate: int, target: int, path: str | Path = "audio") -> np.ndarray:
@@ -199,17 +281,28 @@ def resample(samples: np.ndarray, rate: int, target: int, path: str | Path = "au
     """
     if rate == target:
         return samples
+    down, up = ratio_of(rate, target, path)
+    _, reach = resampling_filters(down, up)
+    wanted = -(-len(samples) * up // down)
+    padded = np.pad(samples, (reach, reach + down))
+    return filtered(padded, down, up, -(-wanted // up))[:wanted]
+
+
+def ratio_of(rate: int, target: int, path: str | Path = "audio") -> tuple[int, int]:
+    """(down, up): `down` samples at `rate` last as long as `up` at `target`. AudioError for absurd ones."""
     common = math.gcd(rate, target)
     if (rate // common) * (target // common) > 20_000_000:
         raise AudioError("rate", f"{path}: {rate} Hz cannot be resampled to {target} Hz")
-    down, up = rate // common, target // common
-    filters, reach = resampling_filters(down, up)
-    wanted = -(-len(samples) * up // down)
-    padded = np.pad(samples, (reach, reach + down))
+    return rate // common, target // common
+
+
+def filtered(padded: np.ndarray, down: int, up: int, periods: int) -> np.ndarray:
+    """float32 (periods · up,); `padded` begins `reach` samples before the first (`resampling_filters`)."""
+    filters, _ = resampling_filters(down, up)
     windows = np.lib.stride_tricks.sliding_window_view(padded, filters.shape[1])[::down]
     size = max(1, RESAMPLE_VALUES // filters.shape[1])
-    pieces = [windows[i : i + size] @ filters.T for i in range(0, -(-wanted // up), size)]
-    return np.concatenate(pieces).reshape(-1)[:wanted]
+    pieces = [windows[i : i + size] @ filters.T for i in range(0, periods, size)]
+    return np.concatenate(pieces).reshape(-1)[: periods * up]
 
 
 @functools.lru_cache(maxsize=4)

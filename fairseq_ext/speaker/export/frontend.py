@@ -4,6 +4,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike
 
+from fairseq_ext.speaker.audio.waveform import Waveform
 from fairseq_ext.speaker.features import BLOCK_FRAMES, FeatureSpec, condition
 
 
@@ -14,6 +15,9 @@ class PlainSpec(FeatureSpec):
         """See `log_mel`."""
         return log_mel(samples, self)
 
+    def of_padded(self, padded: np.ndarray, frames: int) -> np.ndarray:
+        return mel_frames(padded, frames, self)
+
 
 class WaveformSpec(FeatureSpec):
     """The specification of a network that takes samples and makes the features itself."""
@@ -22,13 +26,20 @@ class WaveformSpec(FeatureSpec):
         """float32 (n,): the samples as the network takes them, silence trimmed and loudness set."""
         return conditioned(samples, self)
 
+    def stretches(self, samples: Waveform) -> Waveform:
+        return samples
+
 
 def log_mel(samples: ArrayLike, spec: FeatureSpec) -> np.ndarray:
     """As `features.log_mel`, to rounding: samples (n,) at `spec.sample_rate` → float32 (T, n_mels)."""
     samples = conditioned(samples, spec)
     frames, half = 1 + len(samples) // spec.hop_length, spec.n_fft // 2
     padded = np.pad(samples, (0, max(0, half + 1 - len(samples))))
-    padded = np.pad(padded, half, mode="reflect")
+    return mel_frames(np.pad(padded, half, mode="reflect"), frames, spec)
+
+
+def mel_frames(padded: np.ndarray, frames: int, spec: FeatureSpec) -> np.ndarray:
+    """As `FeatureSpec.of_padded`."""
     framed = sliding_window_view(padded, spec.n_fft)[:: spec.hop_length][:frames]
     window, bands = hann(spec).astype(np.float32), mel_bands(spec).astype(np.float32)
     blocks = []

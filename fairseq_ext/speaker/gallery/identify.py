@@ -4,14 +4,15 @@ import csv
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ext_common.cli import UsageError, UserError
 from ext_common.manifest import atomic_json, atomic_write, beside
-from fairseq_ext.speaker.audio.recording import load_audio
+from fairseq_ext.speaker.features import FeatureSpec, Heard
 from fairseq_ext.speaker.gallery.open_set import open_set_curve, open_set_rates, posteriors
 from fairseq_ext.speaker.gallery.options import GalleryIdentifyOptions, load_runner
 from fairseq_ext.speaker.gallery.store import UNKNOWN, Gallery
@@ -136,6 +137,15 @@ def report(
     atomic_json(beside(output, "metrics.json"), record)
 
 
+def windows_of(
+    spec: FeatureSpec, heard: Heard, window: float, every: float, starts: list[float]
+) -> Iterator[np.ndarray]:
+    """Features of the windows with speech; `starts` grows by the second where each begins."""
+    for start, cut in cuts_of(spec, heard, window, every):
+        starts.append(start)
+        yield spec.features(cut)
+
+
 def stream(
     gallery: Gallery,
     runner: Runner,
@@ -149,17 +159,17 @@ def stream(
     if not isinstance(voices, AudioVoices):
         raise UsageError("--every is for audio files: give these")
     spec, parts = runner.needed(voices.name).spec, []
-    for audio, name in zip(voices.paths, voices.ids, strict=True):
-        samples = load_audio(audio, spec.sample_rate, channel=spec.channel)
-        cuts = list(cuts_of(samples, spec, window, options.every))
-        if not cuts:
-            print(f"{name}: no {window:g} s of speech on end: left out", file=sys.stderr)
+    for row, heard in voices.source.heard(spec, range(len(voices.ids)), strict=False):
+        starts: list[float] = []
+        cuts = windows_of(spec, heard, window, options.every, starts)
+        found = runner.embed(cuts, int(heard.seconds / options.every))
+        if not starts:
+            print(f"{voices.ids[row]}: no {window:g} s of speech on end: left out", file=sys.stderr)
             continue
-        found = runner.embed((spec.features(cut) for _, cut in cuts), len(cuts))
-        scores = gallery.scores(Side.of_tests(found, np.full(len(cuts), window)))
+        scores = gallery.scores(Side.of_tests(found, np.full(len(starts), window)))
         names, _ = decide(gallery, scores, threshold, options.prior_known)
-        starts = [start for start, _ in cuts]
-        parts.append(rttm(audio.stem, turns(starts, names, window, options.every)))
+        name = Path(voices.source.paths[row]).stem
+        parts.append(rttm(name, turns(starts, names, window, options.every)))
     if not parts:
         raise UserError("no recording has speech enough: give longer ones, or a smaller --every")
     if options.output:

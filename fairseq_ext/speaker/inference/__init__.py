@@ -21,9 +21,16 @@ import numpy as np
 from ext_common.checkpoints import build_network, read_state, usable_device, why_unfit
 from ext_common.cli import UserError
 from fairseq_ext.speaker.audio.recording import to_mono
+from fairseq_ext.speaker.audio.waveform import Waveform
 from fairseq_ext.speaker.batching import CHUNK_FRAMES, batches_by_frames, pad, windows
 from fairseq_ext.speaker.export.exported import ExportedNetwork, exported_in
-from fairseq_ext.speaker.features import FeatureSpec, audio_features, samples_features
+from fairseq_ext.speaker.features import (
+    FeatureSpec,
+    LongFeatures,
+    Recording,
+    listen,
+    samples_features,
+)
 
 # Padded frames in one batch, as the task's max_valid_frames.
 MAX_FRAMES = 4000
@@ -167,7 +174,8 @@ class SpeakerModel:
         window: list[tuple[int, np.ndarray]] = []
         frames = 0
         for position, utterance in enumerate(utterances):
-            features = self._features(utterance)
+            made = isinstance(utterance, LongFeatures | Waveform)
+            features = utterance if made else self._features(utterance)
             window.append((position, features))
             frames += self._frames(features)
             if frames >= WINDOW * max_frames:
@@ -190,12 +198,11 @@ class SpeakerModel:
 
         from fairseq_ext.speaker.inference.chunks import forward_long
 
-        tensors = [torch.from_numpy(features) for features in batch]
         with torch.inference_mode():
             if len(batch[0]) > CHUNK_FRAMES:
-                out = forward_long(self.network, tensors[0], device=self.device)
+                out = forward_long(self.network, batch[0], device=self.device)
             else:
-                source, mask = pad(tensors)
+                source, mask = pad([torch.as_tensor(features[:]) for features in batch])
                 mask = None if mask is None else mask.to(self.device)
                 out = self.network(source.to(self.device), mask)
             scores = out["logits"].float()
@@ -208,7 +215,7 @@ class SpeakerModel:
 
     def _features(self, utterance) -> np.ndarray:
         if isinstance(utterance, str | os.PathLike) or hasattr(utterance, "read"):
-            return audio_features(utterance, self.spec)
+            return listen(Recording(utterance, self.spec.channel), self.spec).features
         if isinstance(utterance, tuple):
             samples = np.array(utterance[0], dtype=np.float32)
             mono, _ = to_mono(samples[:, None] if samples.ndim == 1 else samples, self.spec.channel)
@@ -263,7 +270,7 @@ class ExportedModel(SpeakerModel):
 
     def _run(self, batch: list[np.ndarray]) -> dict[str, np.ndarray]:
         if self._frames(batch[0]) <= CHUNK_FRAMES:
-            return self.network(batch)
+            return self.network([one[:] for one in batch])
         # a graph does not say what it pools: embeddings and scores of windows, averaged by length
         parts = windows(self._frames(batch[0]))
         size = self.spec.hop_length if self.network.inside else 1

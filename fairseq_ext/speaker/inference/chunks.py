@@ -9,6 +9,7 @@ over the whole recording. A pooling that does not say how gives embeddings, whic
 from collections.abc import Iterator
 from typing import Any, Dict, List, Optional, Tuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +20,11 @@ from fairseq_ext.speaker.pooling import Statistics, softmax_over_time
 
 
 def forward_long(
-    network: Any, features: Tensor, chunk: int = CHUNK_FRAMES, device: Any = "cpu"
+    network: Any, features: Any, chunk: int = CHUNK_FRAMES, device: Any = "cpu"
 ) -> Dict[str, Tensor]:
     """`network` over features (T, F) of any length: embedding (1, D) and logits (1, C).
 
+    features: an array or what gives stretches of one (`LongFeatures`), so that no more is held than a window.
     network: a `SpeakerNetwork`, also under another name (`NamedNetwork`), or any module with its interface.
     """
     plain = getattr(network, "network", network)
@@ -38,22 +40,23 @@ def forward_long(
             embeddings.append(plain.embed(plain.pooling(x, None)))
             weights.append(window.last - window.first)
     if merged is not None:
-        embedding = plain.embed(plain.pooling.pooled(merged).to(features.dtype))
+        embedding = plain.embed(plain.pooling.pooled(merged).to(x.dtype))
     else:
         embedding = mean_of(embeddings, weights)
     return {"embedding": embedding, "logits": plain.head(embedding)}
 
 
 def counted_frames(
-    network: SpeakerNetwork, features: Tensor, chunk: int, device: Any
+    network: SpeakerNetwork, features: Any, chunk: int, device: Any
 ) -> Iterator[Tuple[Window, Tensor]]:
     """Of each window of features (T, F) the frames that count, as they are pooled: (1, n, C)."""
     mean = None
     if network.feature_norm == "utterance":
-        mean = (features.mean(0) - network.feature_mean.cpu()) / network.feature_std.cpu()
+        over_time = mean_frame(features, chunk)
+        mean = (over_time - network.feature_mean.cpu()) / network.feature_std.cpu()
     kind = "none" if network.feature_norm == "none" else "global"
     for window in windows(len(features), chunk, network.step):
-        x = features[window.start : window.end]
+        x = torch.as_tensor(features[window.start : window.end])
         x = normalise(x[None].to(device), None, kind, network.feature_mean, network.feature_std)
         x, _ = network.frames(x if mean is None else x - mean.to(device), None)
         first, last = ((n - window.start) / network.step for n in (window.first, window.last))
@@ -61,7 +64,7 @@ def counted_frames(
 
 
 def frame_weights(
-    network: Any, features: Tensor, chunk: int = CHUNK_FRAMES, device: Any = "cpu"
+    network: Any, features: Any, chunk: int = CHUNK_FRAMES, device: Any = "cpu"
 ) -> Optional[Tensor]:
     """How much each frame of features (T, F) counts in what is pooled: float32 (T,), whose sum is 1.
 
@@ -79,11 +82,19 @@ def frame_weights(
     return weights[owner] / owner.bincount()[owner]
 
 
-def averaged(network: Any, features: Tensor, chunk: int, device: Any) -> Dict[str, Tensor]:
+def mean_frame(features: Any, size: int) -> Tensor:
+    """float32 (F,): the mean of features (T, F) over time, summed in float64 a piece at a time."""
+    pieces = (features[i : i + size] for i in range(0, len(features), size))
+    total = sum(np.asarray(piece).sum(0, dtype=np.float64) for piece in pieces)
+    return torch.as_tensor(total / len(features)).float()
+
+
+def averaged(network: Any, features: Any, chunk: int, device: Any) -> Dict[str, Tensor]:
     """As `forward_long` for a network whose inside is unknown: its outputs, averaged by length."""
     parts = windows(len(features), chunk)
     weights = [part.last - part.first for part in parts]
-    found = [network(features[part.first : part.last][None].to(device), None) for part in parts]
+    cuts = (torch.as_tensor(features[part.first : part.last])[None].to(device) for part in parts)
+    found = [network(cut, None) for cut in cuts]
     return {key: mean_of([out[key] for out in found], weights) for key in ("embedding", "logits")}
 
 

@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -15,7 +15,14 @@ from ext_common.manifest import check_writable, known_sha256, sha256_file, versi
 from ext_common.store import parts_of
 from fairseq_ext.speaker.audio.bandwidth import mixture
 from fairseq_ext.speaker.corpus import Corpus
-from fairseq_ext.speaker.features import CHANNELS, AudioError, FeatureSpec, Recording, hear
+from fairseq_ext.speaker.features import (
+    CHANNELS,
+    AudioError,
+    FeatureSpec,
+    Heard,
+    Recording,
+    listen,
+)
 from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
 from fairseq_ext.speaker.prepare.tables import audio_files
 
@@ -80,14 +87,19 @@ def check_positive(options: object, name: str) -> None:
 
 
 class PreparedSplit:
-    """Rows of a prepared folder, in source order. ids: strings; speakers: names, None without."""
+    """Rows of a prepared folder, in source order.
+
+    ids: strings; speakers: names, None without; recordings: what each is cut from.
+    """
 
     def __init__(self, folder: str, split: Optional[str]):
         self.corpus = Corpus.open(folder)
         self.rows = np.arange(len(self.corpus)) if split is None else self.corpus.rows(split)
         names = [*self.corpus.speakers, None]
         self.ids = [self.corpus.ids[row] for row in self.rows]
-        self.speakers = [names[self.corpus.labels[row]] for row in self.rows]
+        self.speakers: list[Optional[str]] = [names[self.corpus.labels[row]] for row in self.rows]
+        groups = [self.corpus.groups[row] for row in self.rows]
+        self.recordings = [g or cut_from(one) for g, one in zip(groups, self.ids, strict=True)]
         self.name = " ".join(filter(None, (Path(folder).resolve().name, split)))
         self.bad: list[str] = []
 
@@ -119,17 +131,18 @@ class PreparedSplit:
 
 
 class AudioFiles:
-    """Audio files, or standard input (`STDIN`). One that cannot be read is told, goes to `bad`, has no id.
+    """Audio files, or standard input (`STDIN`).
 
-    names: ids of the files, by default their paths; speakers: of each, or None; channel: in place of the
-    model's (`FeatureSpec.channel`).
+    ids: by default their paths; speakers: of each, or None; recordings: what each is; channel: in place of
+    the model's (`FeatureSpec.channel`). What cannot be read is told and goes to `bad` by `features`, after
+    which `ids`, `speakers` and `recordings` are those of the others.
     """
 
     def __init__(
         self,
-        paths: list[str],
-        names: Optional[list[str]] = None,
-        speakers: Optional[list[Optional[str]]] = None,
+        paths: Sequence[str],
+        ids: Optional[Sequence[str]] = None,
+        speakers: Optional[Sequence[Optional[str]]] = None,
         name: Optional[str] = None,
         channel: Optional[str] = None,
     ):
@@ -138,11 +151,10 @@ class AudioFiles:
                 raise UsageError(f"{path} is a folder: give one folder, or audio files")
             if path != STDIN and not os.path.exists(path):
                 raise UserError(f"{path} does not exist: give an audio file or a prepared folder")
-        self.paths, self.channel = paths, channel
-        self.names = names or paths
-        self._speakers: list[Optional[str]] = speakers or [None] * len(paths)
-        self.ids: list[str] = []
-        self.speakers: list[Optional[str]] = []
+        self.paths, self.channel = list(paths), channel
+        self._recordings = self.recordings = list(paths)
+        self._ids = self.ids = list(ids or paths)
+        self._speakers = self.speakers = list(speakers or [None] * len(paths))
         self.name = name or f"{len(paths)} audio file{'s' if len(paths) > 1 else ''}"
         self.bad: list[str] = []
 
@@ -152,33 +164,53 @@ class AudioFiles:
     def check(self, model: SpeakerModel, checkpoint: str) -> None:
         """Nothing: the features are made with the model's own specification."""
 
-    def features(self, spec: FeatureSpec) -> Iterator[np.ndarray]:
-        """float32 (T, n_mels) for each file that can be read; `ids` grows along."""
-        self.ids, self.speakers, self.bad = [], [], []
+    def open(self, row: int, spec: FeatureSpec) -> Recording:
+        """The recording of a row, in the channel asked for."""
+        path = self.paths[row]
+        return Recording(stdin() if path == STDIN else path, self.channel or spec.channel)
+
+    def heard(
+        self, spec: FeatureSpec, rows: Sequence[int], strict: bool = True
+    ) -> Iterator[tuple[int, Heard]]:
+        """Rows with what is heard in them; said on stderr is what somebody should know.
+
+        strict: AudioError for one that cannot be read; otherwise it is told and goes to `bad`.
+        """
         hertz = []
-        for path, name, speaker in zip(self.paths, self.names, self._speakers, strict=True):
+        for row in rows:
             try:
-                with Recording(
-                    stdin() if path == STDIN else path, self.channel or spec.channel
-                ) as opened:
-                    heard = hear(opened, spec)
+                found = listen(self.open(row, spec), spec)
             except AudioError as error:
+                if strict:
+                    raise
                 print(f"error: {error}: left out", file=sys.stderr)
-                self.bad.append(name)
+                self.bad.append(self._ids[row])
                 continue
-            if heard.said:
-                print(f"{name}: {heard.said}", file=sys.stderr)
-            hertz.append(heard.hertz)
-            self.ids.append(name)
-            self.speakers.append(speaker)
-            yield heard.features
+            if found.said:
+                print(f"{self._ids[row]}: {found.said}", file=sys.stderr)
+            hertz.append(found.hertz)
+            yield row, found
         text = mixture(hertz, spec.sample_rate)
         if text:
             print(f"{text}: a model that was trained without such is less sure", file=sys.stderr)
 
+    def features(self, spec: FeatureSpec) -> Iterator[np.ndarray]:
+        """float32 (T, n_mels) for each file that can be read."""
+        self.bad, kept = [], []
+        for row, found in self.heard(spec, range(len(self)), strict=False):
+            kept.append(row)
+            yield found.features
+        of_all = self._ids, self._speakers, self._recordings
+        self.ids, self.speakers, self.recordings = ([of[i] for i in kept] for of in of_all)
+
     def inputs(self) -> dict[str, str]:
         """Files and their SHA-256."""
         return {path: sha256_file(path) for path in self.paths if path != STDIN}
+
+
+def cut_from(name: str) -> str:
+    """The path in the id of an utterance, which for a cut is path#start-end."""
+    return name.rpartition("#")[0] or name
 
 
 def stdin() -> io.BytesIO:
@@ -189,7 +221,7 @@ def stdin() -> io.BytesIO:
 
 
 def open_inputs(
-    given: list[str], split: Optional[str], channel: Optional[str] = None
+    given: Sequence[str], split: Optional[str], channel: Optional[str] = None
 ) -> PreparedSplit | AudioFiles:
     """A split (None: all) of a prepared folder; or audio files, a folder or a list of them."""
     one = Path(given[0])

@@ -201,8 +201,9 @@ def divide(
         warnings.append("there is no valid split: training needs --disable-validation")
     names = found.speakers or sorted(set(speakers) - {None})
     warnings += alike(names)
+    # the id of a cut says what it was cut from, but for ids that a table gives
     rows = [
-        (record.record_id, record.speaker, split, group, offset, length)
+        (record.record_id, record.speaker, split, group or record.recording, offset, length)
         for (record, offset, length), split, group in zip(kept, splits, groups, strict=True)
     ]
     return rows, names, warnings

@@ -10,6 +10,7 @@ python -m fairseq_ext.speaker.verify DATA --make-trials trials.txt --subset test
 import os
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import List, Optional
 
 import numpy as np
@@ -17,7 +18,13 @@ import numpy as np
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
 from ext_common.manifest import MANIFEST_NAME, atomic_json, beside, known_sha256, versions
 from fairseq_ext.speaker.inference import SpeakerModel
-from fairseq_ext.speaker.inference.inputs import BatchOptions, check_output, check_positive
+from fairseq_ext.speaker.inference.inputs import (
+    LIST_ENDINGS,
+    STDIN,
+    BatchOptions,
+    check_output,
+    check_positive,
+)
 from fairseq_ext.speaker.verify import report
 from fairseq_ext.speaker.verify.backend import QUALITIES, Backend
 from fairseq_ext.speaker.verify.compared import (
@@ -33,7 +40,8 @@ from fairseq_ext.speaker.verify.voices import Runner, named_rows, open_voices
 
 EPILOG = f"""
 DATA is a folder made by fairseq_ext.speaker.prepare, a folder of audio (ids are paths below it, the first
-part is the speaker) or an .npz of fairseq_ext.speaker.embed. TRIALS has a pair a line, `1 a b` or `0 a b`, or
+part is the speaker), a list of audio files (.txt: a path a line; .scp) or an .npz of
+fairseq_ext.speaker.embed. TRIALS has a pair a line, `1 a b` or `0 a b`, or
 `a b target` or `a b nontarget`, or `a b` without answers.
 
 The output has `a b score label` a line; the score is a natural log-likelihood ratio where --backend is
@@ -161,7 +169,8 @@ def main(argv):
     if len(args.inputs) != 2:
         raise UsageError(f"give DATA and TRIALS, or two audio files, got {' '.join(args.inputs)}")
     one, two = args.inputs
-    if os.path.isfile(one) and not one.endswith(".npz"):
+    listed = Path(one).suffix in (".npz", *LIST_ENDINGS)
+    if one == STDIN or (os.path.isfile(one) and not listed):
         return compare(args.inputs, options)
     return verify(one, two, options)
 

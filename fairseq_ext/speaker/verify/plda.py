@@ -55,8 +55,7 @@ def fit_plda(x: np.ndarray, labels: np.ndarray, iterations: int = 10) -> Plda:
     """
     x = np.asarray(x, dtype=np.float64)
     _, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    if len(counts) < 2 or counts.max() < 2:
-        raise ValueError("PLDA needs several speakers, and several recordings of a speaker")
+    _refuse_lone(counts)
     mean = x.mean(0)
     sums = np.zeros((len(counts), x.shape[1]))
     np.add.at(sums, index, x - mean)
@@ -102,10 +101,11 @@ def fit_lda(x: np.ndarray, labels: np.ndarray, dimensions: int) -> np.ndarray:
     """Linear discriminants, float64 (dimensions, D): the largest eigenvalues of W⁻¹ B (Fisher 1936).
 
     x: (N, D), labels: (N,). Projected, the pooled covariance within speakers is I. ValueError for more
-    dimensions than speakers less one.
+    dimensions than speakers less one, and as of `fit_plda`.
     """
     x = np.asarray(x, dtype=np.float64)
     names, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    _refuse_lone(counts)
     most = min(len(names) - 1, x.shape[1])
     if not 1 <= dimensions <= most:
         raise ValueError(
@@ -122,6 +122,14 @@ def fit_lda(x: np.ndarray, labels: np.ndarray, dimensions: int) -> np.ndarray:
     _, vectors = eigh(between, within)
     discriminants: np.ndarray = vectors.T[::-1][:dimensions]
     return discriminants
+
+
+def _refuse_lone(counts: np.ndarray) -> None:
+    if len(counts) < 2 or counts.max() < 2:
+        raise ValueError(
+            "it needs several speakers, and several recordings of a speaker: give more, or cut them"
+            " (--piece 3)"
+        )
 
 
 def scale_to_sphere(x: np.ndarray) -> np.ndarray:

@@ -1,18 +1,29 @@
 """Where somebody speaks, by loudness: enough to leave pauses out, no detector of speech among noises."""
 
+from typing import Any
+
 import numpy as np
 
 # Below the loud part of the recording; speech itself spans about 30 dB.
 QUIET_DB = 30.0
 # Of a stretch, so that it counts as speech
 LEAST_SHARE = 0.5
+# Levels that are computed at a time
+PIECE = 10_000
 
 
-def levels_of_samples(samples: np.ndarray, hop: int) -> np.ndarray:
-    """Level in dB of each whole `hop` samples of (n,), float64 (n // hop,), one at least."""
+def levels_of_samples(samples: Any, hop: int) -> np.ndarray:
+    """Level in dB of each whole `hop` samples of (n,), float64 (n // hop,), one at least.
+
+    samples: an array, or what gives stretches of one (`Waveform`).
+    """
     count = max(1, len(samples) // hop)
-    frames = np.resize(np.asarray(samples, dtype=np.float64), (count, hop))
-    levels: np.ndarray = 10 * np.log10(np.square(frames).mean(1) + 1e-12)
+    powers = []
+    for first in range(0, count, PIECE):
+        last = min(first + PIECE, count)
+        piece = np.asarray(samples[first * hop : last * hop], dtype=np.float64)
+        powers.append(np.square(np.resize(piece, (last - first, hop))).mean(1))
+    levels: np.ndarray = 10 * np.log10(np.concatenate(powers) + 1e-12)
     return levels
 
 

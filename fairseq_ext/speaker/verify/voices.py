@@ -1,22 +1,24 @@
 """Recordings that scores are made of: prepared data, a folder of audio, or embeddings that `embed` wrote."""
 
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple, Optional, Protocol
+from typing import IO, Any, NamedTuple, Optional, Protocol
 
 import numpy as np
 
 from ext_common.cli import UsageError, UserError, progress
 from ext_common.manifest import sha256_file
-from fairseq_ext.speaker.audio.bandwidth import mixture
-from fairseq_ext.speaker.audio.recording import Recording, resample
-from fairseq_ext.speaker.features import FeatureSpec, hear
+from fairseq_ext.speaker.audio.recording import resample
+from fairseq_ext.speaker.features import FeatureSpec, Heard
 from fairseq_ext.speaker.inference import MAX_FRAMES, SpeakerModel
-from fairseq_ext.speaker.inference.inputs import PreparedSplit
-from fairseq_ext.speaker.prepare.tables import audio_files
+from fairseq_ext.speaker.inference.inputs import (
+    AudioFiles,
+    PreparedSplit,
+    cut_from,
+    open_inputs,
+)
 from fairseq_ext.speaker.verify.backend import read_arrays
 from fairseq_ext.speaker.verify.speech import (
     levels_of_features,
@@ -59,7 +61,7 @@ class Runner:
             for places, found in model.predict(utterances, self.batch_size, self.max_frames):
                 rows.update(zip(places, found["embedding"], strict=True))
                 bar.update(len(places))
-        return np.stack([rows[place] for place in range(len(rows))])
+        return np.stack([rows[place] for place in range(len(rows))]) if rows else np.zeros((0, 0))
 
 
 class Embedded(NamedTuple):
@@ -90,60 +92,42 @@ class Voices(Protocol):
 
 
 class PreparedVoices:
-    """A split (None: all) of a prepared folder."""
+    """Rows of a prepared folder."""
 
-    def __init__(self, folder: str, split: str | None) -> None:
-        self._split = PreparedSplit(folder, split)
-        self.name = self._split.name
-        self.ids: list[str] = list(self._split.ids)
-        self.speakers: list[str | None] = self._split.speakers
-        groups = [self._split.corpus.groups[row] for row in self._split.rows]
-        # a cut is named path#start-end
-        cut_from = (one.rpartition("#")[0] or one for one in self.ids)
-        self.recordings = [g or c for g, c in zip(groups, cut_from, strict=True)]
+    def __init__(self, source: PreparedSplit) -> None:
+        self.source, self.name = source, source.name
+        self.ids, self.speakers, self.recordings = source.ids, source.speakers, source.recordings
 
     def embed(self, runner: Runner, rows: Sequence[int], piece: float | None = None) -> Embedded:
-        model, corpus = runner.needed(self.name), self._split.corpus
-        self._split.check(model, runner.path)
+        model, corpus = runner.needed(self.name), self.source.corpus
+        self.source.check(model, runner.path)
         frame = corpus.spec.seconds_per_frame
         cuts = []
         for row in rows:
-            length = int(corpus.lengths[self._split.rows[row]])
+            length = int(corpus.lengths[self.source.rows[row]])
             if piece is None:
                 cuts.append((row, 0, length))
                 continue
             size = max(1, round(piece / frame))
-            mask = spoken(levels_of_features(corpus.read(self._split.rows[row])))
+            mask = spoken(levels_of_features(corpus.read(self.source.rows[row])))
             cuts += [(row, start, size) for start in spoken_stretches(mask, size, size)]
         some(cuts, self.name, piece)
-        features = (corpus.read(self._split.rows[row], start, size) for row, start, size in cuts)
+        features = (corpus.read(self.source.rows[row], start, size) for row, start, size in cuts)
         seconds = np.array([size * frame for _, _, size in cuts])
         found = runner.embed(features, len(cuts))
         unknown = np.full(len(cuts), np.nan)
         return Embedded(found, seconds, np.array([row for row, _, _ in cuts]), unknown)
 
     def inputs(self) -> dict[str, str]:
-        return self._split.inputs()
+        return self.source.inputs()
 
 
 class AudioVoices:
-    """Audio files, or all below a folder: SPEAKER/… or flat. Ids are paths, below a folder relative ones."""
+    """Audio files. All of them can be read, or it is an error: what is compared may not be left out."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        if len(paths) == 1 and os.path.isdir(paths[0]):
-            root = Path(paths[0])
-            self.ids = audio_files(root)
-            if not self.ids:
-                raise UserError(f"{root} holds no audio that is read: give another folder")
-            files = [root / name for name in self.ids]
-            parts = [name.split("/") for name in self.ids]
-            self.speakers: list[str | None] = [p[0] if len(p) > 1 else None for p in parts]
-            self.name = str(root)
-        else:
-            files = [Path(path) for path in paths]
-            self.ids, self.speakers = list(paths), [None] * len(paths)
-            self.name = f"{len(paths)} audio file{'s' if len(paths) > 1 else ''}"
-        self.paths, self.recordings = files, self.ids
+    def __init__(self, source: AudioFiles) -> None:
+        self.source, self.name = source, source.name
+        self.ids, self.speakers, self.recordings = source.ids, source.speakers, source.recordings
 
     def embed(self, runner: Runner, rows: Sequence[int], piece: float | None = None) -> Embedded:
         spec = runner.needed(self.name).spec
@@ -152,32 +136,22 @@ class AudioVoices:
         hertz: list[float] = []
 
         def utterances() -> Iterator[np.ndarray]:
-            for row in rows:
-                with Recording(self.paths[row], spec.channel) as opened:
-                    heard = hear(opened, spec)
-                if heard.said:
-                    print(f"{self.ids[row]}: {heard.said}", file=sys.stderr)
-                whole = len(heard.samples) / heard.rate
-                found = [(whole, heard.features)]
+            for row, heard in self.source.heard(spec, rows):
+                found: Iterable[Any] = [heard.features]
                 if piece is not None:
-                    samples = resample(heard.samples, heard.rate, spec.sample_rate)
-                    cuts = cuts_of(samples, spec, piece, piece)
-                    found = [(piece, spec.features(cut)) for _, cut in cuts]
-                for length, features in found:
-                    seconds.append(length)
+                    found = (spec.features(cut) for _, cut in cuts_of(spec, heard, piece, piece))
+                for features in found:
+                    seconds.append(piece or heard.seconds)
                     owners.append(row)
                     hertz.append(heard.hertz)
                     yield features
             some(owners, self.name, piece)
 
         embeddings = runner.embed(utterances(), len(rows))
-        said = mixture(hertz, spec.sample_rate)
-        if said:
-            print(f"{said}: a model that was trained without such is less sure", file=sys.stderr)
         return Embedded(embeddings, np.array(seconds), np.array(owners), np.array(hertz))
 
     def inputs(self) -> dict[str, str]:
-        return {os.fspath(path): sha256_file(path) for path in self.paths}
+        return self.source.inputs()
 
 
 class EmbeddedVoices:
@@ -191,7 +165,11 @@ class EmbeddedVoices:
         self.name, self._path = path, path
         self.ids = arrays["ids"].tolist()
         self.speakers = [name or None for name in arrays["speakers"].tolist()]
-        self.recordings = [one.rpartition("#")[0] or one for one in self.ids]
+        # files of older versions do not say them
+        recordings = arrays.get("recordings")
+        self.recordings = (
+            [cut_from(one) for one in self.ids] if recordings is None else recordings.tolist()
+        )
         self._embeddings = arrays["embeddings"]
 
     def embed(self, runner: Runner, rows: Sequence[int], piece: float | None = None) -> Embedded:
@@ -209,21 +187,15 @@ class EmbeddedVoices:
 
 
 def open_voices(given: Sequence[str], split: str | None = None) -> Voices:
-    """Prepared data, a folder of audio, audio files, or an .npz of embeddings."""
-    (first, *rest) = given
-    if not rest and Path(first).suffix == ".npz":
-        return EmbeddedVoices(first)
-    if not rest and os.path.isdir(first) and not (Path(first) / "corpus.json").exists():
-        if split is not None:
-            raise UsageError(f"{first} is no prepared folder, so that it has no --subset {split}")
-        return AudioVoices(given)
-    if not rest and (os.path.isdir(first) or not Path(first).suffix):
-        return PreparedVoices(first, split)
-    for path in given:
-        if not os.path.isfile(path):
-            why = "is a folder among files" if os.path.isdir(path) else "does not exist"
-            raise UserError(f"{path} {why}: give audio files, one folder, or one .npz")
-    return AudioVoices(given)
+    """What `open_inputs` opens, or an .npz of embeddings."""
+    if len(given) == 1 and Path(given[0]).suffix == ".npz":
+        return EmbeddedVoices(given[0])
+    source = open_inputs(given, split)
+    if isinstance(source, PreparedSplit):
+        return PreparedVoices(source)
+    if split is not None:
+        raise UsageError(f"{source.name} is no prepared folder, so that it has no --subset {split}")
+    return AudioVoices(source)
 
 
 def row_numbers(voices: Voices) -> dict[str, int]:
@@ -251,13 +223,12 @@ def named_rows(voices: Voices) -> tuple[list[int], list[str]]:
 
 
 def cuts_of(
-    samples: np.ndarray, spec: FeatureSpec, piece: float | None, every: float | None
+    spec: FeatureSpec, heard: Heard, piece: float, every: float
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """(second it starts at, samples) of stretches of `piece` seconds with speech, or of all samples (n,)."""
-    if piece is None or every is None:
-        yield 0.0, samples
-        return
-    hop = spec.hop_length
+    """(second it starts at, samples at `spec.sample_rate`) of stretches of `piece` seconds with speech."""
+    samples, hop = heard.samples, spec.hop_length
+    if heard.rate != spec.sample_rate:
+        samples = resample(samples, heard.rate, spec.sample_rate)
     size, step = (max(1, round(seconds / spec.seconds_per_frame)) for seconds in (piece, every))
     mask = spoken(levels_of_samples(samples, hop))
     for start in spoken_stretches(mask, size, step):

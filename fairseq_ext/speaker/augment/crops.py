@@ -14,8 +14,8 @@ from typing import Any, Callable, List, Sequence
 
 import numpy as np
 
-from ext_common.cli import UserError
 from ext_common.registry import Registry
+from fairseq_ext.speaker.features import FeatureSpec
 
 AUGMENTATIONS = Registry("augmentation")
 
@@ -31,6 +31,7 @@ class Context:
     noises: Sequence[np.ndarray] = ()  # log-mel (T, n_mels) each
     # log-mel (T, n_mels) each, less that of a single sample: a wide band is not a loud one
     impulse_responses: Sequence[np.ndarray] = ()
+    spec: FeatureSpec = field(default_factory=FeatureSpec)
 
 
 @dataclass
@@ -44,8 +45,8 @@ class SpecAugmentOptions:
 
     def __post_init__(self) -> None:
         for name in ("freq_masks", "freq_width", "time_masks"):
-            _check(self, name, 0, float("inf"))
-        _check(self, "time_fraction", 0, 1)
+            check_between(self, name, 0, float("inf"))
+        check_between(self, "time_fraction", 0, 1)
 
 
 @dataclass
@@ -59,30 +60,38 @@ class ChannelOptions:
     )
 
     def __post_init__(self) -> None:
-        _check(self, "gain_db", 0, 100)
-        _check(self, "tilt", 0, 0.99)
-        _check(self, "ripple_db", 0, 100)
+        check_between(self, "gain_db", 0, 100)
+        check_between(self, "tilt", 0, 0.99)
+        check_between(self, "ripple_db", 0, 100)
 
 
 @dataclass
 class NoiseOptions:
-    p: float = field(default=0.5, metadata={"help": "share of crops that get noise (--noise-dir)"})
+    p: float = field(
+        default=0.5,
+        metadata={
+            "help": "share of crops that get noise: of --noise-dir, or what the program makes"
+        },
+    )
     snr_low: float = field(default=5.0, metadata={"help": "lowest signal-to-noise ratio, dB"})
     snr_high: float = field(default=20.0, metadata={"help": "highest signal-to-noise ratio, dB"})
 
     def __post_init__(self) -> None:
-        _check(self, "p", 0, 1)
-        _check(self, "snr_low", -100, self.snr_high)
+        check_between(self, "p", 0, 1)
+        check_between(self, "snr_low", -100, self.snr_high)
 
 
 @dataclass
 class ReverbOptions:
     p: float = field(
-        default=0.5, metadata={"help": "share of crops that get reverberation (--rir-dir)"}
+        default=0.5,
+        metadata={
+            "help": "share of crops that get reverberation: of --rir-dir, or of rooms the program makes"
+        },
     )
 
     def __post_init__(self) -> None:
-        _check(self, "p", 0, 1)
+        check_between(self, "p", 0, 1)
 
 
 @dataclass
@@ -96,9 +105,9 @@ class BandwidthOptions:
     )
 
     def __post_init__(self) -> None:
-        _check(self, "p", 0, 1)
-        _check(self, "telephone", 0, 1)
-        _check(self, "low", 1, self.high)
+        check_between(self, "p", 0, 1)
+        check_between(self, "telephone", 0, 1)
+        check_between(self, "low", 1, self.high)
 
 
 @AUGMENTATIONS.register("bandwidth", options=BandwidthOptions)
@@ -162,12 +171,11 @@ def random_channel(
 def random_noise(
     x: np.ndarray, rng: np.random.Generator, context: Context, **options: Any
 ) -> np.ndarray:
-    """A random stretch of the recordings under --noise-dir, at a random signal-to-noise ratio."""
+    """A random stretch of noise at a random signal-to-noise ratio.
+
+    Of the recordings under --noise-dir; without it white, pink and brown noise, and babble of the data.
+    """
     o = NoiseOptions(**options)
-    if not context.noises:
-        raise UserError(
-            "augmentation 'noise' has nothing to add: give --noise-dir a folder of audio"
-        )
     if rng.random() >= o.p:
         return x
     noise = context.noises[int(rng.integers(len(context.noises)))]
@@ -180,12 +188,8 @@ def random_noise(
 def random_reverb(
     x: np.ndarray, rng: np.random.Generator, context: Context, **options: Any
 ) -> np.ndarray:
-    """A random room of the impulse responses under --rir-dir."""
+    """A random room: of the impulse responses under --rir-dir, or a made one."""
     o = ReverbOptions(**options)
-    if not context.impulse_responses:
-        raise UserError(
-            "augmentation 'reverb' has no rooms: give --rir-dir a folder of impulse responses"
-        )
     if rng.random() >= o.p:
         return x
     rir = context.impulse_responses[int(rng.integers(len(context.impulse_responses)))]
@@ -259,7 +263,8 @@ def mel_frequencies(n_mels: int, f_min: float, f_max: float) -> np.ndarray:
     return 700 * (10 ** (mels / 2595) - 1)
 
 
-def _check(options: object, name: str, low: float, high: float) -> None:
+def check_between(options: object, name: str, low: float, high: float) -> None:
+    """ValueError for an option that does not lie in [low, high]."""
     value = getattr(options, name)
     if not low <= value <= high:
         raise ValueError(f"{name} {value} is not between {low} and {high}")
