@@ -53,7 +53,7 @@ class QuickstartOptions:
         default=None,
         metadata={"help": f"folder to write; none: {OUT}, and {OUT}-NAME with --data NAME"},
     )
-    updates: int = field(default=800, metadata={"help": "updates to train for"})
+    updates: int = field(default=1200, metadata={"help": "updates to train for"})
     mono: Optional[str] = field(
         default=None,
         metadata={

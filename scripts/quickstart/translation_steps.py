@@ -5,12 +5,6 @@ from training import train_shown
 
 from fairseq_ext.translation.corpus import Corpus
 
-# 4 + 4 layers: the size for 10,000 to 30,000 pairs. Norms before the layers: no other kind learns
-# within a few hundred updates.
-SIZE = """--encoder-layers 4 --decoder-layers 4 --encoder-embed-dim 128 --decoder-embed-dim 128
-    --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256 --encoder-attention-heads 4
-    --decoder-attention-heads 4 --encoder-normalize-before --decoder-normalize-before"""
-
 
 def train(steps, data, options, updates=None, folder=None, direction=(), name=None):
     """The best checkpoint of a training in `folder`, else the one of the steps.
@@ -20,19 +14,16 @@ def train(steps, data, options, updates=None, folder=None, direction=(), name=No
     folder, updates = folder or steps.folder, updates or options.updates
     folder.mkdir(exist_ok=True)
     best = folder / "checkpoints" / "checkpoint_best.pt"
-    command = (
-        f"fairseq-train {{}} --user-dir {{}} --task translation_spm --arch transformer_iwslt_de_en "
-        f"{SIZE} --share-all-embeddings --dropout {0.3 if options.data else 0.1} --optimizer adam "
-        f"--lr-scheduler noam --warmup-updates 300 --noam-factor 0.5 "
-        f"--criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 2000 "
-        f"--max-update {updates} --save-dir {{}} --no-epoch-checkpoints --save-interval-updates 200 "
-        f"--keep-interval-updates 1 --validate-interval 1000 --save-interval 1000 --num-workers 0 "
-        f"--log-interval 10 --log-format simple"
-    ).split()
-    places = iter([data, relative(ROOT / "fairseq_ext"), folder / "checkpoints"])
-    at = command.index("--optimizer") + 2
-    command = [*command[:at], "--adam-betas", "(0.9, 0.98)", *command[at:]]
-    command = [next(places) if part == "{}" else part for part in command]
+    command = ["fairseq-train", data, "--user-dir", relative(ROOT / "fairseq_ext")]
+    command += ["--task", "translation_spm", "--max-update", updates, "--patience", -1]
+    command += [
+        "--save-dir",
+        folder / "checkpoints",
+        "--log-interval",
+        10,
+        "--log-format",
+        "simple",
+    ]
     for flag, lang in zip(("--source-lang", "--target-lang"), direction, strict=False):
         command += [flag, lang]
 
