@@ -144,6 +144,7 @@ def tab(models: list[Model], settings: Settings) -> None:
             people = gr.Dropdown(
                 galleries, value=galleries[0], label="Gallery", visible=len(galleries) > 1
             )
+            gr.Markdown(f"They are kept in {plain(galleries[0])}.", visible=len(galleries) == 1)
             with gr.Row():
                 person = gr.Textbox(label="Name of who speaks above, one word")
                 gr.Button("Enrol").click(

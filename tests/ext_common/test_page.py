@@ -242,6 +242,7 @@ def pixels(shown):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source))))
 
 
+@pytest.mark.slow
 def test_many_at_once_get_their_own_answers(client, paths, voices):
     model = SpeakerModel.from_checkpoint(paths["speaker"])
     alone = [model.identify(str(voice), top_k=5) for voice in voices]
