@@ -98,8 +98,13 @@ SEARCH = {
     "lstm-muon-0.004-0.1": lstm("muon", 0.004, 0.1),
     "lstm-constant-0.008-0.1": lstm("constant", 0.008, 0.1),
 }
-# Of translation_tables: the best of its search, of as many CPU seconds, with three seeds.
-KNOWN = {"lstm-constant-0.004-0.1": "lstm-0.004-0.1"}
+# Of translation_tables: the best of its search, of as many CPU seconds; three seeds of the short one.
+KNOWN = {
+    "short-lstm-constant-0.004-0.1": "lstm-0.004-0.1",
+    "long-lstm-constant-0.004-0.1": "longerlstm-0.004-0.1",
+}
+# Who sees each pair 15 times learns it by heart without dropout.
+LONG = "transformer-0.008-0.1"
 
 
 def system_of(name: str) -> str:
@@ -111,11 +116,9 @@ def system_of(name: str) -> str:
 
 def runs_of(name: str, length: str = "short") -> list[dict]:
     """The records of a system that was searched or is known, one a seed."""
-    if name in KNOWN and length == "short":
-        found = [tables.RECORDED.get(f"{KNOWN[name]}-{seed}") for seed in SEEDS]
-    else:
-        found = [RECORDED.get(f"{length}-{name}-{seed}") for seed in SEEDS]
-    return [run for run in found if run]
+    name = f"{length}-{name}"
+    there, name = (tables.RECORDED, KNOWN[name]) if name in KNOWN else (RECORDED, name)
+    return [run for run in (there.get(f"{name}-{seed}") for seed in SEEDS) if run]
 
 
 def best_of(side: str) -> str:
@@ -123,14 +126,16 @@ def best_of(side: str) -> str:
     names = [name for name in SEARCH if name.startswith(side) and runs_of(name)]
     if not names:
         raise SystemExit(f"error: no run of {side} is recorded: run the group search first")
-    names += [name for name in KNOWN if name.startswith(side)]
+    names += [name[6:] for name in KNOWN if name.startswith(f"short-{side}")]
     return max(names, key=lambda name: runs_of(name)[0]["valid"]["bleu"])
 
 
 def system(name: str) -> tuple[str, Changes]:
     """Recipe and changes of a name."""
     kind, *rest = name.split("-")
-    return SEARCH.get(name) or lstm(rest[0], float(rest[1]), float(rest[2]))
+    if kind == "lstm":
+        return lstm(rest[0], float(rest[1]), float(rest[2]))
+    return SEARCH.get(name) or transformer(float(rest[0]), float(rest[1]))
 
 
 def wanted(group: str) -> dict[str, tuple[str, Changes, str]]:
@@ -143,12 +148,14 @@ def wanted(group: str) -> dict[str, tuple[str, Changes, str]]:
         name, whole = f"transformer-{rate}-{dropout}", transformer(float(rate), float(dropout))
         runs = {f"short-{name}-{part}-1": (*changed(whole, part), "cmn") for part in PARTS}
         return {f"short-{name}-1": (*whole, "cmn"), **runs}
-    both = {name: system(name) for name in map(best_of, ("transformer", "lstm"))}
+    theirs = best_of("lstm")
     if group == "growing":
-        return {f"long-{n}-{size}k-1": (*w, size) for size in SIZES for n, w in both.items()}
+        names = (LONG, theirs)
+        return {f"long-{n}-{size}k-1": (*system(n), size) for size in SIZES for n in names}
     length, seeds = ("short", SEEDS) if group == "chosen" else ("long", SEEDS[:1])
-    runs = {n: w for n, w in both.items() if not (group == "chosen" and n in KNOWN)}
-    return {f"{length}-{n}-{seed}": (*w, "cmn") for seed in seeds for n, w in runs.items()}
+    names = (best_of("transformer") if group == "chosen" else LONG, theirs)
+    left = [name for name in names if f"{length}-{name}" not in KNOWN]
+    return {f"{length}-{n}-{seed}": (*system(n), "cmn") for seed in seeds for n in left}
 
 
 GROUPS = ("search", "chosen", "ingredients", "longer", "growing")
@@ -241,8 +248,12 @@ def write_pairs(path: Path, split: str, most: int) -> Path:
 
 def compared() -> Pairs:
     """The best of either side in 8 minutes and in 24."""
-    ours, theirs = best_of("transformer"), best_of("lstm")
-    pairs = {f"{k}-{ours} − {theirs}": (runs_of(ours, k), runs_of(theirs, k)) for k in SECONDS}
+    theirs = best_of("lstm")
+    sides = {"short": best_of("transformer"), "long": LONG}
+    pairs = {
+        f"{k}-{ours} − {theirs}": (runs_of(ours, k), runs_of(theirs, k))
+        for k, ours in sides.items()
+    }
     return {title: pair for title, pair in pairs.items() if all(pair)}
 
 
@@ -251,7 +262,7 @@ def report(records: Iterable[dict], tests: Iterable[dict]) -> str:
     systems: dict[str, list[dict]] = {}
     for known, there in KNOWN.items():
         found = [r for r in map(tables.RECORDED.get, (f"{there}-{k}" for k in SEEDS)) if r]
-        systems[f"short-{known}"] = found
+        systems[known] = found
     for record in records:
         if not record["run"].startswith("pace-"):
             systems.setdefault(record["run"].rsplit("-", 1)[0], []).append(record)
