@@ -10,6 +10,7 @@ from fairseq_ext.speaker.augment import Context, change_speed
 from fairseq_ext.speaker.balance import allocate, balanced
 from fairseq_ext.speaker.batching import batches_by_frames, pad  # noqa: F401 (public here of old)
 from fairseq_ext.speaker.corpus import Corpus
+from fairseq_ext.speaker.network import SPEEDS
 
 
 class SpeakerDataset(FairseqDataset):
@@ -61,7 +62,8 @@ class CropDataset(SpeakerDataset):
     An epoch has `len(self)` crops; utterance i gets about its share of the frames, and at least one. What a
     crop holds depends on (seed, epoch, index) alone: not on workers, processes or batches. An utterance
     shorter than a crop is taken whole. `balance` < 1 gives speakers with little speech more
-    (`balance.balanced`). `speed` > 0 plays each crop at 1 ± speed times its speed; `steps` are
+    (`balance.balanced`). `speed` > 0 plays each crop at 1 ± speed times its speed; with `speed_classes`, the
+    number of speakers, at one of three of which each has labels of its own (`network.SPEEDS`). `steps` are
     augmentations (see `augment`).
     """
 
@@ -75,10 +77,11 @@ class CropDataset(SpeakerDataset):
         steps: Sequence[Callable] = (),
         context: Optional[Context] = None,
         balance: float = 1.0,
+        speed_classes: int = 0,
     ):
         self.corpus, self.rows, self.crop_frames = corpus, rows, crop_frames
         self.seed, self.speed, self.steps, self.context = seed, speed, steps, context
-        self.balance = balance
+        self.balance, self.speed_classes = balance, speed_classes
         self.epoch = 1
         self.set_epoch_size(0, 1)
 
@@ -112,10 +115,13 @@ class CropDataset(SpeakerDataset):
     def __getitem__(self, index: int) -> Dict:
         row = int(self.rows[self.utterance[index]])
         length = int(self.corpus.lengths[row])
-        rng, factor = None, 1.0
+        rng, factor, turn = None, 1.0, 0
         if self.speed or self.steps:
             rng = np.random.default_rng((self.seed, self.epoch, index))
-        if self.speed:
+        if self.speed_classes:
+            turn = int(rng.integers(len(SPEEDS)))
+            factor = 1 + SPEEDS[turn] * self.speed
+        elif self.speed:
             factor = rng.uniform(1 - self.speed, 1 + self.speed)
         frames = min(self.crop_frames, max(1, int(length / factor)))
         needed = min(length, int(np.ceil((frames - 1) * factor)) + 1)
@@ -128,7 +134,7 @@ class CropDataset(SpeakerDataset):
         return {
             "id": index,
             "source": torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)),
-            "target": int(self.corpus.labels[row]),
+            "target": int(self.corpus.labels[row]) + turn * self.speed_classes,
         }
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ from ext_common.cli import UserError
 from ext_common.muon import mark_hidden
 from fairseq_ext.speaker.network import (
     PRESETS,
+    SPEEDS,
     NamedNetwork,
     NetworkOptions,
     SpeakerNetwork,
@@ -67,7 +68,9 @@ class SpeakerModelBase(NamedNetwork, BaseFairseqModel):
         head = cfg.head or fitting_head(cfg.criterion)
         options = NetworkOptions(**{f.name: cfg[f.name] for f in fields(NetworkOptions)})
         try:
-            network = SpeakerNetwork(options, task.spec["n_mels"], len(task.speakers), head)
+            speeds = len(SPEEDS) if getattr(task.cfg, "speed_classes", False) else 1
+            sizes = task.spec["n_mels"], len(task.speakers)
+            network = SpeakerNetwork(options, *sizes, head, speeds)
         except ValueError as error:
             raise UserError(str(error)) from None
         if weights is not None:
@@ -116,8 +119,12 @@ def copy_head(network: SpeakerNetwork, state: Dict, speakers: List[str]) -> int:
     for key, value in head_of(network).items():
         saved = state["model"].get(f"network.{key}")
         if saved is not None:
-            # one row a speaker, its sub-centres side by side
-            rows, found = value.view(len(speakers), -1), saved.view(len(theirs), -1)
+            # a row of each, the sub-centres of a speaker side by side, other speeds behind all
+            each = network.head.subcenters if key == "head.weight" else 1
+            rows, found = (
+                x[: each * count].view(count, -1)
+                for x, count in ((value, len(speakers)), (saved, len(theirs)))
+            )
             rows[mine] = found[other].to(rows.dtype)
     return len(both)
 

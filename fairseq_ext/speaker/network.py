@@ -31,6 +31,8 @@ PRESETS: Dict[str, Dict[str, Any]] = {
 
 FEATURE_NORMS = ("none", "global", "utterance")
 STATISTICS = ("feature_mean", "feature_std")
+# In units of --speed-perturb, from 1: the speeds that have classes of their own; the first has the speakers'.
+SPEEDS = (0, -1, 1)
 
 
 @dataclass
@@ -83,10 +85,17 @@ class NetworkOptions(EncoderOptions):
 class SpeakerNetwork(nn.Module):
     """Features (B, T, F) float32 and padding mask (B, T), True = pad, or None → embedding and logits.
 
-    `head` is "cosine" (logits are cosines in [-1, 1], no bias) or "linear".
+    `head` is "cosine" (logits are cosines in [-1, 1], no bias) or "linear". speeds: as of `Head`.
     """
 
-    def __init__(self, options: NetworkOptions, n_mels: int, classes: int, head: str = "cosine"):
+    def __init__(
+        self,
+        options: NetworkOptions,
+        n_mels: int,
+        classes: int,
+        head: str = "cosine",
+        speeds: int = 1,
+    ):
         super().__init__()
         o = options
         if o.feature_norm not in FEATURE_NORMS:
@@ -114,7 +123,7 @@ class SpeakerNetwork(nn.Module):
         self.embedding = nn.Linear(self.pooling.output_dim, o.embedding_dim)
         self.embedding_norm = nn.LayerNorm(self.pooling.output_dim)
         self.dropout = nn.Dropout(o.embedding_dropout)
-        self.head = Head(o.embedding_dim, classes, head, o.subcenters)
+        self.head = Head(o.embedding_dim, classes, head, o.subcenters, speeds)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SpeakerNetwork":
         """As any module; but --fp16 and --bf16 do not round the statistics, which are of the data."""
@@ -208,27 +217,39 @@ class Head(nn.Module):
     """Class weights: (B, D) → (B, classes).
 
     cosine: max over a class's sub-centres (Deng et al. 2020) of cos(x, w), in float32, no bias;
-    linear: W x + b.
+    linear: W x + b. In training there are `speeds` times as many classes: behind those of the speakers theirs
+    again for each other speed at which speech is played. Elsewhere only the first are scored.
     """
 
-    def __init__(self, dim: int, classes: int, kind: str = "cosine", subcenters: int = 1):
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        kind: str = "cosine",
+        subcenters: int = 1,
+        speeds: int = 1,
+    ):
         super().__init__()
         if kind not in ("cosine", "linear"):
             raise ValueError(f"unknown head {kind!r}: known are cosine, linear")
         if kind == "linear" and subcenters != 1:
             raise ValueError("sub-centres need the cosine head, which softmax does not use")
-        self.kind, self.subcenters = kind, subcenters
-        self.weight = nn.Parameter(torch.empty(classes * subcenters, dim))
-        self.bias = nn.Parameter(torch.zeros(classes)) if kind == "linear" else None
+        self.kind, self.subcenters, self.classes, self.speeds = kind, subcenters, classes, speeds
+        self.weight = nn.Parameter(torch.empty(classes * speeds * subcenters, dim))
+        self.bias = nn.Parameter(torch.zeros(classes * speeds)) if kind == "linear" else None
         nn.init.xavier_normal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if self.speeds > 1 and not self.training:
+            weight = weight[: self.classes * self.subcenters]
+            bias = None if bias is None else bias[: self.classes]
         if self.kind == "linear":
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             cosines = F.linear(
-                F.normalize(x.to(dtype), dim=1), F.normalize(self.weight.to(dtype), dim=1)
+                F.normalize(x.to(dtype), dim=1), F.normalize(weight.to(dtype), dim=1)
             )
         if self.subcenters > 1:
             cosines = cosines.view(len(x), -1, self.subcenters).amax(-1)
@@ -253,7 +274,13 @@ def network_of(state: Mapping[str, Any]) -> Optional[NamedNetwork]:
     options = NetworkOptions(**{name: given[name] for name in names})
     head = given.get("head") or fitting_head(given.get("criterion") or name_of(state, "criterion"))
     classes = len(saved["speakers"])
-    return NamedNetwork(SpeakerNetwork(options, saved["spec"]["n_mels"], classes, head))
+    speeds = speeds_of(state["cfg"].get("task"))
+    return NamedNetwork(SpeakerNetwork(options, saved["spec"]["n_mels"], classes, head, speeds))
+
+
+def speeds_of(task: Any) -> int:
+    """How many speeds have classes of their own, by the options of a task."""
+    return len(SPEEDS) if isinstance(task, Mapping) and task.get("speed_classes") else 1
 
 
 def fitting_head(criterion: Optional[str]) -> str:

@@ -74,6 +74,13 @@ class SpeakerIdConfig(PresetOptions, FairseqDataclass):
     speed_perturb: float = field(
         default=0.0, metadata={"help": "play training crops at 1 ± this times their speed"}
     )
+    speed_classes: bool = field(
+        default=False,
+        metadata={
+            "help": "of each speaker three in training: at 1, and at 1 − and 1 + --speed-perturb, who sound"
+            " like other people"
+        },
+    )
     noise_dir: Optional[str] = field(
         default=None,
         metadata={
@@ -207,6 +214,7 @@ class SpeakerIdTask(OwnBatches, FairseqTask):
             build_augmentation(self.cfg.augment),
             self._context(rows),
             power_of(self.cfg.balance),
+            len(self.corpus.speakers) if self.cfg.speed_classes else 0,
         )
 
     def _context(self, rows: np.ndarray) -> Context:
@@ -287,6 +295,8 @@ def check_options(cfg: SpeakerIdConfig) -> None:
         raise UserError(
             f"--speed-perturb {cfg.speed_perturb} is not in [0, 1): give 0.1 for ± 10 %"
         )
+    if cfg.speed_classes and not cfg.speed_perturb:
+        raise UserError("--speed-classes needs --speed-perturb: give 0.1 for 0.9, 1 and 1.1")
     try:
         power_of(cfg.balance)
     except ValueError as error:

@@ -29,6 +29,10 @@ NEW |= {
     "compile",
     "noam_cooldown",
     "max_update",
+    "init_head",
+    "inter_topk",
+    "inter_m",
+    "speed_classes",
 }
 TINY = "DATA --user-dir fairseq_ext --task speaker_id"
 

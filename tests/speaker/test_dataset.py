@@ -125,6 +125,24 @@ class TestCrops:
         assert sum(x == y for x, y in zip(epochs[0], seeded, strict=True)) < 5
         assert not dataset.can_reuse_epoch_itr_across_epochs
 
+    def test_speeds_are_speakers_of_their_own(self, monkeypatch):
+        played = []
+        monkeypatch.setattr(
+            "fairseq_ext.speaker.dataset.change_speed",
+            lambda x, factor, frames, frequencies: played.append(factor) or x[:frames],
+        )
+        ctx = Context(np.zeros(MELS), np.ones(MELS), 16000, -20.0)
+        dataset = crops_of([40] * 3, updates=90, speed=0.1, speed_classes=3, context=ctx)
+        labels = dataset.corpus.labels[dataset.rows[dataset.utterance]]
+        counts = np.zeros(3, int)
+        for i in range(90):
+            played.clear()
+            turn, label = divmod(dataset[i]["target"], 3)
+            assert label == labels[i]
+            assert (played or [1.0]) == [pytest.approx((1.0, 0.9, 1.1)[turn])]
+            counts[turn] += 1
+        assert counts.min() > 15
+
     def test_crops_of_one_utterance_differ_within_an_epoch(self):
         dataset = crops_of([5000], updates=50)
         assert len({int(dataset[i]["source"][0, 1]) for i in range(50)}) > 45

@@ -275,6 +275,14 @@ class TestHead:
         expected = torch.stack([every[:, 2 * c : 2 * c + 2].max(1).values for c in range(3)], 1)
         torch.testing.assert_close(head(x), expected)
 
+    @pytest.mark.parametrize("kind, subcenters", [("cosine", 1), ("cosine", 2), ("linear", 1)])
+    def test_other_speeds_are_classes_in_training_only(self, kind, subcenters):
+        head, one = (Head(4, n, kind, subcenters, speeds) for n, speeds in ((3, 3), (9, 1)))
+        one.load_state_dict(head.state_dict())
+        x = torch.randn(5, 4)
+        assert torch.equal(head(x), one(x))
+        torch.testing.assert_close(head.eval()(x), one(x)[:, :3])
+
     def test_zero_embedding(self):
         """(g)"""
         head = Head(4, 3)

@@ -291,6 +291,7 @@ class TestOnPreparedData:
     [
         (dict(crop_frames=0), "--crop-frames"),
         (dict(speed_perturb=1.5), "--speed-perturb 1.5"),
+        (dict(speed_classes=True), "--speed-classes needs --speed-perturb"),
         (dict(augment="chanel"), "did you mean 'channel'"),
         (dict(noise_dir="/no/such/folder"), "--noise-dir /no/such/folder does not exist"),
         (dict(augment="channel;codec:kinds=mp4"), "unknown codec 'mp4': known are mp3, ogg, ulaw"),

@@ -221,7 +221,7 @@ def test_class_weights_are_taken_over_by_name():
     from fairseq_ext.speaker.network import NetworkOptions, SpeakerNetwork
 
     options = NetworkOptions(d_model=8, nhead=2, d_ffn=8, layers=1, embedding_dim=4, subcenters=2)
-    old, new = SpeakerNetwork(options, 40, 3), SpeakerNetwork(options, 40, 4)
+    old, new = SpeakerNetwork(options, 40, 3, speeds=3), SpeakerNetwork(options, 40, 4)
     saved = {f"network.{key}": value for key, value in old.state_dict().items()}
     state = {"model": saved, "task_state": {"speakers": ["ann", "ben", "eve"]}}
     drawn = new.head.weight.detach().clone().view(4, 2, 4)
@@ -229,6 +229,7 @@ def test_class_weights_are_taken_over_by_name():
     theirs, found = (x.head.weight.detach().view(-1, 2, 4) for x in (old, new))
     assert torch.equal(found, torch.stack([theirs[1], drawn[1], drawn[2], theirs[0]]))
     assert copy_head(new, state, ["carl", "dora", "fay", "gil"]) == 0
+    assert torch.equal(new.head.weight.detach().view(-1, 2, 4), found)
 
 
 def test_default_is_small(repo_root):
