@@ -240,7 +240,8 @@ class Head(nn.Module):
         nn.init.xavier_normal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Optional[Tensor] = self.bias
         if self.speeds > 1 and not self.training:
             weight = weight[: self.classes * self.subcenters]
             bias = None if bias is None else bias[: self.classes]
