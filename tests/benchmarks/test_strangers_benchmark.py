@@ -44,9 +44,13 @@ def test_draws_of_exchangeable_people_keep_the_rate(monkeypatch):
     owner = np.repeat(np.arange(149), 2)
     tests = people[owner] + 0.7 * rng.normal(size=(298, 8))
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (tests, people)]
-    found = open_set.draws_of(unit[0] @ unit[1].T, owner)
+    nobody = np.full(298, -np.inf)
+    found = open_set.draws_of(unit[0] @ unit[1].T, owner, nobody)
     for rate, one in ((0.01, found["0.01"]), (0.05, found["0.05"])):
         # draws share people, so that the error of their mean is larger than of independent ones
         assert one["fpir"] == pytest.approx(rate, abs=0.012)
         assert 0.1 < one["dir"] < 1
     assert found["0.05"]["dir"] > found["0.01"]["dir"]
+    # somebody else in the gallery who resembles everybody more takes every name
+    other = open_set.draws_of(unit[0] @ unit[1].T, owner, np.ones(298))
+    assert other["0.05"]["dir"] == 0
