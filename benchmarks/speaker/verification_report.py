@@ -100,7 +100,7 @@ def open_set_table(records: list[dict]) -> str:
         name: [r["results"] for r in records if r["run"].startswith(name)]
         for name in ("asc20", "libri251")
     }
-    larger = [run["larger"] for run in of["libri251"]]
+    larger = [run["larger"] for run in of["libri251"] if "larger" in run]
     galleries = [("asc20", "8 people", of["asc20"]), ("libri251", "25 people", of["libri251"])]
     if larger:
         galleries.append(("libri251", f"these and {larger[0]['more']} trained on", larger))
