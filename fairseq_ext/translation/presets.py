@@ -131,14 +131,13 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
 
 def learning(size: Size, updates: int, asked: Mapping[str, Any]) -> list[Choice]:
     """Optimizer, rate and schedule."""
-    betas: dict[str, str | None] = {"--adam-betas": "(0.9, 0.98)"}
+    optimizer: dict[str, str | None] = {"--optimizer": "adam", "--adam-betas": "(0.9, 0.98)"}
     # who names an option of Noam's schedule wants it
     if size.muon and not {"noam_factor", "noam_cooldown"} & asked.keys():
-        optimizer = {"--optimizer": "muon"} | betas
+        optimizer["--optimizer"] = "muon"
         schedule, falls = cosine(updates, size.warmup, asked), "rises for a moment, then falls to 0"
         peak, why = size.muon, "for the matrices; Adam has the rest"
     else:
-        optimizer = {"--optimizer": "adam"} | betas
         warmup = short_warmup(updates, size.warmup)
         peak, why = size.factor / math.sqrt(size.width * size.warmup), "as Vaswani et al. 2017"
         # the peak of the rate stays where the warm-up is shorter
