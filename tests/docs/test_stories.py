@@ -23,7 +23,7 @@ SMALL = {
     "speaker_id": "--max-update 12 --epoch-updates 1 --crop-frames 50 --warmup-updates 1"
     " --d-model 16 --nhead 2 --d-ffn 32 --layers 1 --kernel-size 7 --embedding-dim 16 --num-workers 0",
     "translation_spm": "--max-update 60 --save-interval-updates 5 --max-tokens 1000 --dropout 0"
-    " --lr-scheduler inverse_sqrt --lr 1e-2 --warmup-updates 10"
+    " --lr 3e-2 --warmup-updates 5"
     " --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 32 --decoder-embed-dim 32"
     " --encoder-ffn-embed-dim 32 --decoder-ffn-embed-dim 32 --encoder-attention-heads 2"
     " --decoder-attention-heads 2 --num-workers 0",
