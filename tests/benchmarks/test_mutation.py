@@ -84,6 +84,7 @@ def test_files_that_import_the_module_its_own_first(checkout):
     assert importing(checkout.tree, "walls") == ["tests/test_walls.py", "tests/test_house.py"]
 
 
+@pytest.mark.slow
 def test_runs(checkout):
     """One is killed, by the test that passes without it; one hangs; one survives; none is run twice."""
     fate = {

@@ -109,6 +109,7 @@ def test_ratio_is_of_medians():
     assert found == {"ratio": 4.0, "ratio_min": 2.0, "ratio_max": 4.0}
 
 
+@pytest.mark.slow
 def test_every_side_runs_every_round():
     calls = []
     sides = {name: lambda name=name: calls.append(name) or 1 for name in "ab"}
