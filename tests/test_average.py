@@ -136,7 +136,7 @@ RECIPES = sorted(CONFIGS.glob("*/*.yaml"))
 # What the recipes' own comments and the page on speakers say is averaged afterwards.
 AVERAGED = {
     **dict.fromkeys(
-        ("fsdd", "hw4", "libri251", "lstm", "tiny_short", "compact_short", "forward", "reverse"), 5
+        "fsdd hw4 libri251 verification lstm tiny_short compact_short forward reverse".split(), 5
     ),
     **dict.fromkeys(("tiny", "base"), 10),
 }
