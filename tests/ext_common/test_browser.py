@@ -5,7 +5,6 @@ import contextlib
 import io
 import re
 import shutil
-import tarfile
 import time
 from pathlib import Path
 
@@ -34,8 +33,7 @@ def served(tmp_path_factory):
     from ext_common.page.find import find
 
     folder = tmp_path_factory.mktemp("models")
-    with tarfile.open(GOLDEN) as tar:
-        tar.extractall(folder, filter="data")
+    shutil.unpack_archive(GOLDEN, folder)
     beat = np.sign(np.sin(2 * np.pi * 120 * np.arange(4 * 48000) / 48000)) * 0.2
     soundfile.write(folder / "voice.wav", beat, 48000, subtype="PCM_16")
     jobs = ("speaker", "translation", "diffusion")

@@ -3,7 +3,7 @@
 import base64
 import io
 import re
-import tarfile
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -51,8 +51,7 @@ JOBS = ("speaker", "translation", "diffusion")
 def before(tmp_path_factory):
     """Small trained models of each job."""
     folder = tmp_path_factory.mktemp("models")
-    with tarfile.open(GOLDEN) as tar:
-        tar.extractall(folder, filter="data")
+    shutil.unpack_archive(GOLDEN, folder)
     return folder
 
 
