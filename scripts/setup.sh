@@ -104,8 +104,7 @@ extras=$(
 echo "setup: installing this project${extras:+ with $extras} (the first time takes a few minutes)"
 quiet=--quiet
 if [ -t 1 ]; then quiet=; fi
-# --no-compile: of 20,000 files a tenth is ever imported, and that one when it is
-.venv/bin/python -m pip install --disable-pip-version-check --no-compile $quiet -e ".${extras:+[$extras]}" ||
+.venv/bin/python -m pip install --disable-pip-version-check $quiet -e ".${extras:+[$extras]}" ||
     fail "installation failed: see pip's message above; it needs the network or a pip mirror"
 .venv/bin/python -m ext_common.doctor --quiet
 for extra in base "$@"; do

@@ -49,10 +49,12 @@ def assert_same_run(a, b):
     """Two checkpoints have bit-equal weights and optimizer states."""
     assert a["model"].keys() == b["model"].keys()
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    theirs = b["last_optimizer_state"]["state"]
-    for key, state in a["last_optimizer_state"]["state"].items():
-        for name in ("exp_avg", "exp_avg_sq", "step"):
-            assert torch.as_tensor(state[name]).equal(torch.as_tensor(theirs[key][name]))
+    ours, theirs = (run["last_optimizer_state"]["state"] for run in (a, b))
+    assert ours and ours.keys() == theirs.keys()
+    for key, state in ours.items():
+        assert state and state.keys() == theirs[key].keys()
+        for name, value in state.items():
+            assert torch.as_tensor(value).equal(torch.as_tensor(theirs[key][name])), (key, name)
 
 
 def run_on_terminal(words, cwd):

@@ -23,12 +23,14 @@ SMALL = {
     "speaker_id": "--max-update 12 --epoch-updates 1 --crop-frames 50 --warmup-updates 1"
     " --d-model 16 --nhead 2 --d-ffn 32 --layers 1 --kernel-size 7 --embedding-dim 16 --num-workers 0",
     "translation_spm": "--max-update 60 --save-interval-updates 5 --max-tokens 1000 --dropout 0"
-    " --lr 3e-2 --warmup-updates 5"
     " --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 32 --decoder-embed-dim 32"
     " --encoder-ffn-embed-dim 32 --decoder-ffn-embed-dim 32 --encoder-attention-heads 2"
     " --decoder-attention-heads 2 --num-workers 0",
     "diffusion": "--max-update 2 --image-size 16 --base-channels 8 --channel-mults 1,2 --blocks 1"
     " --attention-resolutions 8 --head-channels 8 --batch-size 4 --warmup-updates 1 --sample-interval 0",
+    # with the optimizer that presets choose, and with one that is named
+    "chosen": "--lr 3e-2 --warmup-updates 5",
+    "named": "--lr-scheduler inverse_sqrt --lr 1e-2 --warmup-updates 10",
     "recipe": f"common.user_dir={ROOT}/fairseq_ext optimization.max_update=12 dataset.max_tokens=600"
     " lr_scheduler.warmup_updates=4",
 }
@@ -110,7 +112,9 @@ def run(words, folder, place):
         if "diffusion_ext.train" in words:
             words += SMALL["diffusion"].split()
     elif program == "fairseq-train":
-        words = [str(BIN / program), *words[1:], *SMALL[words[words.index("--task") + 1]].split()]
+        task = words[words.index("--task") + 1]
+        rate = SMALL["named" if "--optimizer" in words else "chosen"] if "spm" in task else ""
+        words = [str(BIN / program), *words[1:], *SMALL[task].split(), *rate.split()]
     elif program == "fairseq-hydra-train":
         words = [str(BIN / program), *words[1:], *SMALL["recipe"].split()]
     else:
