@@ -35,7 +35,8 @@ class Dropout(nn.Module):
         # inductor of torch 2.14 loses the size of one word that is seen as four
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return F.dropout(x, self.p)
-        return _BitDropout.apply(x, self.p)
+        kept: Tensor = _BitDropout.apply(x, self.p)
+        return kept
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
