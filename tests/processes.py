@@ -88,9 +88,11 @@ def _kind(words: list[str]) -> str | None:
         return "fairseq"
     if words[:2] == [sys.executable, "-m"] and not words[2].startswith("pytest"):
         return "fairseq" if words[2] in _TRAINS else "python"
-    if words[0] == sys.executable and "scripts" in Path(words[1]).parts:
-        return "fairseq"
-    return None
+    return "fairseq" if _is_script(words) else None
+
+
+def _is_script(words: list[str]) -> bool:
+    return words[0] == sys.executable and "scripts" in Path(words[1]).parts
 
 
 def _bin() -> Path:
@@ -145,26 +147,32 @@ def serve(kind: str) -> None:
 def become(installed: list[str], words, cwd, env, streams, timeout) -> None:
     """Turn this process into the command, as far as the command can tell, and run it."""
     os.setsid()
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(env)
     modes = (
         os.O_RDONLY,
         os.O_WRONLY | os.O_CREAT | os.O_APPEND,
         os.O_WRONLY | os.O_CREAT | os.O_APPEND,
     )
-    for number, (name, mode) in enumerate(zip(streams, modes, strict=True)):
-        os.dup2(os.open(name, mode), number)
-    sys.stdin = open(0, encoding=sys.stdin.encoding, closefd=False)
-    if "scripts" in Path(words[1]).parts:
+    opened = [os.open(name, mode) for name, mode in zip(streams, modes, strict=True)]
+    if _is_script(words):
         hidden = [name for name in sys.modules if name.split(".")[0] in ("fairseq", "fairseq_cli")]
         libraries = {name: sys.modules.pop(name) for name in hidden}
         subprocess.Popen = functools.partial(Fork, installed, libraries)
-    run_as_main(installed, words)
+    run_as_main(installed, words, cwd, env, opened)
 
 
-def run_as_main(installed: list[str], words: list[str]) -> None:
-    """Run a command in this process, in which no other has begun."""
+def run_as_main(installed: list[str], words: list[str], cwd, env, streams) -> None:
+    """Run a command in this process, in which no other has begun.
+
+    None as folder or environment, and -1 as one of the three streams: what the process has.
+    """
+    if env is not None:
+        os.environ.clear()
+        os.environ.update(env)
+    os.chdir(cwd or os.getcwd())
+    for number, stream in enumerate(streams):
+        if stream >= 0:
+            os.dup2(stream, number)
+    sys.stdin = open(0, encoding=sys.stdin.encoding, closefd=False)
     listed = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = [entry for entry in listed if entry]
     if words[1:2] == ["-m"]:
@@ -204,13 +212,6 @@ class Fork(subprocess.Popen):
                 os.setpgid(0, pipes[-1])
             if before:
                 before()
-            os.environ.clear()
-            os.environ.update(env or {})
-            os.chdir(cwd or os.getcwd())
-            for number, stream in enumerate((pipes[0], pipes[3], pipes[5])):
-                if stream >= 0:
-                    os.dup2(stream, number)
-            sys.stdin = open(0, closefd=False)
             sys.stdout.reconfigure(line_buffering=True)
             for name, module in list(sys.modules.items()):
                 file = getattr(module, "__file__", None) or ""
@@ -218,7 +219,7 @@ class Fork(subprocess.Popen):
                     del sys.modules[name]
             sys.modules.update(self.libraries)
             subprocess.Popen = Fork.__base__
-            run_as_main(self.installed, words)
+            run_as_main(self.installed, words, cwd, env, (pipes[0], pipes[3], pipes[5]))
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)

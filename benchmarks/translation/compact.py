@@ -55,8 +55,8 @@ SIZES = {"5": 5000, "12": 12000, "25": 25000, "49": 49075}
 Changes = dict[str, Any]
 
 
-def transformer(rate: float, dropout: float, **changes: Any) -> tuple[str, Changes]:
-    return "compact_short", {"optimization.lr": [rate], "model.dropout": dropout, **changes}
+def transformer(rate: float, dropout: float) -> tuple[str, Changes]:
+    return "compact_short", {"optimization.lr": [rate], "model.dropout": dropout}
 
 
 def lstm(how: str, rate: float, dropout: float) -> tuple[str, Changes]:
@@ -82,22 +82,17 @@ PARTS: dict[str, Changes] = {
 }
 
 
-def changed(what: tuple[str, Changes], part: str) -> tuple[str, Changes]:
-    recipe, changes = what
-    return recipe, {**changes, **PARTS[part]}
-
-
-# Name → (recipe, changes).
-SEARCH = {
-    "transformer-0.008-0": transformer(0.008, 0.0),
-    "transformer-0.008-0-zero_outputs": changed(transformer(0.008, 0.0), "zero_outputs"),
-    "transformer-0.008-0-all": changed(transformer(0.008, 0.0), "all"),
-    "transformer-0.016-0-all": changed(transformer(0.016, 0.0), "all"),
-    "lstm-adam-0.004-0.1": lstm("adam", 0.004, 0.1),
-    "lstm-adam-0.008-0.1": lstm("adam", 0.008, 0.1),
-    "lstm-muon-0.004-0.1": lstm("muon", 0.004, 0.1),
-    "lstm-constant-0.008-0.1": lstm("constant", 0.008, 0.1),
-}
+# Named as `system` reads them.
+SEARCH = (
+    "transformer-0.008-0",
+    "transformer-0.008-0-zero_outputs",
+    "transformer-0.008-0-all",
+    "transformer-0.016-0-all",
+    "lstm-adam-0.004-0.1",
+    "lstm-adam-0.008-0.1",
+    "lstm-muon-0.004-0.1",
+    "lstm-constant-0.008-0.1",
+)
 # Of translation_tables: the best of its search, of as many CPU seconds; three seeds of the short one.
 KNOWN = {
     "short-lstm-constant-0.004-0.1": "lstm-0.004-0.1",
@@ -126,28 +121,30 @@ def best_of(side: str) -> str:
     names = [name for name in SEARCH if name.startswith(side) and runs_of(name)]
     if not names:
         raise SystemExit(f"error: no run of {side} is recorded: run the group search first")
-    names += [name[6:] for name in KNOWN if name.startswith(f"short-{side}")]
+    names += [name.removeprefix("short-") for name in KNOWN if name.startswith(f"short-{side}")]
     return max(names, key=lambda name: runs_of(name)[0]["valid"]["bleu"])
 
 
 def system(name: str) -> tuple[str, Changes]:
-    """Recipe and changes of a name."""
+    """Recipe and changes of transformer-RATE-DROPOUT[-PART] or lstm-HOW-RATE-DROPOUT."""
     kind, *rest = name.split("-")
     if kind == "lstm":
-        return lstm(rest[0], float(rest[1]), float(rest[2]))
-    return SEARCH.get(name) or transformer(float(rest[0]), float(rest[1]))
+        how, rate, dropout = rest
+        return lstm(how, float(rate), float(dropout))
+    rate, dropout, *part = rest
+    recipe, changes = transformer(float(rate), float(dropout))
+    return recipe, changes | (PARTS[part[0]] if part else {})
 
 
 def wanted(group: str) -> dict[str, tuple[str, Changes, str]]:
     """Name of each run of a group → recipe, changes, corpus."""
     if group == "search":
-        return {f"short-{name}-1": (*what, "cmn") for name, what in SEARCH.items()}
+        return {f"short-{name}-1": (*system(name), "cmn") for name in SEARCH}
     if group == "ingredients":
-        # of its rate and dropout, with all parts and without each
-        rate, dropout = best_of("transformer").split("-")[1:3]
-        name, whole = f"transformer-{rate}-{dropout}", transformer(float(rate), float(dropout))
-        runs = {f"short-{name}-{part}-1": (*changed(whole, part), "cmn") for part in PARTS}
-        return {f"short-{name}-1": (*whole, "cmn"), **runs}
+        # the best, which may be without one already, with all parts and without each
+        whole = "-".join(best_of("transformer").split("-")[:3])
+        names = [whole, *(f"{whole}-{part}" for part in PARTS)]
+        return {f"short-{name}-1": (*system(name), "cmn") for name in names}
     theirs = best_of("lstm")
     if group == "growing":
         names = (LONG, theirs)

@@ -8,7 +8,7 @@ when first used, so that commands that only read features start at once.
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Self
 
 import numpy as np
@@ -95,6 +95,11 @@ class FeatureSpec:
                 f"unknown feature options {', '.join(unknown)}: written by a newer version?"
             )
         return cls(**values)
+
+    @property
+    def plain(self) -> "FeatureSpec":
+        """The same of a recording that nothing is done to before: no loudness is set, no silence is cut."""
+        return replace(self, loudness_db=None, trim_silence=False)
 
     @property
     def seconds_per_frame(self) -> float:

@@ -13,11 +13,11 @@ from ext_common.cli import UserError
 from ext_common.muon import mark_hidden
 from fairseq_ext.speaker.network import (
     PRESETS,
-    SPEEDS,
     NamedNetwork,
     NetworkOptions,
     SpeakerNetwork,
     fitting_head,
+    speeds_of,
 )
 
 
@@ -68,7 +68,7 @@ class SpeakerModelBase(NamedNetwork, BaseFairseqModel):
         head = cfg.head or fitting_head(cfg.criterion)
         options = NetworkOptions(**{f.name: cfg[f.name] for f in fields(NetworkOptions)})
         try:
-            speeds = len(SPEEDS) if getattr(task.cfg, "speed_classes", False) else 1
+            speeds = speeds_of(getattr(task.cfg, "speed_classes", False))
             sizes = task.spec["n_mels"], len(task.speakers)
             network = SpeakerNetwork(options, *sizes, head, speeds)
         except ValueError as error:

@@ -275,13 +275,14 @@ def network_of(state: Mapping[str, Any]) -> Optional[NamedNetwork]:
     options = NetworkOptions(**{name: given[name] for name in names})
     head = given.get("head") or fitting_head(given.get("criterion") or name_of(state, "criterion"))
     classes = len(saved["speakers"])
-    speeds = speeds_of(state["cfg"].get("task"))
+    task = state["cfg"].get("task")
+    speeds = speeds_of(isinstance(task, Mapping) and task.get("speed_classes"))
     return NamedNetwork(SpeakerNetwork(options, saved["spec"]["n_mels"], classes, head, speeds))
 
 
-def speeds_of(task: Any) -> int:
-    """How many speeds have classes of their own, by the options of a task."""
-    return len(SPEEDS) if isinstance(task, Mapping) and task.get("speed_classes") else 1
+def speeds_of(speed_classes: Any) -> int:
+    """How many speeds have classes of their own, by the option of the task."""
+    return len(SPEEDS) if speed_classes else 1
 
 
 def fitting_head(criterion: Optional[str]) -> str:

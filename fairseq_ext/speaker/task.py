@@ -2,7 +2,7 @@
 
 import logging
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -330,7 +330,7 @@ def relative_rooms(rooms: List[np.ndarray], spec: FeatureSpec) -> List[np.ndarra
     """Impulse responses as `Context` wants them: (T, n_mels) relative to that of a single sample."""
     impulse = np.zeros(4 * spec.n_fft, dtype=np.float32)
     impulse[2 * spec.hop_length] = 1
-    flat = log_mel(impulse, replace(spec, loudness_db=None, trim_silence=False)).max(0)
+    flat = log_mel(impulse, spec.plain).max(0)
     return [response - flat for response in rooms]
 
 

@@ -6,7 +6,7 @@ left in those that stay.
 """
 
 import io
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, List
 
 import numpy as np
@@ -56,7 +56,7 @@ def random_codec(
     kind = o.kinds[int(rng.integers(len(o.kinds)))]
     levels = KINDS[kind][2]
     level = None if levels is None else rng.uniform(*levels)
-    spec = replace(context.spec, loudness_db=None, trim_silence=False)
+    spec = context.spec.plain
     samples = noise_of(x, spec, rng)
     coded = through(samples, spec.sample_rate, kind, level)
     before, after = (log_mel(wave, spec)[: len(x)] for wave in (samples, coded))

@@ -5,7 +5,6 @@ direct sound and behind it noise that decays exponentially (Polack 1988), as lat
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
@@ -29,7 +28,6 @@ Draw = Callable[[np.random.Generator, int], np.ndarray]
 def made_noises(spec: FeatureSpec, seed: int, speech: Draw) -> list[np.ndarray]:
     """Log-mel (T, n_mels) of noises of 10 s; speech(rng, T) draws T frames of somebody's speech."""
     rng = np.random.default_rng((seed, 0, 2))
-    plain = replace(spec, loudness_db=None, trim_silence=False)
     n = round(SECONDS * spec.sample_rate)
     frames = 1 + n // spec.hop_length
     colours = [coloured(n, exponent, rng) for exponent in EXPONENTS for _ in range(OF_EACH)]
@@ -37,15 +35,14 @@ def made_noises(spec: FeatureSpec, seed: int, speech: Draw) -> list[np.ndarray]:
     for _ in range(BABBLES):
         count = int(rng.integers(VOICES[0], VOICES[1] + 1))
         babbles.append(babble([speech(rng, frames) for _ in range(count)]))
-    return [log_mel(0.1 * noise, plain) for noise in colours] + babbles
+    return [log_mel(0.1 * noise, spec.plain) for noise in colours] + babbles
 
 
 def made_rooms(spec: FeatureSpec, seed: int) -> list[np.ndarray]:
     """Log-mel (T, n_mels) of the impulse responses of rooms."""
     rng = np.random.default_rng((seed, 0, 3))
-    plain = replace(spec, loudness_db=None, trim_silence=False)
     drawn = [(rng.uniform(*DECAYS), rng.uniform(*RATIOS)) for _ in range(ROOMS)]
-    return [log_mel(room(spec.sample_rate, *one, rng), plain) for one in drawn]
+    return [log_mel(room(spec.sample_rate, *one, rng), spec.plain) for one in drawn]
 
 
 def coloured(n: int, exponent: float, rng: np.random.Generator) -> np.ndarray:
