@@ -168,19 +168,16 @@ def _stoppable(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         before = _saved_at
         losses, stop = original(cfg, trainer, task, epoch_itr, subsets, end_of_epoch)
-        done = 0
-        if hasattr(task, "is_done"):
-            # a task may end its training, and only the first process may know it
-            done, _ = agreed(int(bool(task.is_done)), False, trainer.device)
         saved = _saved_at != before
         due = is_due(getattr(cfg.task, "save_minutes", 0.0), time.monotonic() - _saved_at)
         asked = (_wishes.asked if _wishes else 0) or asked_by_file(cfg)
-        number, due = agreed(asked, due and not stop, trainer.device)
+        done = bool(getattr(task, "is_done", None))
+        number, due, done = agreed(asked, due and not stop, done, trainer.device)
         if (number or due or done and not stop) and not saved:
             checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
         if number and not stop:
             end(number, cfg, trainer)
-        return losses, stop or bool(done)
+        return losses, stop or done
 
     return validate_and_save
 
@@ -200,19 +197,21 @@ def is_due(minutes: float, seconds: float) -> bool:
     return 0 < 60 * minutes <= seconds
 
 
-def agreed(number: int, due: bool, device: Any) -> tuple[int, bool]:
-    """What all processes do: the signal that any of them got, a checkpoint where the first one's is due."""
+def agreed(number: int, due: bool, done: bool, device: Any) -> tuple[int, bool, bool]:
+    """What all processes do: the signal that any of them got, a checkpoint where the first one's is due, an
+    end where any of them knows that the task is done.
+    """
     if not (dist.is_available() and dist.is_initialized()):
-        return number, due
-    wishes = torch.tensor([number, int(due and dist.get_rank() == 0)], device=device)
+        return number, due, done
+    wishes = torch.tensor([number, int(due and dist.get_rank() == 0), int(done)], device=device)
     dist.all_reduce(wishes, dist.ReduceOp.MAX)
-    number, any_due = wishes.tolist()
-    return number, bool(any_due)
+    number, due, done = wishes.tolist()
+    return number, bool(due), bool(done)
 
 
 def end(number: int, cfg: Any, trainer: Any) -> NoReturn:
     """Say where it has stopped and exit, once all processes are here: none is ended while another writes."""
-    agreed(number, False, trainer.device)
+    agreed(number, False, False, trainer.device)
     path = Path(cfg.checkpoint.save_dir) / f"checkpoint_last{cfg.checkpoint.checkpoint_suffix}.pt"
     kept = not cfg.checkpoint.no_save and path.exists()
     by_file = number == BY_FILE

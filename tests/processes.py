@@ -2,12 +2,15 @@
 
 One process imports them once, and none of this project's modules, and forks for every command: the fork has
 its own arguments, environment, folder, streams and exit code, as if it had been started. Commands that a
-script of scripts/ starts are forks of it.
+script of scripts/, a benchmark or torchrun starts are forks of it.
 """
 
 import atexit
+import contextlib
 import functools
+import io
 import json
+import logging
 import os
 import runpy
 import signal
@@ -24,6 +27,7 @@ _READY = {
     "fairseq": ("numpy", "torch", "sacrebleu", "fairseq_cli.train", "fairseq_cli.hydra_train"),
 }
 _TRAINS = ("diffusion_ext.train",)
+_BENCHMARKS = ("benchmarks.backtranslation", "benchmarks.translation")
 _ROOT = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 _servers: dict[str, subprocess.Popen] = {}
 _turn = threading.Lock()
@@ -40,7 +44,7 @@ def run(
     check=False,
     **streams,
 ) -> subprocess.CompletedProcess:
-    """`subprocess.run` for `python -m MODULE …`, `python scripts/FILE …` and the commands of fairseq.
+    """`subprocess.run` for `python -m MODULE …`, `python scripts/FILE …`, torchrun and fairseq's commands.
 
     Others are started as they are. streams: stdout and stderr, PIPE or (stderr) STDOUT.
     """
@@ -67,6 +71,23 @@ def run(
     return subprocess.CompletedProcess(words, code, out, err)
 
 
+def call(main, *args, cwd=None) -> subprocess.CompletedProcess:
+    """What a command of ours says and ends with, in this process: where the process is not what is tested."""
+    from ext_common import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        if cwd is not None:
+            stack.enter_context(contextlib.chdir(cwd))
+        try:
+            cli.run(main, [str(word) for word in args])
+        except SystemExit as end:
+            code = end.code
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+
 def run_on(streams: list[str], words, cwd=None, env=None, timeout=600) -> int:
     """The exit code of such a command, whose standard input, output and errors are these files."""
     words = [str(word) for word in words]
@@ -86,13 +107,17 @@ def run_on(streams: list[str], words, cwd=None, env=None, timeout=600) -> int:
 def _kind(words: list[str]) -> str | None:
     if Path(words[0]).name.startswith("fairseq-") and Path(words[0]).parent == _bin():
         return "fairseq"
+    if _starts_others(words):
+        return "fairseq"
     if words[:2] == [sys.executable, "-m"] and not words[2].startswith("pytest"):
         return "fairseq" if words[2] in _TRAINS else "python"
-    return "fairseq" if _is_script(words) else None
+    return None
 
 
-def _is_script(words: list[str]) -> bool:
-    return words[0] == sys.executable and "scripts" in Path(words[1]).parts
+def _starts_others(words: list[str]) -> bool:
+    if words[0] == sys.executable:
+        return "scripts" in Path(words[1]).parts or words[2:3] and words[2] in _BENCHMARKS
+    return words[0] == str(_bin() / "torchrun")
 
 
 def _bin() -> Path:
@@ -153,10 +178,11 @@ def become(installed: list[str], words, cwd, env, streams, timeout) -> None:
         os.O_WRONLY | os.O_CREAT | os.O_APPEND,
     )
     opened = [os.open(name, mode) for name, mode in zip(streams, modes, strict=True)]
-    if _is_script(words):
+    if _starts_others(words):
         hidden = [name for name in sys.modules if name.split(".")[0] in ("fairseq", "fairseq_cli")]
         libraries = {name: sys.modules.pop(name) for name in hidden}
-        subprocess.Popen = functools.partial(Fork, installed, libraries)
+        log = (logging.root.level, logging.root.handlers[:])
+        subprocess.Popen = functools.partial(Fork, installed, libraries, log)
     run_as_main(installed, words, cwd, env, opened)
 
 
@@ -187,18 +213,19 @@ def run_as_main(installed: list[str], words: list[str], cwd, env, streams) -> No
 
 
 class Fork(subprocess.Popen):
-    """`subprocess.Popen` of a script: what `run` does not start either is a fork of the script's process.
+    """`subprocess.Popen` of what starts others: the commands that `run` forks are forks of its process.
 
-    libraries: modules that the script must not see loaded, and its commands may.
+    libraries: modules that it must not see loaded, and its commands may; log: level and handlers before it.
     """
 
-    def __init__(self, installed, libraries, words, **options):
-        self.installed, self.libraries = installed, libraries
-        super().__init__(words, **options)
+    def __init__(self, installed, libraries, log, args, **options):
+        self.installed, self.libraries, self.log = installed, libraries, log
+        super().__init__(args, **options)
 
     def _execute_child(self, *started):
         words, _, before, _, _, cwd, env, _, _, _, *pipes = started
-        if _kind(words) is None:
+        *_, new_session, group = pipes
+        if not isinstance(words, list | tuple) or _kind(words := [*map(str, words)]) is None:
             super()._execute_child(*started)
             return
         self.pid = os.fork()
@@ -208,8 +235,13 @@ class Fork(subprocess.Popen):
             return
         code = 1
         try:
-            if pipes[-1] >= 0:
-                os.setpgid(0, pipes[-1])
+            if new_session:
+                os.setsid()
+            if group >= 0:
+                os.setpgid(0, group)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             if before:
                 before()
             sys.stdout.reconfigure(line_buffering=True)
@@ -218,6 +250,8 @@ class Fork(subprocess.Popen):
                 if file.startswith(_ROOT) and "site-packages" not in file and name != "__main__":
                     del sys.modules[name]
             sys.modules.update(self.libraries)
+            level, logging.root.handlers[:] = self.log
+            logging.root.setLevel(level)
             subprocess.Popen = Fork.__base__
             run_as_main(self.installed, words, cwd, env, (pipes[0], pipes[3], pipes[5]))
             code = 0

@@ -46,9 +46,12 @@ def place(tmp_path_factory):
     soundfile = pytest.importorskip("soundfile")
     import fairseq_cli.train  # noqa: F401
 
-    from ext_common import compat
+    import diffusion_ext
+    import fairseq_ext
 
-    compat.apply()
+    # another test may have imported them before fairseq
+    diffusion_ext.register()
+    fairseq_ext.register()
     folder = tmp_path_factory.mktemp("mistakes")
     for speaker in SPEAKERS:
         (folder / "rec" / speaker).mkdir(parents=True)
@@ -61,6 +64,10 @@ def place(tmp_path_factory):
         path = folder / "images" / f"{k % 2}" / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (16 * k, 3 * k, 90)).save(path)
+    for name in ("single", "broken"):
+        (folder / name).mkdir()
+        (folder / name / "a.png").write_bytes((folder / "images" / "0" / "0.png").read_bytes())
+    (folder / "broken" / "b.png").write_text("no picture")
     write_data(folder / "text", toy_pairs(700))
     (folder / "file").write_text("x\n")
     (folder / "nothing").write_text("")
@@ -216,6 +223,10 @@ MISTAKES = [
     (text(data="file"), 1, "is a file: give the folder"),
     (images(data="file"), 1, "is a file: give the folder"),
     (images(data="empty"), 1, "holds no images"),
+    (images(data="gone"), 1, "does not exist"),
+    (images(data="single"), 1, "holds a single image"),
+    (images(data="broken"), 1, "b.png"),
+    (images("--save-dir {p}/images/new"), 1, "lies in the folder of images"),
     (speakers("--valid-subset dev"), 1, "has no split 'dev'"),
     (text("--valid-subset dev"), 1, "has no split 'dev'"),
     (images("--valid-subset dev"), 1, "has no split 'dev': it has train and valid"),
@@ -323,6 +334,7 @@ MISTAKES = [
         *(1, "must lie in (0, 1]"),
     ),
     (("fairseq_ext.backtranslation.assemble", "{p}/text {p}/empty {p}/new"), 1, "is not finished"),
+    (("diffusion_ext.train", "{p}/images --image-size eight"), 2, "'eight' is no size"),
     (("diffusion_ext.train", ""), 2, "IMAGES, the folder of images, is missing"),
     (
         ("diffusion_ext.train", "{p}/images --image-size 8 --imagesize 4"),

@@ -18,12 +18,17 @@ def cells(text, row):
 
 def test_tables_are_of_medians_and_of_what_was_run():
     assert scale.report([]) == ""
-    singles = [
-        record(f"two speaker single {n}", per_second=v) for n, v in enumerate([90, 100, 400])
-    ]
-    text = scale.report([*singles, record("two speaker together 1", per_second=95)])
-    assert text.startswith("## Two processes\n\n|") and "## Random" not in text
-    assert cells(text, "speaker")[1:] == ["100 utterances/s", "95", "0.95"]
+    sides = {"single": [90, 100, 400], "together": [81, 95, 320, 1]}
+    text = scale.report(
+        [
+            record(f"two speaker {side} {n}", per_second=rate)
+            for side, rates in sides.items()
+            for n, rate in enumerate(rates)
+        ]
+    )
+    assert text.startswith("## Two processes") and "## Random" not in text
+    # the last round is not whole, and the others' ratios are 0.9, 0.95 and 0.8
+    assert cells(text, "speaker")[1:] == ["100 utterances/s", "88", "0.90", "0.80 to 0.95"]
     drawn = {"batch": 64, "before_ms": 1.0, "philox_ms": 3.0, "update_ms": 600.0}
     text = scale.report([record("random digits 28", **drawn)])
     assert cells(text, "digits 28")[2:] == ["1.0 ms", "3.0 ms", "600 ms", "0.50%"]

@@ -236,22 +236,6 @@ def test_mistakes_in_flags_are_one_sentence(train, tmp_path, flags, words):
     assert words in one_error(train(tmp_path / "x", flags, code=1))
 
 
-def test_mistakes_in_data_are_one_sentence(train, tmp_path, faces):
-    empty, single = tmp_path / "empty", tmp_path / "single"
-    empty.mkdir()
-    single.mkdir()
-    (single / "a.png").write_bytes((faces / "00.png").read_bytes())
-    assert "holds no images" in one_error(train(tmp_path / "x", data=empty, code=1))
-    assert "holds a single image" in one_error(train(tmp_path / "x", data=single, code=1))
-    (single / "b.png").write_text("no picture")
-    assert "b.png" in one_error(train(tmp_path / "x", data=single, code=1))
-    assert "does not exist" in one_error(train(tmp_path / "x", data=tmp_path / "none", code=1))
-    inside = train(faces / "checkpoints", code=1)
-    assert "lies in the folder of images" in one_error(inside)
-    log = train(tmp_path / "x", "--image-size eight", code=2)
-    assert "'eight' is no size" in one_error(log)
-
-
 @pytest.mark.slow
 def test_a_training_can_be_followed(faces, tmp_path, repo_root):
     flags = SMALL.replace("--log-format json", "--user-dir diffusion_ext --task diffusion --cpu")

@@ -23,12 +23,11 @@ from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
-DOWNLOAD = SCRIPTS / "download_fsdd.py"
 
 
 def load(name):
-    path = SCRIPTS / "quickstart" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"quickstart_{name}", path)
+    path = SCRIPTS / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name.replace("/", "_"), path)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         # they import each other by name, as scripts of one folder
@@ -37,7 +36,9 @@ def load(name):
     return module
 
 
-steps, training = load("steps"), load("training")
+steps, training = load("quickstart/steps"), load("quickstart/training")
+speaker, translation = load("quickstart/speaker"), load("quickstart/translation")
+download = load("download_fsdd")
 UserError = steps.UserError
 JOB = {"quickstart": "test", "data": None}
 
@@ -224,8 +225,7 @@ def test_unknown_quickstart():
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, args, code):
-    done = python(SCRIPTS / "quickstart" / "speaker.py", *args, cwd=tmp_path)
-    one_sentence(done, code)
+    one_sentence(processes.call(speaker.main, *args, cwd=tmp_path), code)
     assert not list(tmp_path.iterdir())
 
 
@@ -241,7 +241,7 @@ def test_mistakes_are_one_sentence(tmp_path, args, code):
     ],
 )
 def test_mistakes_of_translation_are_one_sentence(tmp_path, args, code, said):
-    done = python(SCRIPTS / "quickstart" / "translation.py", *args, cwd=tmp_path)
+    done = processes.call(translation.main, *args, cwd=tmp_path)
     assert said in one_sentence(done, code)
     assert not list(tmp_path.iterdir())
 
@@ -265,10 +265,10 @@ def test_digits_from_an_archive(tmp_path):
     path = archive(tmp_path / "a.tgz", [f"{top}/recordings/{n}" for n in wanted] + strangers)
     for number, how in enumerate((["--archive", path], ["--url", path.as_uri()])):
         dest = tmp_path / f"digits{number}"
-        done = python(DOWNLOAD, dest, *how)
+        done = processes.call(download.main, dest, *how)
         assert done.returncode == 0, done.stderr
         assert sorted(os.listdir(dest)) == wanted
-        assert "nothing to do" in python(DOWNLOAD, dest, *how).stdout
+        assert "nothing to do" in processes.call(download.main, dest, *how).stdout
     assert sorted(os.listdir(tmp_path)) == ["a.tgz", "digits0", "digits1"]
 
 
@@ -278,9 +278,13 @@ def test_digits_that_do_not_come_leave_nothing(tmp_path):
     torn.write_bytes(whole.read_bytes()[:-200])
     other = archive(tmp_path / "other.tgz", ["t/readme.wav"])
     before = sorted(os.listdir(tmp_path))
-    assert "not a whole" in one_sentence(python(DOWNLOAD, tmp_path / "d", "--archive", torn), 1)
-    assert "not FSDD" in one_sentence(python(DOWNLOAD, tmp_path / "d", "--archive", other), 1)
-    done = python(DOWNLOAD, tmp_path / "d", "--url", "http://127.0.0.1:9/a.tgz")
+    assert "not a whole" in one_sentence(
+        processes.call(download.main, tmp_path / "d", "--archive", torn), 1
+    )
+    assert "not FSDD" in one_sentence(
+        processes.call(download.main, tmp_path / "d", "--archive", other), 1
+    )
+    done = processes.call(download.main, tmp_path / "d", "--url", "http://127.0.0.1:9/a.tgz")
     assert "--archive" in one_sentence(done, 1)
     assert sorted(os.listdir(tmp_path)) == before
 
@@ -330,7 +334,7 @@ def test_speaker_quickstart(tmp_path):
     assert again.stdout.partition("== result")[2] == done.stdout.partition("== result")[2]
 
     # More updates from another working folder, stopped on the way; the same once more.
-    args = [sys.executable, SCRIPTS / "quickstart" / "speaker.py", "--out", out, "--updates", "160"]
+    args = [sys.executable, SCRIPTS / "quickstart" / "speaker.py", "--out", out, "--updates", "80"]
     stopped = subprocess.Popen(
         args,
         stderr=subprocess.PIPE,
@@ -345,7 +349,7 @@ def test_speaker_quickstart(tmp_path):
     stopped.send_signal(signal.SIGINT)
     assert stopped.communicate(timeout=100)[1] == "stopped: the same command continues\n"
     assert stopped.returncode == 130
-    last = quickstart(out, "--updates", 160)
+    last = quickstart(out, "--updates", 80)
     assert last.returncode == 0, last.stdout + last.stderr
     loaded = re.findall(r"Loaded checkpoint .* @ (\d+) updates", log.read_text())
     assert loaded[0] == "4" and int(loaded[-1]) >= 25

@@ -30,7 +30,7 @@ cldr = load_script()
 
 
 def make(*args):
-    return processes.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True)
+    return processes.call(cldr.main, *args)
 
 
 @pytest.fixture(scope="module")
