@@ -51,6 +51,9 @@ WARMUP = 200
 # A twentieth of a run lies between two validations.
 CHECKS = 20
 SIZES = {"5": 5000, "12": 12000, "25": 25000, "49": 49075}
+# Lines of pydocs are long: so many of valid and test are drawn, and the first 100 translated in validation.
+DRAWN = {"valid": 300, "test": 1000}
+OF_LONG_LINES = {"task.valid_sentences": 100, "dataset.max_tokens_valid": 2000}
 
 Changes = dict[str, Any]
 
@@ -196,6 +199,8 @@ def sized(recipe: str, changes: Changes, updates: int) -> dict:
 def with_length(work: Path, name: str, what: tuple[str, Changes, str]) -> tuple[str, Changes, Path]:
     """Recipe, changes and DATA of a run, of as many updates as fit into its time."""
     recipe, changes, corpus = what
+    if corpus != "cmn":
+        changes = {**changes, **OF_LONG_LINES}
     length, _, rest = name.partition("-")
     seconds = pace(work, recipe, changes, corpus, system_of(rest.rsplit("-", 1)[0]))
     updates = round(SECONDS[length] / seconds / CHECKS) * CHECKS
@@ -220,7 +225,9 @@ def corpus_data(work: Path, corpus: str) -> Path:
     if not (data / "corpus.json").exists():
         work.mkdir(parents=True, exist_ok=True)
         files = {
-            split: write_pairs(work / f"{data.name}.{split}.tsv", split, SIZES[corpus])
+            split: write_pairs(
+                work / f"{data.name}.{split}.tsv", split, DRAWN.get(split, SIZES[corpus])
+            )
             for split in ("train", "valid", "test")
         }
         command = [*python("translation.prepare"), files["train"], data]
@@ -232,10 +239,10 @@ def corpus_data(work: Path, corpus: str) -> Path:
 
 
 def write_pairs(path: Path, split: str, most: int) -> Path:
-    """Source and target of a split of pydocs; of train `most` pairs, drawn."""
+    """Source and target of a split of pydocs, `most` pairs of it, drawn."""
     with gzip.open(data_file(f"pydocs/{split}.tsv.gz"), "rt", encoding="utf-8") as file:
         lines = ["\t".join(line.rstrip("\n").split("\t")[:2]) + "\n" for line in file]
-    if split == "train" and most < len(lines):
+    if most < len(lines):
         lines = random.Random(1).sample(lines, most)
     path.write_text("".join(lines), encoding="utf-8")
     return path

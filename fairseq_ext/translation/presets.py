@@ -13,25 +13,31 @@ from fairseq_ext.translation.corpus import Corpus
 
 # Pairs from which a GPU trains the base model.
 MANY_PAIRS = 200_000
-# Of short sentences: about so many pairs are an update of the model for minutes.
-PAIRS_AN_UPDATE = 56
 PASSES = 5
 ROUND_TO = 500
 # From so many passes on a model of minutes learns its pairs by heart without dropout; its updates a minute
 # on one core say what --minutes gives.
 MANY_PASSES = 10
 UPDATES_A_MINUTE = 350
+# Pieces of a line from which translating in validation would take longer than training between: fewer lines
+# then, and more at once (54 pieces: two thirds of the time with 2,000 lines, an eighth with these).
+LONG_LINES = 20
+LINES_TIMES_PIECES = 20_000
+TOKENS_VALID = 2000
 # Of lengths of batches, where the network is compiled: a third more padding, and some 20 shapes for 500.
 PADDED_TO = 16
 
 
 @dataclass(frozen=True)
 class Facts:
-    """pairs: of all parts of train; joint: one vocabulary for both languages."""
+    """pairs: of all parts of train; joint: one vocabulary for both languages; pieces: of a line in the mean,
+    of the language that has more.
+    """
 
     pairs: int
     languages: tuple[str, str]
     joint: bool
+    pieces: float
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,13 @@ BASE = Size(
 def read(data: str, asked: Mapping[str, Any]) -> Facts:
     """UserError where a folder of DATA was not made by translation.prepare."""
     corpora = [Corpus.open(folder) for folder in data.split(":")]
-    pairs = sum(n for corpus in corpora for name, n in corpus.splits.items() if name[:5] == "train")
-    return Facts(pairs, corpora[0].languages, all(corpus.joint for corpus in corpora))
+    parts = [(corpus, name) for corpus in corpora for name in corpus.splits if name[:5] == "train"]
+    pairs = sum(corpus.splits[name] for corpus, name in parts)
+    sides = [
+        sum(corpus.pieces(name, lang) for corpus, name in parts) for lang in corpora[0].languages
+    ]
+    joint = all(corpus.joint for corpus in corpora)
+    return Facts(pairs, corpora[0].languages, joint, max(sides) / max(1, pairs))
 
 
 def size_of(facts: Facts, machine: Machine) -> Size:
@@ -99,20 +110,24 @@ def size_of(facts: Facts, machine: Machine) -> Size:
 
 def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence[Choice]:
     size = size_of(facts, machine)
-    least = size.updates
+    least, of_a_pass = size.updates, facts.pairs * facts.pieces / size.tokens
     if size is MINUTES:
-        passes = PASSES * facts.pairs / PAIRS_AN_UPDATE
-        least = max(least, ROUND_TO * math.ceil(passes / ROUND_TO))
+        least = max(least, ROUND_TO * int(PASSES * of_a_pass / ROUND_TO))
     updates = asked.get("max_update", least)
     flags = model(size, facts.joint)
     longest = max(updates, machine.minutes * UPDATES_A_MINUTE)
-    if size is MINUTES and longest * PAIRS_AN_UPDATE > MANY_PASSES * facts.pairs:
+    if size is MINUTES and longest > MANY_PASSES * of_a_pass:
         flags["--dropout"] = "0.1"
     shapes = {"--required-seq-len-multiple": str(PADDED_TO)} if asked.get("compile") else {}
     tokens, freq, together = shared_batch(size.tokens, machine.processes, size.most)
     batch = {"--max-tokens": str(tokens)} | ({"--update-freq": str(freq)} if freq > 1 else {})
     return [
-        Choice("data", {}, f"{facts.pairs:,} pairs, {' and '.join(facts.languages)}: {size.about}"),
+        Choice(
+            "data",
+            {},
+            f"{facts.pairs:,} pairs of {facts.pieces:.0f} pieces, {' and '.join(facts.languages)}:"
+            f" {size.about}",
+        ),
         Choice("arch", flags, size.about),
         Choice(
             "criterion",
@@ -124,6 +139,7 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
         Choice("shapes", shapes, "few, as the network is compiled for each"),
         Choice("length", {"--max-update": str(least)}, f"at most, for {facts.pairs:,} pairs"),
         Choice("checkpoints", checkpoints(size, least), "for `average`, behind the best one"),
+        *validation(facts, machine),
         Choice("stop", {"--patience": "10"}, "validations without a better BLEU"),
         Choice("loading", {"--num-workers": str(size.workers), "--log-interval": "100"}, ""),
     ]
@@ -168,6 +184,15 @@ def model(size: Size, joint: bool) -> dict[str, str | None]:
             flags[f"--{side}-normalize-before"] = None
     shared = "--share-all-embeddings" if joint else "--share-decoder-input-output-embed"
     return flags | {shared: None, "--dropout": size.dropout} | dict.fromkeys(size.more)
+
+
+def validation(facts: Facts, machine: Machine) -> list[Choice]:
+    """What of valid is translated, where that is slow."""
+    if machine.gpu or facts.pieces < LONG_LINES:
+        return []
+    lines = str(10 * round(LINES_TIMES_PIECES / facts.pieces / 10))
+    flags = {"--valid-sentences": lines, "--max-tokens-valid": str(TOKENS_VALID)}
+    return [Choice("validation", flags, "translated in validation: the lines are long")]
 
 
 def checkpoints(size: Size, updates: int) -> dict[str, str | None]:

@@ -167,10 +167,11 @@ def speaker(*facts):
     return "speaker_id", task.choose(task.Facts(*facts), Machine(), {})
 
 
-def translation(pairs, gpu):
+def translation(pairs, gpu, pieces=12.4):
     from fairseq_ext.translation import presets as task
 
-    return "translation_spm", task.choose(task.Facts(pairs, ("en", "zh"), True), Machine(gpu), {})
+    facts = task.Facts(pairs, ("en", "zh"), True, pieces)
+    return "translation_spm", task.choose(facts, Machine(gpu), {})
 
 
 def diffusion(*facts, gpu=False):
@@ -191,6 +192,27 @@ SNAPSHOTS = {
     "diffusion/faces64": lambda: diffusion(64, 64, 3, 71_314, gpu=True),
     "diffusion/cifar10": lambda: diffusion(32, 32, 3, 50_000, gpu=True),
 }
+
+
+def test_long_lines_are_trained_as_often_and_fewer_are_translated():
+    def flags(pairs, pieces, gpu=False):
+        return {
+            k: v for choice in translation(pairs, gpu, pieces)[1] for k, v in choice.flags.items()
+        }
+
+    short, long = flags(45_000, 12), flags(45_000, 54)
+    updates = [int(one["--max-update"]) for one in (short, long)]
+    # five times over all pieces, 600 at a time
+    assert updates == [4500, 20_000]
+    assert "--valid-sentences" not in short and "--valid-sentences" not in flags(
+        45_000, 54, gpu=True
+    )
+    assert (long["--valid-sentences"], long["--max-tokens-valid"]) == ("370", "2000")
+    # as many checkpoints in a long training as in a short one
+    every = [int(one["--save-interval-updates"]) for one in (short, long)]
+    assert max(updates[1] / every[1], updates[0] / every[0]) < 31
+
+
 # What a recipe has to say of a call, and no preset.
 OF_THE_CALL = {"data", "user_dir", "seed", "save_dir", "log_format"}
 
