@@ -139,9 +139,9 @@ class Corpus:
     def pieces(self, split: str, lang: str) -> int:
         """Pieces of a split in a language, `</s>` of each line included."""
         path = self.binarised(split, lang)
-        # fairseq's index: 18 bytes of format, two counts of 8 bytes, the lengths of the lines
+        # fairseq's index: 18 bytes of format, 8 of their number, the lengths of the lines
         lengths = np.fromfile(
-            path.with_name(f"{path.name}.idx"), np.int32, self.splits[split], offset=34
+            path.with_name(f"{path.name}.idx"), np.int32, self.splits[split], offset=26
         )
         return int(lengths.sum())
 

@@ -226,6 +226,7 @@ def test_tokens_in_the_report_are_those_in_the_files(small):
         for lang in ("en", "zh"):
             sentences = ids(small[1], name, lang)
             assert split["tokens"][lang] == sum(map(len, sentences))
+            assert split["tokens"][lang] == Corpus.open(small[1]).pieces(name, lang)
             assert split["pairs"] == len(sentences)
             assert split["unknown"][lang] == 0
 
