@@ -15,10 +15,15 @@ from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ext_common.cli import UserError
 from ext_common.devices import sums
 from fairseq_ext.speaker.margins import MARGINS, margin_at
+from fairseq_ext.speaker.metrics import SCALES
+
+# What validation sums for `metrics.likeliest_scale`.
+SCALED = {f"scaled{k}": float(scale) for k, scale in enumerate(SCALES)}
 
 
 @dataclass
@@ -87,6 +92,9 @@ class SpeakerCriterion(FairseqCriterion):
         if "weight" in sample:
             log["speaker_correct"] = (top1 * sample["weight"]).sum()
             log["speaker_weight"] = sample["weight"].sum()
+        if not self.training:
+            for name, scale in SCALED.items():
+                log[name] = cross_entropy(scale * logits.float(), target, reduction="sum").detach()
         if self.warmup and self.training:
             log["margin_sum"] = self.current_options()["m"] * n
         return loss, n, log

@@ -32,7 +32,7 @@ from fairseq_ext.speaker.gallery.identify import decide
 from fairseq_ext.speaker.gallery.open_set import posteriors
 from fairseq_ext.speaker.gallery.options import GalleryIdentifyOptions
 from fairseq_ext.speaker.gallery.store import UNKNOWN, Gallery, changing
-from fairseq_ext.speaker.inference import SpeakerModel
+from fairseq_ext.speaker.inference import Identification, SpeakerModel
 from fairseq_ext.speaker.verify.backend import Backend, Side
 from fairseq_ext.speaker.verify.compared import compared_files
 from fairseq_ext.speaker.verify.voices import Runner
@@ -85,10 +85,15 @@ def tab(models: list[Model], settings: Settings) -> None:
     def identify(path: str, recording: Optional[str]) -> tuple[str, list[list[str]], str]:
         model, features = load(path), audio_features(usable(recording), load(path).spec)
         (found,) = model.identify([features], top_k=SHOWN)
-        rows = [[match.speaker, shown(match.score, model.score_kind)] for match in found.candidates]
-        scale = "cosine, 1 at best" if model.score_kind == "cosine" else "share of all of them"
+        rows = shown(found, model.score_kind)
+        if model.scale is not None:
+            what = "How probable, as on the recordings of validation"
+        else:
+            what = "Score: cosine, 1 at best" if model.score_kind == "cosine" else "Share of all"
         known = f"{len(model.speakers):,} people it was trained with"
-        note = f"One of the {known}, whoever speaks. Score: {scale}."
+        note = (
+            f"One of the {known}, whoever speaks: for *nobody of them*, enrol people below. {what}."
+        )
         return f"## {plain(found.speaker)}\n\n{note}", rows, picture(model, features)
 
     @answered
@@ -129,7 +134,9 @@ def tab(models: list[Model], settings: Settings) -> None:
             with gr.Column():
                 name = gr.Markdown("## –", elem_id="speaker-name")
                 scores = gr.Dataframe(
-                    headers=["person", "score"], label="The nearest people", interactive=False
+                    headers=["person", "score or probability"],
+                    label="The nearest people",
+                    interactive=False,
                 )
         mel = gr.HTML()
         gr.on(
@@ -244,9 +251,15 @@ def usable(recording: Optional[str]) -> str:
     return recording
 
 
-def shown(score: float, kind: str) -> str:
-    """A cosine as it is, a log-probability as a share."""
-    return f"{score:.3f}" if kind == "cosine" else f"{np.exp(score):.1%}"
+def shown(found: Identification, kind: str) -> list[list[str]]:
+    """Name and probability of each; without these, a cosine as it is and a log-probability as a share."""
+    if found.probabilities is not None:
+        cells = [f"{share:.1%}" for share in found.probabilities]
+    elif kind == "cosine":
+        cells = [f"{match.score:.3f}" for match in found.candidates]
+    else:
+        cells = [f"{np.exp(match.score):.1%}" for match in found.candidates]
+    return [[m.speaker, cell] for m, cell in zip(found.candidates, cells, strict=True)]
 
 
 def picture(model: SpeakerModel, features: np.ndarray) -> str:

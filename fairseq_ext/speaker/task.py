@@ -16,6 +16,7 @@ from omegaconf import II, MISSING, open_dict
 
 from ext_common.checkpoints import refuse_foreign
 from ext_common.cli import UserError
+from ext_common.devices import sums
 from ext_common.epochs import OwnBatches, Wanted
 from ext_common.presets import PresetOptions
 from fairseq_ext.speaker.augment import (
@@ -30,9 +31,11 @@ from fairseq_ext.speaker.augment.made import made_noises, made_rooms
 from fairseq_ext.speaker.balance import power_of
 from fairseq_ext.speaker.batching import batches_by_frames
 from fairseq_ext.speaker.corpus import Corpus
+from fairseq_ext.speaker.criterion import SCALED
 from fairseq_ext.speaker.dataset import CropDataset, UtteranceDataset
 from fairseq_ext.speaker.features import FeatureSpec, audio_features, log_mel
 from fairseq_ext.speaker.inference import MAX_FRAMES
+from fairseq_ext.speaker.metrics import likeliest_scale
 from fairseq_ext.speaker.model import complete
 from fairseq_ext.speaker.prepare.tables import AUDIO_ENDINGS, audio_files
 from fairseq_ext.speaker.presets import PRESETS
@@ -107,8 +110,8 @@ class SpeakerIdConfig(PresetOptions, FairseqDataclass):
 class SpeakerIdTask(OwnBatches, FairseqTask):
     """Crops for training, whole utterances for the rest; nothing is dropped from either.
 
-    The names of the speakers and the feature specification travel in the checkpoint (`task_state`), so that a
-    model can be used without the data it was trained on.
+    The names of the speakers, the feature specification and the scale that makes scores probabilities travel
+    in the checkpoint (`task_state`), so that a model can be used without the data it was trained on.
     """
 
     presets = PRESETS
@@ -121,6 +124,8 @@ class SpeakerIdTask(OwnBatches, FairseqTask):
         if not from_checkpoint:
             check_options(cfg)
         self._corpus: Optional[Corpus] = None
+        self._scaled = np.zeros(len(SCALED))
+        self._scale: Optional[float] = None
         self.state.add_factory("speakers", lambda: list(self.corpus.speakers))
         self.state.add_factory("spec", lambda: self.corpus.spec.to_dict())
 
@@ -148,19 +153,33 @@ class SpeakerIdTask(OwnBatches, FairseqTask):
     def feature_std(self) -> np.ndarray:
         return self.corpus.std if not self.from_checkpoint else np.ones(self.spec["n_mels"])
 
+    def begin_valid_epoch(self, epoch, model):
+        super().begin_valid_epoch(epoch, model)
+        self._scaled[:] = 0
+
+    def reduce_metrics(self, logging_outputs, criterion):
+        super().reduce_metrics(logging_outputs, criterion)
+        total = sums([{k: log[k] for k in SCALED if k in log} for log in logging_outputs])
+        if total:
+            self._scaled += [total[key] for key in SCALED]
+            self._scale = likeliest_scale(self._scaled)
+
     def state_dict(self):
-        return {"speakers": list(self.speakers), "spec": dict(self.spec)}
+        found = {} if self._scale is None else {"scale": self._scale}
+        return {"speakers": list(self.speakers), "spec": dict(self.spec), **found}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         if self._corpus is not None:
             self.check_state(state_dict)
         self.state.merge_state_dict(state_dict)
+        self._scale = state_dict.get("scale")
 
     def check_resume(self, state: Dict[str, Any], same_run: bool) -> None:
         """Asked before a training takes over a checkpoint; fairseq calls no load_state_dict then."""
         saved = state.get("task_state") or {}
         if {"speakers", "spec"} <= set(saved):
             self.check_state(saved)
+            self._scale = saved.get("scale")
 
     def check_state(self, saved: Dict[str, Any]) -> None:
         """UserError for a checkpoint of other speakers or features than the data's."""

@@ -37,7 +37,8 @@ from fairseq_ext.speaker import SpeakerModel
 from fairseq_ext.speaker.export.exported import KEY, Description
 from fairseq_ext.speaker.features import FeatureSpec
 from fairseq_ext.speaker.gallery.store import Gallery
-from fairseq_ext.speaker.page import BAND, COLOUR, backend_of, in_gallery, verdict
+from fairseq_ext.speaker.inference import Identification, Match
+from fairseq_ext.speaker.page import BAND, COLOUR, backend_of, in_gallery, shown, verdict
 from fairseq_ext.speaker.verify.backend import Backend, Side
 from fairseq_ext.speaker.verify.calibration import Calibration
 from fairseq_ext.translation import Translator
@@ -110,6 +111,17 @@ def test_who_speaks_as_the_api_says(client, paths, voices):
         # a bar for each frame, in proportion
         heights = (drawn[:BAND] == COLOUR).all(-1).sum(0)
         np.testing.assert_allclose(heights / BAND, weights / weights.max(), atol=0.5 / BAND)
+
+
+def test_probabilities_are_shown_where_there_are_some():
+    candidates = (Match("ann", 0.5), Match("bob", -0.25))
+    assert shown(Identification(candidates, (0.9, 0.06)), "cosine") == [
+        ["ann", "90.0%"],
+        ["bob", "6.0%"],
+    ]
+    assert shown(Identification(candidates), "cosine") == [["ann", "0.500"], ["bob", "-0.250"]]
+    linear = Identification((Match("ann", float(np.log(0.25))),))
+    assert shown(linear, "log-probability") == [["ann", "25.0%"]]
 
 
 def test_people_are_enrolled_and_known_again(client, paths, people, voices):
@@ -191,10 +203,10 @@ def test_the_answer_is_translated_back_where_a_model_can(page, paths, tmp_path):
     saved["spm"] = {"zh": saved["spm"]["en"], "en": saved["spm"]["zh"]}
     torch.save(state, tmp_path / "reverse.pt")
     both = find([paths["translation"], tmp_path / "reverse.pt"])[0]
-    for shown, models in ((False, page), (True, build(both, Settings()))):
+    for there, models in ((False, page), (True, build(both, Settings()))):
         translate = next(fn.fn for fn in models.fns.values() if fn.api_name == "translate")
         best, _, _, back = translate(paths["translation"], "I like red apples.")
-        assert back["visible"] is shown
+        assert back["visible"] is there
     assert [back["value"]] == Translator.from_checkpoint(tmp_path / "reverse.pt")([best])
 
 

@@ -112,7 +112,11 @@ def tiny_state(tiny_data):
         "model": {f"network.{key}": value for key, value in network.state_dict().items()},
         "criterion": {},
         "optimizer_history": [{"num_updates": 7}],
-        "task_state": {"speakers": list(corpus.speakers), "spec": corpus.spec.to_dict()},
+        "task_state": {
+            "speakers": list(corpus.speakers),
+            "spec": corpus.spec.to_dict(),
+            "scale": 9.0,
+        },
         "extra_state": {},
     }
 

@@ -18,6 +18,7 @@ from ext_common.cli import UserError
 from fairseq_ext.speaker import criterion as criterions
 from fairseq_ext.speaker import model as models  # noqa: F401
 from fairseq_ext.speaker import task as speaker_task  # noqa: F401
+from fairseq_ext.speaker.criterion import SCALED
 from fairseq_ext.speaker.margins import MARGINS, am_softmax
 from fairseq_ext.speaker.pooling import POOLINGS
 
@@ -122,6 +123,16 @@ def test_summed_over_processes_it_is_the_same():
         assert float(logged(type(one), [added])[key]) == pytest.approx(float(value), rel=1e-6)
     assert logged(type(one), []) == {}
     assert logged(type(one), [{}]) == {}
+
+
+def test_validation_tries_scales_of_the_scores():
+    one, batch = criterion(), sample(6)
+    assert not SCALED.keys() & one.train()(Scores(), batch)[2].keys()
+    log = one.eval()(Scores(), batch)[2]
+    scores = batch["net_input"]["source"].double()
+    for name, scale in SCALED.items():
+        shares = (scale * scores).softmax(1).gather(1, batch["target"][:, None])
+        assert float(log[name]) == pytest.approx(-float(shares.log().sum()), rel=1e-4)
 
 
 def test_accuracy_is_without_margin():

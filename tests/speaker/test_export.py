@@ -92,6 +92,7 @@ def test_a_file_embeds_and_scores_recordings_as_its_checkpoint(
 ):
     theirs = SpeakerModel.from_checkpoint(written / f"{features}.onnx")
     assert (theirs.speakers, theirs.score_kind) == (model.speakers, model.score_kind)
+    assert theirs.scale == model.scale > 0
     assert theirs.spec.to_dict() == model.spec.to_dict()
     assert theirs.sha256 == model.sha256
     np.testing.assert_allclose(theirs.scores(recordings), model.scores(recordings), atol=1e-4)

@@ -65,6 +65,18 @@ def test_identify_one_or_several(model, tiny_recordings):
         model.identify(path, top_k=0)
 
 
+def test_probabilities_where_validation_found_the_scale(model, save_checkpoint, utterances):
+    found = model.identify(utterances[0], top_k=2)
+    shares = np.exp(model.scale * model.scores(utterances[0]).astype(np.float64))
+    expected = np.sort(shares / shares.sum())[::-1][:2]
+    np.testing.assert_allclose(found.probabilities, expected, rtol=1e-5)
+    older = SpeakerModel.from_checkpoint(
+        save_checkpoint(lambda state: state["task_state"].pop("scale"))
+    )
+    assert older.identify(utterances[0], top_k=2).candidates == found.candidates
+    assert older.identify(utterances[0]).probabilities is None
+
+
 def test_scores_are_cosines_of_embedding_and_class_weights(model, utterances):
     embeddings = model.embed(utterances)
     weights = model.network.network.head.weight.detach().numpy()

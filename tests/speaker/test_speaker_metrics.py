@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 
 from fairseq_ext.speaker.metrics import (
+    SCALES,
     accuracy,
     accuracy_by_label,
     confusion_counts,
     in_top,
+    likeliest_scale,
     wilson_interval,
 )
 
@@ -84,3 +87,25 @@ def test_confusion_counts_agree_with_counting_one_by_one(pairs):
         for j, other in enumerate(classes):
             assert counts[i, j] == pairs.count((true, other))
     assert counts.sum() == len(pairs)
+
+
+@pytest.mark.parametrize("scale", [0.7, 3.0, 13.0, 50.0])
+def test_the_likeliest_scale_is_the_one_that_labels_were_drawn_with(scale):
+    draw = np.random.default_rng(round(10 * scale))
+    scores = draw.uniform(-1, 1, (20_000, 12))
+    # the largest of scores with Gumbel noise is drawn from their softmax
+    labels = (scale * scores + draw.gumbel(size=scores.shape)).argmax(1)
+
+    def loss(a):
+        own = a * scores[np.arange(len(labels)), labels]
+        return float((np.log(np.exp(a * scores).sum(1)) - own).sum())
+
+    found = likeliest_scale(np.array([loss(a) for a in SCALES]))
+    least = minimize_scalar(loss, bounds=(0.1, 200), method="bounded").x
+    assert found == pytest.approx(least, rel=0.06) and found == pytest.approx(scale, rel=0.12)
+    assert loss(found) < loss(least) * 1.001
+
+
+def test_a_scale_beyond_those_that_are_tried_is_the_last_of_them():
+    falling = -np.arange(float(len(SCALES)))
+    assert likeliest_scale(falling) == SCALES[-1] and likeliest_scale(-falling) == SCALES[0]

@@ -7,8 +7,10 @@ import torch
 
 from ext_common.cli import UserError
 from fairseq_ext.speaker.corpus import Corpus
+from fairseq_ext.speaker.criterion import SCALED, SpeakerCriterion
 from fairseq_ext.speaker.dataset import CropDataset, UtteranceDataset
 from fairseq_ext.speaker.features import FeatureSpec
+from fairseq_ext.speaker.metrics import SCALES
 from fairseq_ext.speaker.task import SpeakerIdConfig, SpeakerIdTask
 
 MELS = 2
@@ -267,6 +269,24 @@ class TestOnPreparedData:
         without.load_state_dict(state)
         assert without.speakers == corpus.speakers and without.spec == corpus.spec.to_dict()
         assert without.state_dict() == state
+
+    def test_the_scale_of_the_last_validation_travels_in_the_checkpoint(self, tiny_data):
+        task, criterion = task_of(data=str(tiny_data)), SpeakerCriterion.__new__(SpeakerCriterion)
+        log = {key: 1 for key in ("loss", "correct", "correct5", "sample_size", "ntokens")}
+        log["nsentences"] = 1
+        assert "scale" not in task.state_dict()
+        for least in (4, 5):
+            task.begin_valid_epoch(1, None)
+            # of two batches, whose sum has its least there
+            for batch in range(2):
+                losses = np.abs(np.arange(len(SCALED)) - least) + float(batch)
+                task.reduce_metrics([log | dict(zip(SCALED, losses, strict=True))], criterion)
+            # training logs nothing of it
+            task.reduce_metrics([log], criterion)
+            assert task.state_dict()["scale"] == SCALES[least]
+        again = task_of(data=str(tiny_data))
+        again.check_resume({"task_state": task.state_dict()}, True)
+        assert again.state_dict() == task.state_dict()
 
     def test_other_speakers_or_features_than_the_checkpoint(self, tiny_data):
         state = task_of(data=str(tiny_data)).state_dict()

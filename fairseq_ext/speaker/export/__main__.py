@@ -140,6 +140,7 @@ def checked(model, checkpoint: str, options: ExportOptions) -> tuple[bytes, dict
         score_kind=model.score_kind,
         weights=options.weights,
         sha256=model.sha256,
+        scale=model.scale,
     )
     if options.backend:
         described = replace(described, backend=read_backend(options.backend, described))

@@ -37,7 +37,7 @@ class Description:
     features: "inside" where it takes samples, "outside" where it takes features made by `spec`.
     score_kind: as of `SpeakerModel`. weights: how they are stored, "float32" or "int8".
     sha256: of the checkpoint's model, see `SpeakerModel.sha256`. backend: the bytes of a backend of
-    `speaker.verify`, in base 64, or "".
+    `speaker.verify`, in base 64, or "". scale: as of `SpeakerModel.probabilities`.
     """
 
     speakers: tuple[str, ...]
@@ -47,6 +47,7 @@ class Description:
     weights: str
     sha256: str
     backend: str = ""
+    scale: float | None = None
     version: int = VERSION
 
     @property

@@ -48,9 +48,13 @@ class Match(NamedTuple):
 
 @dataclass(frozen=True)
 class Identification:
-    """Who speaks in one recording: the `top_k` speakers that score best, best first."""
+    """Who speaks in one recording: the `top_k` speakers that score best, best first.
+
+    probabilities: of each of them, see `SpeakerModel.probabilities`.
+    """
 
     candidates: tuple[Match, ...]
+    probabilities: tuple[float, ...] | None = None
 
     @property
     def speaker(self) -> str:
@@ -68,11 +72,19 @@ class SpeakerModel:
     or (n, channels); or features (T, n_mels), float, made with `spec`.
     """
 
-    def __init__(self, network, speakers: Sequence[str], spec: FeatureSpec, device: str = "cpu"):
+    def __init__(
+        self,
+        network,
+        speakers: Sequence[str],
+        spec: FeatureSpec,
+        device: str = "cpu",
+        scale: float | None = None,
+    ):
         self.network = network.to(device).eval()
         self.speakers = list(speakers)
         self.spec = spec
         self.device = device
+        self.scale = scale
 
     @classmethod
     def from_checkpoint(
@@ -97,7 +109,8 @@ class SpeakerModel:
         from fairseq_ext.speaker.network import network_of
 
         network = build_network(state, path, PARTS, user_dir, network_of)
-        return cls(network, task_state["speakers"], spec, usable_device(device))
+        scale = task_state.get("scale")
+        return cls(network, task_state["speakers"], spec, usable_device(device), scale)
 
     @property
     def score_kind(self) -> str:
@@ -154,10 +167,26 @@ class SpeakerModel:
         if is_one(utterances):
             return self.identify([utterances], top_k)[0]
         scores = self.scores(utterances)
+        shares = self.probabilities(scores)
         return [
-            Identification(tuple(Match(self.speakers[c], float(row[c])) for c in best))
-            for row, best in zip(scores, rank(scores, top_k), strict=True)
+            Identification(
+                tuple(Match(self.speakers[c], float(row[c])) for c in best),
+                None if shares is None else tuple(map(float, shares[i, best])),
+            )
+            for i, (row, best) in enumerate(zip(scores, rank(scores, top_k), strict=True))
         ]
+
+    def probabilities(self, scores: np.ndarray) -> np.ndarray | None:
+        """How probable each speaker is, where one of them speaks: float64 (N, C) of `scores` (N, C).
+
+        softmax(a · scores), with the a that was likeliest on the recordings of the last validation
+        (`metrics.likeliest_scale`); None for a model that was saved before there was one.
+        """
+        if self.scale is None:
+            return None
+        scaled = self.scale * np.asarray(scores, dtype=np.float64)
+        shares: np.ndarray = np.exp(scaled - scaled.max(1, keepdims=True))
+        return shares / shares.sum(1, keepdims=True)
 
     def predict(
         self,
@@ -251,6 +280,7 @@ class ExportedModel(SpeakerModel):
 
     def __init__(self, network: ExportedNetwork):
         self.network, self.spec, self.device = network, network.spec, "cpu"
+        self.scale = network.description.scale
         self.speakers = list(network.description.speakers)
 
     @property
