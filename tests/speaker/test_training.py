@@ -273,6 +273,22 @@ def test_the_shortest_command_and_the_one_it_prints_train_the_same(run, tiny_dat
 
 
 @pytest.mark.slow
+def test_another_number_of_processes_keeps_the_batch_and_the_rate_of_the_presets(
+    run, tiny_data, tmp_path
+):
+    torchrun = [BIN / "torchrun", "--nproc_per_node", "2", "--no-python"]
+    short = [BIN / "fairseq-train", tiny_data, "--user-dir fairseq_ext --task speaker_id --cpu"]
+    short += ["--log-format json --log-interval 1 --save-dir", tmp_path / "run", "--max-update"]
+    rates = []
+    for command in ([*torchrun, *short, "2"], [*short, "4"]):
+        log = run(*command)
+        assert set(traced(log, "bsz").values()) == {"64"}
+        rates.append(read(tmp_path / "run" / "checkpoint_last.pt")["cfg"]["optimization"]["lr"])
+    assert rates[0] == rates[1] != []
+    assert "--batch-size 32 → 64, processes 2 → 1: epoch 1 goes on after 128 of its" in log
+
+
+@pytest.mark.slow
 def test_minutes_choose_a_length_that_a_resume_goes_on_to(run, tiny_data, tmp_path):
     """Start-up alone spends this budget: some updates, a validation and a checkpoint nevertheless."""
     flags = f"--user-dir fairseq_ext --task speaker_id {SMALL} --minutes 0.1 --save-dir"
