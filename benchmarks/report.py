@@ -53,6 +53,7 @@ def pages() -> dict[str, str]:
         "speaker": speaker.tables(recorded("speaker_tables"))
         | verification.tables(recorded("speaker_strangers"), recorded("speaker_open_set"))
         | {"audio": speaker.audio_table(recorded("speaker_audio"))}
+        | {"imbalance": speaker.imbalance_table(recorded("speaker_imbalance"))}
         | {"variants": speaker.variants_table(recorded("speaker_variants"))},
         "translation": translation.tables(
             recorded("translation_tables"), recorded("translation_tests")

@@ -64,6 +64,22 @@ def variants_table(records: list[dict]) -> str:
     return f"{words}\n\n{markdown(head, rows)}\n\n{line}"
 
 
+def imbalance_table(records: list[dict]) -> str:
+    """The figures of `benchmarks.speaker.imbalance`, mean ± deviation over seeds."""
+    names = {"none": "in proportion to the recordings", "speaker": "as many of each speaker"}
+    rows = []
+    for balance, name in names.items():
+        runs = [r["results"] for r in records if r["run"].rpartition("-")[0] == balance]
+        if runs:
+            both = [spread([run[key] for run in runs]) for key in ("speakers", "accuracy")]
+            rows.append([f"`--balance {balance}`: {name}", *both, str(len(runs))])
+    if not rows:
+        return ""
+    head = ["crops", "accuracy, mean over speakers, %", "of all recordings, %", "seeds"]
+    line = origin("python -m benchmarks.speaker.imbalance", records)
+    return f"{markdown(head, rows)}\n\n{line}"
+
+
 def report(records: list[dict]) -> str:
     """All tables of which at least one run is done."""
     return "\n\n".join(tables(records).values()) or "no run is recorded yet"
