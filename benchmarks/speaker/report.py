@@ -70,11 +70,11 @@ def imbalance_table(records: list[dict]) -> str:
     for balance, name in names.items():
         runs = [r["results"] for r in records if r["run"].rpartition("-")[0] == balance]
         if runs:
-            both = [spread([run[key] for run in runs]) for key in ("speakers", "accuracy")]
+            both = [spread([run[key] for run in runs]) for key in ("speakers", "many", "few")]
             rows.append([f"`--balance {balance}`: {name}", *both, str(len(runs))])
     if not rows:
         return ""
-    head = ["crops", "accuracy, mean over speakers, %", "of all recordings, %", "seeds"]
+    head = ["crops", "accuracy, mean over speakers, %", "of the one", "of the five", "seeds"]
     line = origin("python -m benchmarks.speaker.imbalance", records)
     return f"{markdown(head, rows)}\n\n{line}"
 
