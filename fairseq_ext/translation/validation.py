@@ -33,6 +33,9 @@ class TextValidation:
             dictionary = self.task.target_dictionary
             chosen = torch.tensor(rows, device=sample["target"].device)
             net_input = {k: sample["net_input"][k][chosen] for k in ("src_tokens", "src_lengths")}
+            # no column of padding alone: fairseq's LSTM refuses it
+            filled = net_input["src_tokens"].ne(self.task.source_dictionary.pad()).any(0)
+            net_input["src_tokens"] = net_input["src_tokens"][:, filled]
             generator = self._generator_of(model)
             found = self.task.inference_step(generator, [model], {"net_input": net_input})
             hypotheses = [dictionary.text(best[0]["tokens"].tolist()) for best in found]
