@@ -400,9 +400,23 @@ def test_validation_scores_are_those_of_the_whole_corpus(batching, validate, one
     assert min(bleu, chrf) > 0 and {type(found["bleu"]), type(found["chrf"])} == {float}
 
 
-def test_validation_text_can_be_limited_and_switched_off(validate, one_by_one):
+def test_validation_text_can_be_limited_and_switched_off(
+    validate, validating, one_by_one, monkeypatch
+):
     hypotheses, references = one_by_one
+    task, _, _ = validating
+    step, seen = task.inference_step, []
+    monkeypatch.setattr(
+        task,
+        "inference_step",
+        lambda generator, models, sample: seen.append(sample) or step(generator, models, sample),
+    )
     found = validate(changes={"valid_sentences": 10}, max_sentences=7)
+    # fairseq's LSTM refuses a batch that is wider than its longest sentence
+    for sample in seen:
+        tokens, lengths = (sample["net_input"][key] for key in ("src_tokens", "src_lengths"))
+        assert tokens.shape[1] == int(lengths.max())
+    assert sum(len(sample["net_input"]["src_tokens"]) for sample in seen) == 10 and len(seen) > 1
     expected = sacrebleu.corpus_chrf(hypotheses[:10], [references[:10]]).score
     assert found["chrf"] == round(expected, 2)
     found = validate(changes={"no_valid_text": True}, max_sentences=20)
