@@ -28,11 +28,9 @@ $python -m ruff format --check . || failed+=("ruff format (mend with: $python -m
 types=$(mktemp)
 $python -m mypy >"$types" 2>&1 &
 trap 'rm -f "$types"; kill $! 2>/dev/null' EXIT
-# A process more than there are cores, as tests of processes wait a sixth of their time, and a thread for each;
-# who has nothing left takes half of another's.
-cores=$(nproc)
+# A process for each core, and a thread for each of these; who has nothing left takes half of another's.
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} \
-    $python -m pytest -q --durations=5 -n $((cores < 8 ? cores + 1 : 8)) --dist worksteal -m "$which" "$@"
+    $python -m pytest -q --durations=5 -n auto --maxprocesses 8 --dist worksteal -m "$which" "$@"
 code=$?
 case $code in
 0) ;;
