@@ -164,6 +164,7 @@ def check_folder(folder, data, synths, upsample=1, tag="<BT>", fillers=()):
 # --- the whole way ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_real_command(data, tmp_path):
     pairs = fresh(40)
     pairs[3], pairs[8] = ("", pairs[3][1]), ("<BT> " + pairs[8][0], pairs[8][1])

@@ -178,6 +178,7 @@ def test_a_model_of_random_weights_is_refused_even_where_its_output_ends(tmp_pat
         sanity.check(lambda lines: translator(lines, beam=1), SOURCES, "en", str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [150, 300])
 def test_a_model_that_was_trained_a_little_passes(tmp_path, updates):
     folder = _marian["make_marian"](tmp_path / "trained", updates=updates)

@@ -129,6 +129,7 @@ def test_two_processes_equal_accumulation(train, tmp_path):
     assert max(float(one[key].abs().max()) for key in one) > 0.01
 
 
+@pytest.mark.slow
 def test_the_printed_command_trains_the_same(train, run, tmp_path):
     """`--print-command` is a whole fairseq-train line."""
     flags = "--max-update 4 --sample-interval 0"

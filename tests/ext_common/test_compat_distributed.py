@@ -170,6 +170,7 @@ def test_training_apart_is_refused(environment):
         Trainer(cfg, None, None, None)
 
 
+@pytest.mark.slow
 def test_a_crowd_of_two(tmp_path):
     """broadcast, gather and buffers between two real processes."""
     torch.multiprocessing.spawn(_member, args=(str(tmp_path / "group"),), nprocs=2)

@@ -61,6 +61,7 @@ def rows(recordings):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_no_sentence_is_in_two_splits(rows):
     said = {}
     for row in rows:
@@ -73,6 +74,7 @@ def test_no_sentence_is_in_two_splits(rows):
     assert len(every) == len(set(every))
 
 
+@pytest.mark.slow
 def test_table_is_what_lies_there(recordings, rows):
     wavs = {name for name in files(recordings) if name.endswith(".wav")}
     assert {row["path"] for row in rows} == wavs and len(rows) == len(wavs)
@@ -82,6 +84,7 @@ def test_table_is_what_lies_there(recordings, rows):
     assert len(speakers) == SPEAKERS and len(rows) == len(speakers) * per_speaker
 
 
+@pytest.mark.slow
 def test_same_bytes_again_whoever_else_speaks(recordings, tmp_path):
     done = speak(tmp_path / "few", "--speakers", 3, "--workers", 1)
     assert done.returncode == 0, done.stderr
@@ -92,6 +95,7 @@ def test_same_bytes_again_whoever_else_speaks(recordings, tmp_path):
         assert few[name] == every[name], name
 
 
+@pytest.mark.slow
 def test_seed_changes_the_recordings(recordings, tmp_path):
     assert speak(tmp_path / "other", "--speakers", 2, "--seed", 2).returncode == 0
     other, every = files(tmp_path / "other"), files(recordings)
@@ -108,6 +112,7 @@ def long_term_spectrum(x, bands=30):
     return spectrum - spectrum.mean()
 
 
+@pytest.mark.slow
 def test_speakers_differ_and_are_themselves_in_other_sentences(recordings, rows):
     """Nearest mean spectrum, of other sentences: far from guessing (1 in 12), far from trivial."""
     train, test = {}, []
@@ -125,6 +130,7 @@ def test_speakers_differ_and_are_themselves_in_other_sentences(recordings, rows)
     assert 0.2 < np.mean(hits) < 0.95, np.mean(hits)
 
 
+@pytest.mark.slow
 def test_loudness_says_nothing_about_the_speaker(recordings, rows):
     """Levels of a speaker are spread over ± 6 dB; their means would lie together but for chance."""
     levels = {}
@@ -138,6 +144,7 @@ def test_loudness_says_nothing_about_the_speaker(recordings, rows):
     assert min(np.ptp(values) for values in levels.values()) > 6
 
 
+@pytest.mark.slow
 def test_a_second_run_does_nothing_and_another_folder_is_refused(recordings, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in recordings.rglob("*")}
     done = speak(recordings, "--speakers", SPEAKERS)

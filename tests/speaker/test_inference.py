@@ -322,6 +322,7 @@ def python(arguments, cwd):
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_fairseq_train_needs_neither_data_nor_folder(
     tiny_data, tiny_recordings, repo_root, tmp_path
 ):

@@ -669,6 +669,7 @@ def test_a_worker_that_dies_is_named(tmp_path, source, monkeypatch):
 # --- real recordings --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_libri251(tmp_path, shared_data):
     folder = shared_data / "libri251"
     options = one(layout="csv", csv=str(folder / "protocol.csv"), workers=2)
@@ -682,6 +683,7 @@ def test_libri251(tmp_path, shared_data):
     assert (corpus.lengths[corpus.splits == "test"] == 101).all()
 
 
+@pytest.mark.slow
 def test_fsdd_with_the_command_of_the_help(tmp_path, shared_data):
     pattern = next(
         line.split("'")[1] for line in command.EXAMPLE_TEXT.splitlines() if "--pattern '" in line
