@@ -180,7 +180,7 @@ def two_section(records: dict[str, dict]) -> str:
         }
         rounds = sorted(each["single"].keys() & each["together"].keys())
         if rounds:
-            single, together = (statistics.median(of.values()) for of in each.values())
+            single, together = (statistics.median(rates.values()) for rates in each.values())
             # the processor's own speed drifts from minute to minute: the sides of one round share it
             ratios = sorted(each["together"][k] / each["single"][k] for k in rounds)
             figures = [f"{single:.0f} {gpu.TASKS[job][2]}/s", f"{together:.0f}"]

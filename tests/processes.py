@@ -116,7 +116,7 @@ def _kind(words: list[str]) -> str | None:
 
 def _starts_others(words: list[str]) -> bool:
     if words[0] == sys.executable:
-        return "scripts" in Path(words[1]).parts or words[2:3] and words[2] in _BENCHMARKS
+        return "scripts" in Path(words[1]).parts or words[1] == "-m" and words[2] in _BENCHMARKS
     return words[0] == str(_bin() / "torchrun")
 
 

@@ -7,6 +7,7 @@ benchmarks/results/speaker_imbalance.jsonl.
 
 import argparse
 import csv
+import functools
 import re
 from datetime import date
 from pathlib import Path
@@ -28,7 +29,6 @@ from benchmarks.speaker.report import imbalance_table
 from benchmarks.speaker.tables import CONFIGS, SEEDS
 from ext_common.manifest import versions
 from fairseq_ext.speaker.corpus import Corpus
-from fairseq_ext.speaker.inference import SpeakerModel
 
 RECORDED = Results(RESULTS / "speaker_imbalance.jsonl")
 MUCH_HEARD, MANY, FEW, VALID = "george", 400, 2, 5
@@ -36,6 +36,7 @@ MUCH_HEARD, MANY, FEW, VALID = "george", 400, 2, 5
 BALANCE = {"none": "accuracy", "speaker": "speaker_accuracy"}
 
 
+@functools.cache
 def prepared(work: Path) -> Path:
     """DATA: MANY training recordings of the first speaker, FEW of each of the others, VALID of all."""
     source = data_file("fsdd")
@@ -53,18 +54,16 @@ def prepared(work: Path) -> Path:
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "imbalance.csv", "w", newline="") as file:
         csv.writer(file).writerows([("path", "speaker", "split"), *rows])
-    return protocols._prepare(
+    return protocols.prepared(
         source, work / "data", "--layout", "csv", "--csv", work / "imbalance.csv"
     )
 
 
 def measured(checkpoint: Path, data: Path) -> dict[str, float]:
     """Accuracy in % on test: mean over speakers, of the one with many recordings, mean of the others."""
-    model, corpus = SpeakerModel.from_checkpoint(checkpoint), Corpus.open(data)
-    rows = corpus.rows("test")
-    labels = corpus.labels[rows]
-    hits = model.scores([corpus.read(row) for row in rows]).argmax(1) == labels
-    each = {model.speakers[k]: 100 * float(hits[labels == k].mean()) for k in np.unique(labels)}
+    right, labels = protocols.named_rightly(checkpoint, data)
+    names = Corpus.open(data).speakers
+    each = {names[k]: 100 * float(right[labels == k].mean()) for k in np.unique(labels)}
     mean, many = float(np.mean([*each.values()])), each.pop(MUCH_HEARD)
     return {"speakers": mean, "many": many, "few": float(np.mean([*each.values()]))}
 

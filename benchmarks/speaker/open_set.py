@@ -122,7 +122,7 @@ def prepared_part(work: Path) -> tuple[Path, list[str]]:
         writer.writeheader()
         writer.writerows(row for row in rows if row["speaker"] not in others)
     flags = ("--layout", "csv", "--csv", table)
-    return protocols._prepare(source, work / "libri251-trained", *flags), others
+    return protocols.prepared(source, work / "libri251-trained", *flags), others
 
 
 def libri251(work: Path, seed: int) -> tuple[dict, dict]:

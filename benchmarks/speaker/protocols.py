@@ -10,6 +10,8 @@ import numpy as np
 import soundfile
 
 from benchmarks.recorded import ROOT, data_file
+from fairseq_ext.speaker.corpus import Corpus
+from fairseq_ext.speaker.inference import SpeakerModel
 
 GAIN_DB, TILT, SHIFT_SEED = 10.0, 0.5, 20261123
 FSDD_PATTERN = r"(?P<digit>\d)_(?P<speaker>\w+?)_(?:(?P<test>[0-4])|(?P<index>\d+))\.wav"
@@ -18,7 +20,7 @@ FSDD_PATTERN = r"(?P<digit>\d)_(?P<speaker>\w+?)_(?:(?P<test>[0-4])|(?P<index>\d
 def prepare_libri(work: Path) -> Path:
     """libri251 under its protocol: train, valid and test as `protocol.csv` cuts them."""
     source = data_file("libri251")
-    return _prepare(source, work / "libri251", "--layout", "csv", "--csv", source / "protocol.csv")
+    return prepared(source, work / "libri251", "--layout", "csv", "--csv", source / "protocol.csv")
 
 
 def prepare_shifted(work: Path) -> Path:
@@ -30,13 +32,13 @@ def prepare_shifted(work: Path) -> Path:
     wavs = work / "libri251-shifted-wav"
     if not (wavs / "metadata.csv").exists():
         _write_shifted(wavs)
-    return _prepare(wavs, work / "libri251-shifted", "--layout", "csv")
+    return prepared(wavs, work / "libri251-shifted", "--layout", "csv")
 
 
 def prepare_digits(work: Path) -> Path:
     """fsdd with its official split: index 0-4 of each digit and speaker is the test."""
     arguments = ["--layout", "folder", "--pattern", FSDD_PATTERN]
-    return _prepare(data_file("fsdd"), work / "fsdd", *arguments)
+    return prepared(data_file("fsdd"), work / "fsdd", *arguments)
 
 
 def shifted(x: np.ndarray, gain_db: float, tilt: float) -> np.ndarray:
@@ -66,7 +68,16 @@ def _write_shifted(wavs: Path) -> None:
     os.replace(wavs / "metadata.csv.part", wavs / "metadata.csv")
 
 
-def _prepare(source: Path, dest: Path, *options) -> Path:
+def named_rightly(checkpoint: Path, data: Path) -> tuple[np.ndarray, np.ndarray]:
+    """bool (N,): which utterances of test a model trained on DATA names rightly; int64 (N,): their labels."""
+    model, corpus = SpeakerModel.from_checkpoint(checkpoint), Corpus.open(data)
+    rows = corpus.rows("test")
+    labels = corpus.labels[rows]
+    return model.scores([corpus.read(row) for row in rows]).argmax(1) == labels, labels
+
+
+def prepared(source: Path, dest: Path, *options) -> Path:
+    """DATA made by the command; nothing is done where it is there."""
     command = [sys.executable, "-m", "fairseq_ext.speaker.prepare", source, dest, *options]
     subprocess.run([str(c) for c in command], check=True, cwd=ROOT)
     return dest

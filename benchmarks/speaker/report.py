@@ -51,12 +51,16 @@ def variants_table(records: list[dict]) -> str:
         "large_margin": "the first, trained on with longer crops and a larger margin",
     }
     keys = ("wide", "narrow", "top1")
-    found = {record["run"].rpartition("-")[0]: record["results"] for record in records}
-    rows = [[names[n], *(found[n][key] for key in keys)] for n in names if n in found]
+    rows = [
+        [name, *(record["results"][key] for key in keys)]
+        for run, name in names.items()
+        for record in records
+        if record["run"].rpartition("-")[0] == run
+    ]
     words = (
         "The recipe libri251 on 102 people: as it is, with `--augment 'bandwidth;channel;specaugment'`, which"
-        " narrows half of the crops as a telephone does, and followed by the command of docs/speaker.md for a"
-        " large margin. Pieces of 3 s of the 149 others, and test segments of those trained on:"
+        " narrows half of the crops as a telephone does, and trained on for a large margin as in"
+        " docs/speaker.md. Pieces of 3 s of the 149 others, and test segments of those trained on:"
     )
     head = ["libri251", "others, EER %", "at 8 kHz against 16, EER %", "known, top-1 %"]
     line = origin("python -m benchmarks.speaker.variants", records)

@@ -10,15 +10,13 @@ import argparse
 from datetime import date
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.common import machine
 from benchmarks.recorded import RESULTS, ROOT, Results, changed_recipe, digest_of, train
 from benchmarks.speaker.audio import verification
 from benchmarks.speaker.open_set import CONFIGS, SEED, prepared_part
+from benchmarks.speaker.protocols import named_rightly
 from benchmarks.speaker.report import variants_table
 from ext_common.manifest import versions
-from fairseq_ext.speaker.corpus import Corpus
 from fairseq_ext.speaker.inference import SpeakerModel
 
 RECORDED = Results(RESULTS / "speaker_variants.jsonl")
@@ -46,12 +44,10 @@ def measured(name: str, recipe: dict, digest: str, work: Path) -> dict:
     data, others = prepared_part(work)
     folder = work / name
     seconds = train(recipe, data, digest, folder, CONFIGS / "model")
-    model = SpeakerModel.from_checkpoint(folder / "checkpoints" / "checkpoint_best.pt")
-    corpus = Corpus.open(data)
-    rows = corpus.rows("test")
-    found = model.scores([corpus.read(row) for row in rows]).argmax(1)
-    right = np.array(model.speakers)[found] == np.array(corpus.speakers)[corpus.labels[rows]]
-    return {**verification(model, others), "top1": f"{100 * right.mean():.1f}", **seconds}
+    checkpoint = folder / "checkpoints" / "checkpoint_best.pt"
+    right, _ = named_rightly(checkpoint, data)
+    errors = verification(SpeakerModel.from_checkpoint(checkpoint), others)
+    return {**errors, "top1": f"{100 * right.mean():.1f}", **seconds}
 
 
 def main() -> None:

@@ -26,6 +26,13 @@ def likeliest_scale(losses: np.ndarray) -> float:
     return float(SCALES[best] * 2.0 ** (STEP * shift))
 
 
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """float64 (N, C): of each row the shares of e^logit."""
+    weights: np.ndarray = np.exp(logits - logits.max(1, keepdims=True))
+    weights /= weights.sum(1, keepdims=True)
+    return weights
+
+
 def in_top(ranked: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
     """bool (N,): is the label among the first `k` of `ranked` (N, K), class numbers, best first."""
     ranked, labels = np.asarray(ranked), np.asarray(labels)

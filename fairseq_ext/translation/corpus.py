@@ -15,8 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ext_common.cli import UserError
 from ext_common.folders import partial_folder
 from ext_common.manifest import atomic_json, sha256_file
@@ -135,15 +133,6 @@ class Corpus:
         self._check_language(lang)
         source, target = self.languages
         return self.path / f"{split}.{source}-{target}.{lang}"
-
-    def pieces(self, split: str, lang: str) -> int:
-        """Pieces of a split in a language, `</s>` of each line included."""
-        path = self.binarised(split, lang)
-        # fairseq's index: 18 bytes of format, 8 of their number, the lengths of the lines
-        lengths = np.fromfile(
-            path.with_name(f"{path.name}.idx"), np.int32, self.splits[split], offset=26
-        )
-        return int(lengths.sum())
 
     @cached_property
     def _codecs(self) -> dict[str, Codec]:

@@ -23,6 +23,7 @@ from ext_common.folders import partial_folder
 from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.prepare import build as prepare_build
 from fairseq_ext.translation.prepare.__main__ import PrepareOptions, main, prepare
+from fairseq_ext.translation.prepare.binarise import sentence_lengths
 from fairseq_ext.translation.prepare.hashes import key_hash
 from fairseq_ext.translation.prepare.splits import split_sha256
 from fairseq_ext.translation.text.normalise import match_key, normalise, opencc, read_pairs
@@ -226,7 +227,8 @@ def test_tokens_in_the_report_are_those_in_the_files(small):
         for lang in ("en", "zh"):
             sentences = ids(small[1], name, lang)
             assert split["tokens"][lang] == sum(map(len, sentences))
-            assert split["tokens"][lang] == Corpus.open(small[1]).pieces(name, lang)
+            lengths = sentence_lengths(Corpus.open(small[1]).binarised(name, lang))
+            assert split["tokens"][lang] == lengths.sum()
             assert split["pairs"] == len(sentences)
             assert split["unknown"][lang] == 0
 

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from fairseq_ext.speaker.metrics import softmax
+
 
 def conformal_threshold(maxima: np.ndarray, rate: float) -> float:
     """The threshold that a new stranger reaches with a probability of at most `rate`.
@@ -43,11 +45,7 @@ def posteriors(llr: np.ndarray, prior_known: float) -> np.ndarray:
     llr = np.asarray(llr, dtype=np.float64)
     known = llr + np.log(prior_known / llr.shape[1])
     nobody = np.full((len(llr), 1), np.log1p(-prior_known))
-    logits = np.concatenate([known, nobody], axis=1)
-    logits -= logits.max(1, keepdims=True)
-    weights = np.exp(logits)
-    shares: np.ndarray = weights / weights.sum(1, keepdims=True)
-    return shares
+    return softmax(np.concatenate([known, nobody], axis=1))
 
 
 def open_set_rates(

@@ -31,6 +31,7 @@ from fairseq_ext.speaker.features import (
     listen,
     samples_features,
 )
+from fairseq_ext.speaker.metrics import softmax
 
 # Padded frames in one batch, as the task's max_valid_frames.
 MAX_FRAMES = 4000
@@ -184,9 +185,7 @@ class SpeakerModel:
         """
         if self.scale is None:
             return None
-        scaled = self.scale * np.asarray(scores, dtype=np.float64)
-        shares: np.ndarray = np.exp(scaled - scaled.max(1, keepdims=True))
-        return shares / shares.sum(1, keepdims=True)
+        return softmax(self.scale * np.asarray(scores, dtype=np.float64))
 
     def predict(
         self,
