@@ -24,9 +24,26 @@ from pathlib import Path
 # what is imported before forking; a command that may not see fairseq loaded gets the first
 _READY = {
     "python": ("numpy", "torch"),
-    "fairseq": ("numpy", "torch", "sacrebleu", "fairseq_cli.train", "fairseq_cli.hydra_train"),
+    # torch imports _dynamo with the first optimizer, which takes longer than a tiny training
+    "fairseq": (
+        "numpy",
+        "torch",
+        "torch._dynamo",
+        "sacrebleu",
+        "fairseq_cli.train",
+        "fairseq_cli.hydra_train",
+    ),
 }
-_TRAINS = ("diffusion_ext.train",)
+# these load fairseq anyway
+_LOADS_FAIRSEQ = (
+    "diffusion_ext.train",
+    "diffusion_ext.distill",
+    "fairseq_ext.average",
+    "fairseq_ext.translation.prepare",
+    "fairseq_ext.translation.translate",
+    "fairseq_ext.backtranslation.generate",
+    "fairseq_ext.backtranslation.assemble",
+)
 _BENCHMARKS = ("benchmarks.backtranslation", "benchmarks.translation")
 _ROOT = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 _servers: dict[str, subprocess.Popen] = {}
@@ -110,7 +127,7 @@ def _kind(words: list[str]) -> str | None:
     if _starts_others(words):
         return "fairseq"
     if words[:2] == [sys.executable, "-m"] and not words[2].startswith("pytest"):
-        return "fairseq" if words[2] in _TRAINS else "python"
+        return "fairseq" if words[2] in _LOADS_FAIRSEQ else "python"
     return None
 
 
