@@ -59,13 +59,18 @@ def _validate(path: str, state: dict[str, Any], data: str) -> Measure:
     cfg.dataset.max_tokens = cfg.dataset.max_tokens_valid or cfg.dataset.max_tokens
     cfg.dataset.batch_size = cfg.dataset.batch_size_valid or cfg.dataset.batch_size
     overrides = Namespace(data=data, model_overrides="{}")
+    name = state["cfg"]["checkpoint"]["best_checkpoint_metric"]
+    more_is_better = bool(state["cfg"]["checkpoint"]["maximize_best_checkpoint_metric"])
+    task = state["cfg"]["task"]
+    if task.get("no_valid_text") and task["select_by"] != "loss":
+        # what training saves the time for, once is cheap: the loss takes the best one far too early
+        overrides.no_valid_text = False
+        name, more_is_better = task["select_by"], True
     with metrics.aggregate(new_root=True) as found:
         validate.main(cfg, overrides)
-    checkpoint = state["cfg"]["checkpoint"]
-    name = checkpoint["best_checkpoint_metric"]
     values = found.get_smoothed_values()
     if name not in values:
         raise UserError(
             f"validation of {path} does not measure {name}, by which its training chose the best"
         )
-    return Measure(name, float(values[name]), bool(checkpoint["maximize_best_checkpoint_metric"]))
+    return Measure(name, float(values[name]), more_is_better)

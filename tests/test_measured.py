@@ -58,6 +58,17 @@ def test_the_better_one_is_written(folder):
     said = run_command([*words, "--best-of"], folder)
     assert f"use {folder / 'out.pt'}" in said
 
+    # Of a training that translated nothing in validation, whose best has the lowest loss, BLEU decides too.
+    for name in ("checkpoint1.pt", "checkpoint_best.pt"):
+        state = read(folder / name)
+        state["cfg"]["task"]["no_valid_text"] = True
+        state["cfg"]["checkpoint"]["best_checkpoint_metric"] = "loss"
+        state["cfg"]["checkpoint"]["maximize_best_checkpoint_metric"] = False
+        torch.save(state, folder / name)
+    words[3] = folder / "checkpoint1.pt"
+    said = run_command([*words, "--validate"], folder)
+    assert "the average has bleu" in said and f"use {folder / 'checkpoint_best.pt'}" in said
+
 
 def test_what_cannot_be_measured_is_said(tmp_path):
     with pytest.raises(UserError, match="nowhere is not there: give --data"):

@@ -25,7 +25,8 @@ class TranslationSpmConfig(PresetOptions, TranslationConfig):
     no_valid_text: bool = field(
         default=False,
         metadata={
-            "help": "translate nothing in validation: measure the loss only, and select by it"
+            "help": "translate nothing in validation: measure the loss only, and select by it, which on "
+            "little data takes a checkpoint far too early: BLEU still rises where the loss does"
         },
     )
     valid_beam: int = field(
