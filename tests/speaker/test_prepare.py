@@ -91,7 +91,13 @@ def test_a_folder_becomes_a_corpus(tmp_path, source, capsys):
     assert "0.30 s" in out and "0.34 s" in out and "0.38 s" in out
 
 
-def test_the_number_of_workers_does_not_show(tmp_path, source):
+@pytest.fixture
+def small_batches(monkeypatch):
+    """So that a few files are several batches, for which workers are started."""
+    monkeypatch.setattr("fairseq_ext.speaker.prepare.extract.CALL_BYTES", 1)
+
+
+def test_the_number_of_workers_does_not_show(tmp_path, source, small_batches):
     (source / "s1" / "odd.wav").write_text("no audio")
     prepare(source, tmp_path / "one", one(max_bad=0.1))
     prepare(source, tmp_path / "three", one(max_bad=0.1, workers=3))
@@ -660,7 +666,7 @@ def test_the_place_of_the_recordings_does_not_show(tmp_path, source):
     assert products(tmp_path / "a") == products(tmp_path / "b")
 
 
-def test_a_worker_that_dies_is_named(tmp_path, source, monkeypatch):
+def test_a_worker_that_dies_is_named(tmp_path, source, monkeypatch, small_batches):
     monkeypatch.setattr("fairseq_ext.speaker.prepare.extract.start_worker", partial(os._exit, 3))
     with pytest.raises(UserError, match=r"worker process died.*s0/0\.wav"):
         prepare(source, tmp_path / "data", one(workers=2))

@@ -37,10 +37,13 @@ def extract_all(tasks, spec, min_seconds, from_audio, workers):
     """Yield the outcomes of each task in order; a task is [(number, Record), ...] of one file.
 
     min_seconds: shorter records are bad; from_audio: whether files hold audio or ready features.
-    The results do not depend on `workers`; what waits to be fetched is bounded.
+    The results do not depend on `workers`; what waits to be fetched is bounded. What one worker would do is
+    done here, as starting it takes seconds.
     """
     work = (spec, min_seconds, from_audio)
-    if workers <= 1:
+    batches = batched(tasks)
+    first = next(batches, [])
+    if workers <= 1 or len(first) == len(tasks):
         # the split of a sum over threads would show in the last bits
         with limited(1):
             for task in tasks:
@@ -49,7 +52,7 @@ def extract_all(tasks, spec, min_seconds, from_audio, workers):
     yield from chain.from_iterable(
         in_order(
             partial(extract_batch, work=work),
-            batched(tasks),
+            chain([first], batches),
             workers,
             # fork would copy locks held by threads of whatever the caller has imported
             method="forkserver",
