@@ -20,6 +20,8 @@ if [ "${1:-}" = fast ]; then
 fi
 
 bash scripts/setup.sh test || exit 1
+# Hundreds of processes would each compile the packages and the tests anew.
+unset PYTHONDONTWRITEBYTECODE
 python=.venv/bin/python
 failed=()
 
@@ -28,9 +30,12 @@ $python -m ruff format --check . || failed+=("ruff format (mend with: $python -m
 types=$(mktemp)
 $python -m mypy >"$types" 2>&1 &
 trap 'rm -f "$types"; kill $! 2>/dev/null' EXIT
-# A process for each core, and a thread for each of these; who has nothing left takes half of another's.
+# A process more than cores, as a sixth of the time is waited, and a thread for each; who has nothing left
+# takes half of another's.
+processes=$(($(nproc) + 1))
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} \
-    $python -m pytest -q --durations=5 -n auto --maxprocesses 8 --dist worksteal -m "$which" "$@"
+    $python -m pytest -q --durations=5 -n $((processes < 8 ? processes : 8)) --dist worksteal \
+    -m "$which" "$@"
 code=$?
 case $code in
 0) ;;
