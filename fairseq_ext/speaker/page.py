@@ -2,6 +2,7 @@
 
 import zipfile
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Optional
 
@@ -12,7 +13,8 @@ from PIL import Image
 from scipy.special import expit
 
 from ext_common.cli import UserError
-from ext_common.manifest import known_sha256
+from ext_common.manifest import atomic_write, known_sha256
+from ext_common.packed import Pack, is_pack
 from ext_common.page import (
     Loaded,
     Model,
@@ -50,12 +52,28 @@ COLOUR, GROUND = (232, 110, 0), (236, 236, 236)
 @reader_of(GALLERY)
 def gallery_at(path: Path) -> Optional[Model]:
     """A gallery of people; other files of the ending are nobody's business here."""
+    return Model(KIND, path) if is_gallery(path) else None
+
+
+def is_gallery(file: Path | BytesIO) -> bool:
     try:
-        with zipfile.ZipFile(path) as file:
-            known = "gallery.npy" in file.namelist()
+        with zipfile.ZipFile(file) as archive:
+            return "gallery.npy" in archive.namelist()
     except (OSError, zipfile.BadZipFile):
-        return None
-    return Model(KIND, path) if known else None
+        return False
+
+
+def people_beside(model: Path) -> str:
+    """The gallery of a model that none is given for: beside it, with the people of the pack that it is."""
+    path = model.parent / PEOPLE
+    pack = Pack(model) if is_pack(model) and not path.exists() else None
+    for name in pack.files if pack else ():
+        if name.endswith(GALLERY) and is_gallery(BytesIO(content := pack.read(name))):
+            with atomic_write(path, "wb") as file:
+                file.write(content)
+            print(f"{path} has the people of {model}, as {name} in it")
+            break
+    return str(path)
 
 
 @reader_of(ENDING)
@@ -76,7 +94,7 @@ def tab(models: list[Model], settings: Settings) -> None:
         return
     if settings.gallery:
         galleries = [settings.gallery]
-    galleries = galleries or [str(models[0].path.parent / PEOPLE)]
+    galleries = galleries or [people_beside(models[0].path)]
     load = Loaded(
         partial(SpeakerModel.from_checkpoint, device=settings.device, user_dir=settings.user_dir)
     )

@@ -38,7 +38,15 @@ from fairseq_ext.speaker.export.exported import KEY, Description
 from fairseq_ext.speaker.features import FeatureSpec
 from fairseq_ext.speaker.gallery.store import Gallery
 from fairseq_ext.speaker.inference import Identification, Match
-from fairseq_ext.speaker.page import BAND, COLOUR, backend_of, in_gallery, shown, verdict
+from fairseq_ext.speaker.page import (
+    BAND,
+    COLOUR,
+    backend_of,
+    in_gallery,
+    people_beside,
+    shown,
+    verdict,
+)
 from fairseq_ext.speaker.verify.backend import Backend, Side
 from fairseq_ext.speaker.verify.calibration import Calibration
 from fairseq_ext.translation import Translator
@@ -365,6 +373,22 @@ def test_finds_galleries_exports_logs_and_cards(paths, tmp_path):
     assert plain("![](http://a) *b*") == r"\!\[\]\(http\://a\) \*b\*"
     with pytest.raises(UserError, match="nothing that a tab can use"):
         find([tmp_path / "other.npz"])
+
+
+def test_the_people_of_a_pack_are_kept_beside_it(paths, tmp_path, capsys):
+    gallery, packed_one = tmp_path / "g.npz", tmp_path / "out" / "voices.zip"
+    packed_one.parent.mkdir()
+    Gallery("m", calibrated()).save(gallery)
+    np.savez(tmp_path / "other.npz", x=1)
+    files = {name: tmp_path / name for name in ("other.npz", "g.npz")}
+    packed.write(packed_one, {}, read_state(paths["speaker"]), files)
+    people = Path(people_beside(packed_one))
+    assert people.parent == packed_one.parent and people.read_bytes() == gallery.read_bytes()
+    assert f"{people} has the people of {packed_one}" in capsys.readouterr().out
+    people.write_bytes(b"somebody more")
+    assert people_beside(packed_one) == str(people)
+    assert people.read_bytes() == b"somebody more", "people enrolled on the page stay"
+    assert not Path(people_beside(Path(paths["speaker"]))).exists()
 
 
 def exported(description):
