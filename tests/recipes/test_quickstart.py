@@ -334,7 +334,7 @@ def test_speaker_quickstart(tmp_path):
     assert again.stdout.partition("== result")[2] == done.stdout.partition("== result")[2]
 
     # More updates from another working folder, stopped on the way; the same once more.
-    args = [sys.executable, SCRIPTS / "quickstart" / "speaker.py", "--out", out, "--updates", "80"]
+    args = [sys.executable, SCRIPTS / "quickstart" / "speaker.py", "--out", out, "--updates", "40"]
     stopped = subprocess.Popen(
         args,
         stderr=subprocess.PIPE,
@@ -349,7 +349,7 @@ def test_speaker_quickstart(tmp_path):
     stopped.send_signal(signal.SIGINT)
     assert stopped.communicate(timeout=100)[1] == "stopped: the same command continues\n"
     assert stopped.returncode == 130
-    last = quickstart(out, "--updates", 80)
+    last = quickstart(out, "--updates", 40)
     assert last.returncode == 0, last.stdout + last.stderr
     loaded = re.findall(r"Loaded checkpoint .* @ (\d+) updates", log.read_text())
     assert loaded[0] == "4" and int(loaded[-1]) >= 25
@@ -437,7 +437,7 @@ def test_translation_quickstart_on_own_files_typed_to(tmp_path):
     script = SCRIPTS / "quickstart" / "translation.py"
     args = ["--data", "my.de", "my.en", "--source-lang", "de", "--target-lang", "en"]
     reader, typed = pty.openpty()
-    command = [sys.executable, script, *args, "--mono", "more.en", "--updates", "160"]
+    command = [sys.executable, script, *args, "--mono", "more.en", "--updates", "110"]
     errors = tmp_path / "stderr"
     streams = [os.ttyname(typed), os.ttyname(typed), str(errors)]
     pool = ThreadPoolExecutor(1)
@@ -458,7 +458,7 @@ def test_translation_quickstart_on_own_files_typed_to(tmp_path):
     scores = json.loads((out / "scores.json").read_text())
     assert scores["tokenizer"] == "13a"
     # The second model: both scores beside each other, from the files that the steps wrote.
-    place = out / "backtranslation" / "160"
+    place = out / "backtranslation" / "110"
     second = json.loads((place / "scores.json").read_text())
     report = json.loads((place / "data" / "manifest.json").read_text())["report"]
     assert report["languages"] == ["de", "en"] and report["effective"]["synthetic"] > 0
@@ -473,10 +473,10 @@ def test_translation_quickstart_on_own_files_typed_to(tmp_path):
 
     # Nothing is done again; without --mono there is no back-translation.
     before = times(out)
-    again = python(script, *args, "--mono", "more.en", "--updates", 160, cwd=tmp_path)
+    again = python(script, *args, "--mono", "more.en", "--updates", 110, cwd=tmp_path)
     # prepare finds out itself whether files of others have changed
     assert again.returncode == 0 and len(commands(again)) == 1 and times(out) == before
-    again = python(script, *args, "--updates", 160, cwd=tmp_path)
+    again = python(script, *args, "--updates", 110, cwd=tmp_path)
     assert again.returncode == 0 and "== with back-translation" not in again.stdout
 
 
