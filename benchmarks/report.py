@@ -67,7 +67,8 @@ def pages() -> dict[str, str]:
             recorded("backtranslation_tables"), recorded("backtranslation_tests")
         ),
         "diffusion": diffusion.tables(recorded("diffusion_tables"))
-        | diffusion.objective_sections(recorded("diffusion_objectives")),
+        | diffusion.objective_sections(recorded("diffusion_objectives"))
+        | {"emoji_hour": diffusion.emoji_section(recorded("diffusion_emoji"))},
     }
     found = {
         f"docs/results/{job}.md": filled(ROOT / "benchmarks" / job / "page.md", made, MADE_BY)

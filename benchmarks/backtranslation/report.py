@@ -5,8 +5,18 @@ from benchmarks.translation.report import main_table
 from benchmarks.translation.significance import Pairs, significance_table
 
 COMMAND = "python -m benchmarks.backtranslation.tables"
-BITEXT, EARLY = "bitext", "_early"
-GROUPS = {"same updates": "modes toggles", "two thirds of them": "early"}
+BITEXT, EARLY, OURS = "bitext", "_early", "_ours"
+GROUPS = {
+    "same updates": "modes toggles",
+    "two thirds of them": "early",
+    "our Transformer": "ours rounds",
+}
+REVERSE = {
+    "reverse": "zh → en",
+    "reverse_ours": "zh → en, our Transformer",
+    "reverse2_ours": "the same on the second round's mixture",
+}
+HEADS = {"": "same updates", EARLY: "two thirds of them", OURS: "our Transformer"}
 
 
 def report(records: list[dict], tests: list[dict]) -> str:
@@ -23,20 +33,21 @@ def tables(records: list[dict], tests: list[dict]) -> dict[str, str]:
         made = [main_table(head, titled), significance_table(tests, head)]
         made += [origin(f"{COMMAND} {GROUPS[head]}", runs)]
         found[head] = "\n\n".join(part for part in made if part)
-    reverse = by_name(records).get("reverse")
+    named = by_name(records)
+    reverse = {title: named[name] for name, title in REVERSE.items() if name in named}
     if reverse:
-        table = main_table("reverse model", {"zh → en": reverse})
-        found["reverse"] = f"{table}\n\n{origin(COMMAND, reverse)}"
+        runs = [run for some in reverse.values() for run in some]
+        found["reverse"] = f"{main_table('reverse model', reverse)}\n\n{origin(COMMAND, runs)}"
     return found
 
 
 def systems_of(records: list[dict]) -> dict[str, dict[str, list[dict]]]:
     """Head of a table → name → runs of all seeds."""
-    systems = by_name(records)
-    systems.pop("reverse", None)
-    early = {name: systems.pop(name) for name in list(systems) if name.endswith(EARLY)}
-    found = {"same updates": systems, "two thirds of them": early}
-    return {head: some for head, some in found.items() if some}
+    found: dict[str, dict[str, list[dict]]] = {}
+    for name, runs in by_name(records).items():
+        if name not in REVERSE:
+            found.setdefault(HEADS[parts_of(name)[2]], {})[name] = runs
+    return found
 
 
 def compared(records: list[dict]) -> dict[str, Pairs]:
@@ -48,12 +59,16 @@ def differences(systems: dict[str, list[dict]]) -> Pairs:
     """What is compared: each mixture with the bitext alone, each toggle with what it toggles."""
     pairs = {}
     for name, runs in systems.items():
-        mode, _, toggle = name.partition("_")
-        bases = [base for base in systems if base.partition("_")[0] == BITEXT and name != base]
-        if toggle and not name.endswith(EARLY):
-            bases.append(mode)
+        mode, toggle, suffix = parts_of(name)
+        if name == BITEXT + suffix:
+            continue
+        bases = [BITEXT + suffix]
+        if toggle and mode != BITEXT:
+            # of what is toggled twice the last is tested
+            fewer = toggle.rpartition(", ")[0]
+            bases.append(f"{mode}_{fewer}{suffix}" if fewer else mode + suffix)
         for base in bases:
-            if base in systems:
+            if base in systems and len(systems[base]) == len(runs):
                 pairs[f"{title_of(name)} − {title_of(base)}"] = (runs, systems[base])
     return pairs
 
@@ -66,11 +81,17 @@ def by_name(records: list[dict]) -> dict[str, list[dict]]:
     return dict(sorted(found.items(), key=lambda item: (not item[0].startswith(BITEXT), item[0])))
 
 
+def parts_of(name: str) -> tuple[str, str, str]:
+    """(mode, what of it is toggled, suffix of the table that it belongs to)."""
+    suffix = next((one for one in HEADS if one and name.endswith(one)), "")
+    mode, _, toggle = name.removesuffix(suffix).partition("_")
+    return mode, toggle, suffix
+
+
 def title_of(name: str) -> str:
-    mode, _, toggle = name.removesuffix(EARLY).partition("_")
-    if mode == BITEXT:
-        return "bitext only"
-    return f"+ {mode}{', ' + toggle if toggle else ''}"
+    mode, toggle, _ = parts_of(name)
+    title = "bitext only" if mode == BITEXT else f"+ {mode}"
+    return f"{title}, {toggle}" if toggle else title
 
 
 def speed_tables(records: list[dict]) -> dict[str, str]:

@@ -187,3 +187,27 @@ def spread(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.3g}"
     return f"{mean(values):.3g} ± {stdev(values):.2g}"
+
+
+def emoji_section(records: list[dict]) -> str:
+    """What `benchmarks.diffusion.emoji` measured; empty where it was not run yet."""
+    if not records:
+        return ""
+    record = records[-1]
+    heads = ["500 emoji", "Fréchet distance", "× floor", "precision", "recall"]
+    heads += ["nearest training image / of held-out", "copies", "taken for their class"]
+    rows = [
+        [
+            name,
+            f"{cell['frechet']:.3g}",
+            f"{cell['ratio']:.2f}",
+            f"{cell['precision']:.2f}",
+            f"{cell['recall']:.2f}",
+            f"{cell['nearest']:.2f}",
+            f"{cell['copies']}",
+            f"{100 * cell['right']:.0f} %" if "right" in cell else "",
+        ]
+        for name, cell in record["cells"].items()
+    ]
+    rows.append(["real ones held out", *[""] * 6, f"{100 * record['real']:.0f} %"])
+    return f"{markdown(heads, rows)}\n\n{origin('python -m benchmarks.diffusion.emoji', records)}"

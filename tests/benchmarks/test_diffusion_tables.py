@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import recorded
-from benchmarks.diffusion import report, tables
+from benchmarks.diffusion import emoji, report, tables
 from benchmarks.recorded import changed_recipe, digest_of
 
 RECORDED = {record["run"]: record for record in tables.RECORDED.all()}
@@ -89,3 +89,36 @@ def test_the_table_of_samplers_has_sets_of_a_cell_in_one():
         "1.5 ± 0.71 (0.50, 0.25)",
     ]
     assert lines[0].endswith("| 5 steps | 10 steps |")
+
+
+LISTED = """\
+# group: Smileys & Emotion
+# subgroup: face-smiling
+1F600 ; fully-qualified # grinning face
+# subgroup: heart
+2764 FE0F ; fully-qualified # red heart
+# group: People & Body
+# subgroup: person-sport
+1F3C3 ; fully-qualified # person running
+# group: Component
+# subgroup: skin-tone
+1F3FB ; component # light skin tone
+"""
+
+
+def test_emoji_are_in_the_groups_of_unicode(tmp_path, monkeypatch, capsys):
+    """One that is younger than the list is what it begins with; what belongs to none is counted."""
+    names = ["1f600", "2764-fe0f", "1f3c3-200d-27a1-fe0f", "1f3fb", "1fae8"]
+    (tmp_path / "emoji64").mkdir()
+    for name in names:
+        (tmp_path / "emoji64" / f"{name}.png").write_bytes(b"")
+    (tmp_path / "list").write_text(LISTED)
+    monkeypatch.setattr(emoji, "LISTED", tmp_path / "list")
+    monkeypatch.setattr(emoji, "data_file", tmp_path.joinpath)
+    found = emoji.class_folders(tmp_path)
+    assert {(p.parent.name, p.stem) for p in found.rglob("*.png")} == {
+        ("faces", "1f600"),
+        ("symbols", "2764-fe0f"),
+        ("people", "1f3c3-200d-27a1-fe0f"),
+    }
+    assert capsys.readouterr().out.startswith("2 of no class")
