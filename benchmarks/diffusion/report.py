@@ -29,6 +29,7 @@ def tables(records: list[dict]) -> dict[str, str]:
         "ablation": (ablation_table(ablation), ablation),
         "emoji": (emoji_table(emoji), emoji),
         "samplers": (sampler_table([r for rs in samplers.values() for r in rs]), samplers),
+        "nearest": (nearest_table(runs), {"nearest": runs.get("nearest", [])}),
     }
     return {
         group: f"{table}\n\n{origin(f'{COMMAND} {group}', [r for rs in some.values() for r in rs])}"
@@ -75,6 +76,22 @@ def digits_table(runs: dict) -> str:
         rows.append([title, *cells(records), *more([r["evaluation"] for r in records])])
     heads = ["digits, 898 images", *COLUMNS, "nearest training image / of held-out", "classes"]
     return markdown(heads, rows)
+
+
+def nearest_table(runs: dict) -> str:
+    """Samples of the recipe beside held-out digits, and beside these without their own hand."""
+    if not runs.get("nearest"):
+        return ""
+    samples = [r["evaluation"]["memorisation"]["pixels"]["median"] for r in runs["digits"]]
+    rows = [
+        [
+            f"without images less than {least} away" if least != "0" else "of all training images",
+            f"{distance:.2f}",
+            spread([one / distance for one in samples]),
+        ]
+        for least, distance in runs["nearest"][0]["held_out"].items()
+    ]
+    return markdown(["nearest to a held-out digit", "median distance", "samples / this"], rows)
 
 
 def sampler_table(records: list[dict]) -> str:

@@ -7,6 +7,7 @@ benchmarks/results/grids. A run that has its line is not done again. `--jobs 2` 
     digits     configs/diffusion/digits.yaml, 3 seeds, with and without guidance; controls that must score
                clearly worse
     unlabelled the same without classes
+    nearest    how far held-out digits are from training ones, and from those of other hands
     samplers   samplers × steps on the first of them, sets of 500 images
     ablation   digits: 3 schedules × eps and v × no, leaky and non-leaky augmentation, 2 seeds; and sigmoid
                with v where 15 % of the images are changed, non-leaky
@@ -66,6 +67,8 @@ SAMPLERS = {
     "dpmpp_2m": (5, 10, 20, 50),
 }
 SPACINGS = {"dpmpp_2m": ("trailing", "logsnr")}
+# Images in the order of the data that are left out around a held-out one; some 140 are of one hand.
+GAPS, HAND = (70, 140, 280), 140
 # of images; 3 of all others
 SETS = {("ddpm:variance=small", 1000): 2, ("ddpm:variance=large", 1000): 1}
 
@@ -221,6 +224,35 @@ def controls(work: Path) -> None:
         print(f"{title}: {found['metrics']['frechet']['ratio']:.2f} × floor", flush=True)
 
 
+def nearest(work: Path) -> None:
+    """Distances of held-out digits to the nearest training one that is not near in the order of the data.
+
+    sklearn's digits stand in the order in which they were written, some 140 by each hand (13 writers in all).
+    """
+    from diffusion_ext.evaluate.neighbours import nearest_neighbours
+    from diffusion_ext.store import Images
+
+    store = Images.open(work / DIGITS.name)
+    train, held_out = (store.rows(split, 0.05, 1000) for split in ("train", "valid"))
+    flat = store.pixels.reshape(len(store), -1) / 255
+    gaps = np.abs(held_out[:, None] - train[None])
+    usual = nearest_neighbours(flat[held_out], flat[train])
+    found = {"0": float(np.median(usual.distances))}
+    for least in GAPS:
+        own = [
+            nearest_neighbours(flat[[row]], flat[train[gap >= least]]).distances[0]
+            for row, gap in zip(held_out, gaps, strict=True)
+        ]
+        found[str(least)] = float(np.median(own))
+    same = gaps < HAND
+    alike = store.labels[held_out][:, None] == store.labels[train][None]
+    record = {"run": "nearest", **today(), "held_out": found}
+    record["same_hand"] = float(same[np.arange(len(held_out)), usual.indices].mean())
+    record["by_chance"] = float(np.mean([s[a].mean() for s, a in zip(same, alike, strict=True)]))
+    RECORDED.put(record)
+    print(f"nearest: {found}", flush=True)
+
+
 def sampler_cells() -> list[tuple]:
     """(sampler, spacing, steps, number of the set of images), in the order they are worth having."""
     cells = [
@@ -289,8 +321,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--report", action="store_true", help="print the tables of what is done")
     args = parser.parse_args()
-    wanted = args.groups or [*GROUPS, "samplers"]
-    unknown = set(wanted) - {*GROUPS, "samplers"}
+    wanted = args.groups or [*GROUPS, "nearest", "samplers"]
+    unknown = set(wanted) - {*GROUPS, "nearest", "samplers"}
     if unknown:
         parser.error(f"unknown group {', '.join(sorted(unknown))}")
     if not args.report:
@@ -300,6 +332,9 @@ def main() -> None:
             prepare(EMOJI if group == "emoji" else DIGITS, args.work)
             if group == "digits":
                 controls(args.work)
+            if group == "nearest":
+                nearest(args.work)
+                continue
             with ThreadPoolExecutor(args.jobs) as pool:
                 done = [pool.submit(*job, work=args.work) for job in jobs_of(group)]
             for future in done:
