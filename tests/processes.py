@@ -34,10 +34,10 @@ _READY = {
         "fairseq_cli.hydra_train",
     ),
 }
+_TRAINS = ("diffusion_ext.train", "diffusion_ext.distill")
 # these load fairseq anyway
 _LOADS_FAIRSEQ = (
-    "diffusion_ext.train",
-    "diffusion_ext.distill",
+    *_TRAINS,
     "fairseq_ext.average",
     "fairseq_ext.translation.prepare",
     "fairseq_ext.translation.translate",
@@ -200,6 +200,10 @@ def become(installed: list[str], words, cwd, env, streams, timeout) -> None:
         libraries = {name: sys.modules.pop(name) for name in hidden}
         log = (logging.root.level, logging.root.handlers[:])
         subprocess.Popen = functools.partial(Fork, installed, libraries, log)
+    elif words[1:2] == ["-m"] and words[2] not in _TRAINS:
+        # fairseq's training writes its log to standard output from the moment it is imported
+        logging.root.handlers.clear()
+        logging.root.setLevel(logging.WARNING)
     run_as_main(installed, words, cwd, env, opened)
 
 

@@ -66,8 +66,10 @@ def is_gallery(file: Path | BytesIO) -> bool:
 def people_beside(model: Path) -> str:
     """The gallery of a model that none is given for: beside it, with the people of the pack that it is."""
     path = model.parent / PEOPLE
-    pack = Pack(model) if is_pack(model) and not path.exists() else None
-    for name in pack.files if pack else ():
+    if path.exists() or not is_pack(model):
+        return str(path)
+    pack = Pack(model)
+    for name in pack.files:
         if name.endswith(GALLERY) and is_gallery(BytesIO(content := pack.read(name))):
             with atomic_write(path, "wb") as file:
                 file.write(content)
