@@ -68,8 +68,9 @@ def differences(systems: dict[str, list[dict]]) -> Pairs:
             fewer = toggle.rpartition(", ")[0]
             bases.append(f"{mode}_{fewer}{suffix}" if fewer else mode + suffix)
         for base in bases:
-            if base in systems and len(systems[base]) == len(runs):
-                pairs[f"{title_of(name)} − {title_of(base)}"] = (runs, systems[base])
+            same = [one for one in systems.get(base, []) if seed_of(one) in map(seed_of, runs)]
+            if len(same) == len(runs):
+                pairs[f"{title_of(name)} − {title_of(base)}"] = (runs, same)
     return pairs
 
 
@@ -79,6 +80,10 @@ def by_name(records: list[dict]) -> dict[str, list[dict]]:
     for run in records:
         found.setdefault(run["run"].rsplit("-", 1)[0], []).append(run)
     return dict(sorted(found.items(), key=lambda item: (not item[0].startswith(BITEXT), item[0])))
+
+
+def seed_of(run: dict) -> str:
+    return run["run"].rsplit("-", 1)[1]
 
 
 def parts_of(name: str) -> tuple[str, str, str]:
