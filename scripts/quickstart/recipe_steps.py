@@ -14,7 +14,8 @@ from ext_common.cli import UserError
 class Recipe(NamedTuple):
     """A recipe of fairseq-hydra-train.
 
-    files: what it is read from; metric: what a validation measures; ours: whether its plugin is ours.
+    files: what it is read from; metric: what a validation measures; ours: whether its plugin is ours; keys:
+    what it sets, "task.data".
     """
 
     path: Path
@@ -22,6 +23,7 @@ class Recipe(NamedTuple):
     files: tuple
     metric: str
     ours: bool
+    keys: frozenset
 
 
 def read_recipe(path, average):
@@ -56,7 +58,8 @@ def read_recipe(path, average):
             )
     ours = sections["common"].get("user_dir") == "fairseq_ext"
     metric = "ppl" if sections["task"].get("no_valid_text") else "bleu"
-    return Recipe(path, updates, (path, *files), metric, ours)
+    keys = frozenset(f"{name}.{key}" for name, section in sections.items() for key in section)
+    return Recipe(path, updates, (path, *files), metric, ours, keys)
 
 
 def train_step(steps, name, folder, data, recipe, direction, seed):
@@ -74,7 +77,10 @@ def train_step(steps, name, folder, data, recipe, direction, seed):
         values["common.user_dir"] = ROOT / "fairseq_ext"
     command = ["fairseq-hydra-train", "--config-dir", relative(recipe.path.parent)]
     command += ["--config-name", recipe.path.stem]
-    command += [override(key, value) for key, value in values.items()]
+    # hydra takes what is new only as such
+    command += [
+        override(key if key in recipe.keys else f"+{key}", value) for key, value in values.items()
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     train_shown(
         steps,

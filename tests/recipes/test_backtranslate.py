@@ -105,6 +105,8 @@ def write_recipes(folder):
         config["checkpoint"] |= {"save_interval": 1000, "no_epoch_checkpoints": True}
         config["dataset"] |= {"max_tokens": 1000, "validate_interval": 1000}
         config["task"]["no_valid_text"] = True
+        if kind == "forward":  # as those of configs/translation, which are of no direction
+            del config["task"]["source_lang"], config["task"]["target_lang"]
         config["common"]["log_interval"] = 5
         (folder / f"{kind}.yaml").write_text(yaml.safe_dump(config))
 
@@ -259,7 +261,7 @@ def names(ran):
     for parts in ran:
         name = parts[0] if parts[0] != "python" else parts[2].rpartition(".")[2]
         if name == "fairseq-hydra-train":
-            words = dict(part.split("=", 1) for part in parts if "=" in part)
+            words = dict(part.lstrip("+").split("=", 1) for part in parts if "=" in part)
             name = f"train {words['task.source_lang']}-{words['task.target_lang']}"
         found.append(name)
     return found
