@@ -54,6 +54,7 @@ class Images:
     content_hash: str
     skipped: list  # (name, reason) each
     gray: int = 0  # of the images that are kept in colour, how many have none
+    unused: int = 0  # classes that were prepared and are not asked for
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Images":
@@ -88,9 +89,14 @@ class Images:
     @property
     def remark(self) -> str:
         """What a user should know of the images, or empty."""
-        if not self.gray or self.gray < len(self):
-            return ""
-        return "all images are gray, kept in three equal channels: --channels 1 keeps and draws one"
+        said = []
+        if self.gray and self.gray == len(self):
+            said.append(
+                "all images are gray, kept in three equal channels: --channels 1 keeps and draws one"
+            )
+        if self.unused:
+            said.append(f"their {self.unused} classes are not learnt: --class-labels does")
+        return "; ".join(said)
 
     @property
     def channels(self) -> int:
@@ -157,6 +163,7 @@ def open_images(data, options) -> Images:
         images = Images.open(store)
         check_bad(recipe.source, images.skipped, len(recipe.names), options.max_bad)
     if not options.class_labels:
+        images.unused = len(images.classes)
         images.labels, images.classes = np.full_like(images.labels, -1), []
     elif not images.classes:
         raise UserError(f"{data} was prepared without classes: leave --class-labels out")
@@ -187,6 +194,7 @@ def joined(parts: list[Images]) -> Images:
         content_hash=joined_hash([part.content_hash for part in parts]),
         skipped=[pair for part in parts for pair in part.skipped],
         gray=sum(part.gray for part in parts),
+        unused=max(part.unused for part in parts),
     )
 
 

@@ -547,6 +547,9 @@ def test_several_folders_are_one(tmp_path):
         assert np.array_equal(found, [*a.pixels, *b.pixels]) and one.pixels.shape == (4, 3, 8, 8)
     assert both.classes == ["ant", "bee", "cat"] and both.labels.tolist() == [0, 1, 1, 2]
     assert both.content_hash not in (a.content_hash, b.content_hash)
+    unasked = open_images(f"{b.path}:{b.path}", ImageOptions(image_size=[8]))
+    assert "their 2 classes are not learnt: --class-labels does" in unasked.remark
+    assert unasked.classes == [] and "classes" not in both.remark
     rows = [both.rows(split, 0.25, 10).tolist() for split in ("train", "valid")]
     assert sorted(rows[0] + rows[1]) == [0, 1, 2, 3] and len(rows[1]) == 1
     with pytest.raises(UserError, match="3×8×8.*3×16×16|3×16×16.*3×8×8"):
