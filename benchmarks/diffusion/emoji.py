@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.diffusion.tables import CONFIGS, python, today
+from benchmarks.diffusion.tables import CONFIGS, HELD_OUT, python, today
 from benchmarks.recorded import (
     RESULTS,
     ROOT,
@@ -42,7 +42,6 @@ SIZE = 32
 SAMPLES, STEPS = 500, 20
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 ACROSS, DOWN = 6, 5  # of the picture
-HELD_OUT, SIZE_OF_SPLIT = 0.05, 1000  # as the task has them
 CHANGES = {
     "common.seed": 1,
     "task.objective": "flow",
@@ -124,7 +123,7 @@ def trained(work: Path) -> tuple[list[Path], list[float]]:
 
 def classifier_of(store: Images) -> tuple[Classifier, float]:
     """One of the real training images, each class as often, and its mean accuracy of classes held out."""
-    rows = [store.rows(split, HELD_OUT, SIZE_OF_SPLIT) for split in ("train", "valid")]
+    rows = [store.rows(split, *HELD_OUT) for split in ("train", "valid")]
     (pixels, labels), (unseen, theirs) = ((store.pixels[one], store.labels[one]) for one in rows)
     random = np.random.default_rng(1)
     equal = np.concatenate(
@@ -178,7 +177,7 @@ def judged(images: np.ndarray, store: Images) -> dict:
 
 def picture(store: Images, images: np.ndarray) -> None:
     """Samples, and their nearest training images in the same order."""
-    bank = store.pixels[store.rows("train", HELD_OUT, SIZE_OF_SPLIT)]
+    bank = store.pixels[store.rows("train", *HELD_OUT)]
     rows = []
     for start in range(0, ACROSS * DOWN, ACROSS):
         some = images[start : start + ACROSS]

@@ -48,6 +48,7 @@ GRIDS = RESULTS / "grids"
 CONFIGS = ROOT / "configs" / "diffusion"
 SEEDS = (1, 2, 3)
 SAMPLES = 898
+HELD_OUT = (0.05, 1000)  # share and number of images at most, as the task has them
 SAMPLER_SET = 500
 GUIDANCE = (1.25, 1.5)
 AUGMENTED = {"task.hflip": 0.5, "task.color_jitter": [0.5, 0.5, 0.5, 0.1]}
@@ -208,7 +209,7 @@ def controls(work: Path) -> None:
         print("controls: done before", flush=True)
         return
     store = Images.open(work / DIGITS.name)
-    rows = store.rows("train", 0.05, 1000)
+    rows = store.rows("train", *HELD_OUT)
     pixels, labels = store.pixels[rows], store.labels[rows]
     made = {
         "covariance Gaussian": covariance_gaussian(pixels, SAMPLES, seed=1),
@@ -233,7 +234,7 @@ def nearest(work: Path) -> None:
     from diffusion_ext.store import Images
 
     store = Images.open(work / DIGITS.name)
-    train, held_out = (store.rows(split, 0.05, 1000) for split in ("train", "valid"))
+    train, held_out = (store.rows(split, *HELD_OUT) for split in ("train", "valid"))
     flat = store.pixels.reshape(len(store), -1) / 255
     gaps = np.abs(held_out[:, None] - train[None])
     usual = nearest_neighbours(flat[held_out], flat[train])
