@@ -71,7 +71,7 @@ def write_case(folder: Path, corpus, size: Size, count: int, generated: int) -> 
     random.Random(1).shuffle(sentences)
     lines = joined(sentences, pieces_of, size.pieces, count)
     (folder / "lines").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    write_data(folder / "data", model, codec, lines[:generated])
+    write_data(folder / "data", model, codec, lines[:generated], pairs)
     parameters = {
         "fairseq": write_model(folder / "data", size),
         "marian": write_marian(folder / "marian", model, codec, size),
@@ -128,24 +128,26 @@ def _unused_piece(number: int) -> bytes:
     return bytes([0x0A, len(piece)]) + piece
 
 
-def write_data(folder: Path, model: bytes, codec, lines: Sequence[str]) -> None:
-    """A prepared bitext, whose target is its source: only the source is read."""
+def write_data(
+    folder: Path, model: bytes, codec, lines: Sequence[str], pairs: Sequence[tuple[str, str]]
+) -> None:
+    """A prepared bitext of `pairs`, whose valid and test are `lines` on both sides: only one is read."""
     import torch
     from fairseq.data import indexed_dataset
 
     (folder / "text").mkdir()
     pieces = codec.pieces(range(4, codec.size))
-    ids = [torch.IntTensor([*codec.encode(line), 2]) for line in lines]
-    for lang in LANGUAGES:
+    splits = {"train": list(zip(*pairs, strict=True)), "valid": [lines] * 2, SPLIT: [lines] * 2}
+    for side, lang in enumerate(LANGUAGES):
         (folder / f"spm.{lang}.model").write_bytes(model)
         (folder / f"dict.{lang}.txt").write_text("".join(f"{p} 1\n" for p in pieces), "utf-8")
-        for split in ("train", "valid", SPLIT):
+        for split, texts in splits.items():
             stem = folder / f"{split}.{LANGUAGES[0]}-{LANGUAGES[1]}.{lang}"
             builder = indexed_dataset.make_builder(f"{stem}.bin", "mmap", codec.size)
-            for one in ids:
-                builder.add_item(one)
+            for line in texts[side]:
+                builder.add_item(torch.IntTensor([*codec.encode(line), 2]))
             builder.finalize(f"{stem}.idx")
-            written = "".join(f"{line}\n" for line in lines)
+            written = "".join(f"{line}\n" for line in texts[side])
             (folder / "text" / f"{split}.{lang}").write_text(written, encoding="utf-8")
     digest = hashlib.sha256(model).hexdigest()
     description = {
@@ -156,7 +158,7 @@ def write_data(folder: Path, model: bytes, codec, lines: Sequence[str]) -> None:
         "joint": True,
         "extra_symbols": ["<BT>"],
         "spm": {lang: {"file": f"spm.{lang}.model", "sha256": digest} for lang in LANGUAGES},
-        "splits": dict.fromkeys(("train", "valid", SPLIT), len(lines)),
+        "splits": {split: len(texts[0]) for split, texts in splits.items()},
         "split_sha256": "",
         "opencc": None,
     }

@@ -1,4 +1,4 @@
-"""What speed must not cost: memory that grows with the corpus, and quality that int8 loses."""
+"""What speed must not cost: memory that grows with the corpus, and quality that int8 and a shortlist lose."""
 
 import json
 import shutil
@@ -12,7 +12,12 @@ from benchmarks.translation.speed import quiet_imports, read, say
 
 STUB = Path(__file__).resolve().parent / "stub_reverse"
 GENERATE, MONO, SYNTHETIC = "generate", "mono.en", "synthetic"
-QUALITY = ("fairseq float32", "ctranslate2 float32", "ctranslate2 int8")
+QUALITY = (
+    "fairseq float32",
+    "ctranslate2 float32",
+    "ctranslate2 int8",
+    "ctranslate2 int8, shortlist",
+)
 GOAL_BLEU = 0.3
 
 
@@ -66,9 +71,9 @@ def run_generate(folder: Path) -> None:
 
 def measure_quality(folder: Path, options) -> dict:
     """BLEU of the test split of --data by each back end, and the differences to fairseq's."""
+    from fairseq_ext.backtranslation.models.backends import ModelOptions, open_model
     from fairseq_ext.translation.corpus import Corpus
     from fairseq_ext.translation.decode.options import DecodeOptions
-    from fairseq_ext.translation.decode.translator import Translator
     from fairseq_ext.translation.score.scoring import ScoringOptions, score
 
     quiet_imports()
@@ -79,10 +84,11 @@ def measure_quality(folder: Path, options) -> dict:
     found = {}
     for name in QUALITY:
         say(f"quality of {name}")
-        backend, compute_type = name.split()
-        translator = Translator.from_checkpoint(
-            checkpoint, backend, compute_type=compute_type, threads=options.threads
-        )
+        backend, compute_type = name.partition(",")[0].split()
+        how = ModelOptions(backend=backend, compute_type=compute_type, device="cpu")
+        how.threads = options.threads
+        how.shortlist = options.data if "shortlist" in name else None
+        translator = open_model(str(checkpoint), how).translator
         source, target = translator.vocabulary.source_lang, translator.vocabulary.target_lang
         lines, references = (read(corpus.text("test", lang)) for lang in (source, target))
         began = time.perf_counter()

@@ -21,6 +21,7 @@ OURS = {
     "ours, huggingface float32": ("huggingface", "float32", "marian"),
     "ours, ctranslate2 float32": ("ctranslate2", "float32", "marian"),
     "ours, ctranslate2 int8": ("ctranslate2", "int8", "marian"),
+    "ours, ctranslate2 int8, shortlist": ("ctranslate2", "int8", "marian"),
 }
 SIDES = (ONE, BATCHED, PEER, *OURS)
 Side = Callable[[Sequence[str]], list[str]]
@@ -85,7 +86,11 @@ def ours(name: str, folder: Path, threads: int) -> Side:
 
     backend, compute_type, path = OURS[name]
     options = ModelOptions(
-        backend=backend, compute_type=compute_type, device="cpu", threads=threads
+        backend=backend,
+        compute_type=compute_type,
+        device="cpu",
+        threads=threads,
+        shortlist=str(folder / "data") if "shortlist" in name else None,
     )
     translator = open_model(str(folder / path), options).translator
     length = length_of(folder)

@@ -50,7 +50,7 @@ BATCHES = (16, 32, 64)
 # of 64 lines of 20 pieces, two batches and one
 MAX_TOKENS = (700, 1000, 4000)
 # ours over each of these
-GOALS = {sides.ONE: 30.0, sides.BATCHED: 2.0}
+GOALS = {sides.ONE: 20.0, sides.BATCHED: 4.0}
 
 
 @dataclass

@@ -1,11 +1,12 @@
-"""Emoji, an hour on one core, then by class: `python -m benchmarks.diffusion.emoji`.
+"""Emoji, an hour on one core, without classes and with: `python -m benchmarks.diffusion.emoji`.
 
-emoji64 at 32 × 32 by configs/diffusion/emoji32.yaml with 7,200 updates and the objective `flow`, 1 seed; then
-2,400 updates from that model (`--init-from`) with classes: the groups of Unicode's emoji-test.txt (`apt
-install unicode-data`), of the smileys only the faces. 500 samples of the first, and of the second, its
-classes in turn, with each weight of guidance: `evaluate`, and how many of them a classifier that was trained
-on the real ones takes for their class. One line of benchmarks/results/diffusion_emoji.jsonl;
-docs/pictures/emoji.png: samples of the first beside their nearest training images.
+emoji64 at 32 × 32 by configs/diffusion/emoji32.yaml with 7,200 updates and the objective `flow`, 1 seed; the
+same with classes from the beginning; and 2,400 updates from the first (`--init-from`) with classes. Classes
+are the groups of Unicode's emoji-test.txt (`apt install unicode-data`), of the smileys only the faces. 500
+samples of each, its classes in turn, with each weight of guidance: `evaluate`, and how many of them a
+classifier that was trained on the real ones takes for their class. One line of
+benchmarks/results/diffusion_emoji.jsonl; docs/pictures/emoji.png: samples of the first beside their nearest
+training images.
 """
 
 import argparse
@@ -48,12 +49,8 @@ CHANGES = {
     "task.sample_interval": 900,
     "optimization.max_update": 7200,
 }
-BY_CLASS = {
-    **CHANGES,
-    "task.class_labels": True,
-    "optimization.lr": [0.0005],
-    "optimization.max_update": 2400,
-}
+BY_CLASS = {**CHANGES, "task.class_labels": True}
+ADDED = {**BY_CLASS, "optimization.lr": [0.0005], "optimization.max_update": 2400}
 LAST = "checkpoints/checkpoint_last.pt"
 
 
@@ -103,18 +100,18 @@ def class_folders(work: Path) -> Path:
 
 
 def trained(work: Path) -> tuple[list[Path], list[float]]:
-    """(checkpoint without and with classes, CPU seconds of either training)."""
+    """(checkpoint without classes, with classes added later, with classes; CPU seconds of each training)."""
     store = work / "emoji"
     if not (store / "manifest.json").exists():
         command = [*python("prepare"), class_folders(work), store, "--image-size", SIZE]
         run(command, work / "prepare.log")
     checkpoints, seconds = [], []
-    for name, changes in (("trained", CHANGES), ("by_class", BY_CLASS)):
+    for name, changes in (("trained", CHANGES), ("by_class", ADDED), ("classes_first", BY_CLASS)):
         config = changed_recipe(CONFIGS / "emoji32.yaml", changes)
         folder = work / name
         command = [*python("train"), store, "--config", folder / "recipe.yaml"]
         command += ["--save-dir", folder / "checkpoints"]
-        command += ["--init-from", checkpoints[0]] if checkpoints else []
+        command += ["--init-from", checkpoints[0]] if changes is ADDED else []
         digest = digest_of(config, "emoji by class", SIZE)
         seconds.append(train_by(command, config, digest, folder)["cpu_seconds"])
         checkpoints.append(folder / LAST)
@@ -146,19 +143,21 @@ def named(model: Classifier, images: np.ndarray) -> np.ndarray:
 
 def measure(work: Path) -> dict:
     """The record: samples of either model, judged; and the picture."""
-    (plain, by_class), seconds = trained(work)
+    (plain, *by_class), seconds = trained(work)
     store = Images.open(work / "emoji")
     classifier, real = classifier_of(store)
     model = DiffusionModel.from_checkpoint(plain, "cpu")
     images = model.sample(SAMPLES, steps=STEPS)
     picture(store, images)
     cells = {"no classes": judged(images, store)}
-    model = DiffusionModel.from_checkpoint(by_class, "cpu")
-    labels = np.array(model.classes_in_turn(range(SAMPLES)))
-    for weight in GUIDANCE:
-        images = model.sample(SAMPLES, labels=labels.tolist(), steps=STEPS, guidance=weight)
-        right = float((named(classifier, images) == labels).mean())
-        cells[f"by class, guidance {weight:g}"] = judged(images, store) | {"right": right}
+    for name, checkpoint in zip(("added", "from the beginning"), by_class, strict=True):
+        model = DiffusionModel.from_checkpoint(checkpoint, "cpu")
+        labels = np.array(model.classes_in_turn(range(SAMPLES)))
+        for weight in GUIDANCE:
+            images = model.sample(SAMPLES, labels=labels.tolist(), steps=STEPS, guidance=weight)
+            right = float((named(classifier, images) == labels).mean())
+            cell = judged(images, store) | {"right": right}
+            cells[f"classes {name}, guidance {weight:g}"] = cell
     return {"run": "emoji_flow-1", **today(), "cpu_seconds": seconds, "real": real, "cells": cells}
 
 

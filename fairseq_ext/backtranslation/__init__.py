@@ -19,10 +19,11 @@ def back_translate(
 
     model: a checkpoint ("a.pt", "a.pt:b.pt"), a Hugging Face or CTranslate2 folder, or what
     `backends.open_model` returned, which keeps it for the next call. mode, mode_options: of
-    `modes.MODES`. options: fields of `backends.ModelOptions`. The draws of a line come from (seed, number of
+    `modes.MODES`. options: fields of `options.ModelOptions`. The draws of a line come from (seed, number of
     the line from 1, round) only. UserError, in one sentence, where a model cannot be used.
     """
-    from fairseq_ext.backtranslation.models.backends import ModelOptions, ReverseModel, open_model
+    from fairseq_ext.backtranslation.models.backends import ReverseModel, open_model
+    from fairseq_ext.backtranslation.models.options import ModelOptions
     from fairseq_ext.backtranslation.modes import make_mode
 
     if isinstance(lines, str):

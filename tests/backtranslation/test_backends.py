@@ -19,6 +19,7 @@ from fairseq_ext.backtranslation.models.backends import (
     open_model,
 )
 from fairseq_ext.backtranslation.modes import FILLER, add_noise, make_mode
+from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.decode.checkpoint import Vocabulary
 from fairseq_ext.translation.decode.options import Candidate
 from fairseq_ext.translation.decode.translator import Translator
@@ -128,6 +129,15 @@ def test_it_knows_its_languages_and_hash(model, reverse_checkpoint):
     described = describe_model(str(reverse_checkpoint), ModelOptions())
     assert described == model.description
     assert described["backend"] == "fairseq" and described["compute_type"] == "float32"
+
+
+def test_a_shortlist_is_part_of_what_a_model_is(reverse_checkpoint, toy_data):
+    path, data = str(reverse_checkpoint), str(toy_data)
+    said = describe_model(path, ModelOptions(backend="ctranslate2", shortlist=data))
+    plain = describe_model(path, ModelOptions(backend="ctranslate2"))
+    assert said == {**plain, "shortlist": Corpus.open(data).split_sha256}
+    with pytest.raises(UserError, match="--shortlist is for --backend ctranslate2"):
+        describe_model(path, ModelOptions(shortlist=data))
 
 
 def test_a_process_reads_a_checkpoint_once(model, reverse_checkpoint, tmp_path, monkeypatch):

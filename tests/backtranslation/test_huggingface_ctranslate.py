@@ -95,6 +95,21 @@ def total(backend, source, ids, limit):
     return sum(float(lprobs[n, i]) for n, i in enumerate([*ids, backend.eos]))
 
 
+def test_a_shortlist(trained, ready, toy_data, exact):
+    """Of a model converted here, and of a folder that is no work of ours, with its tokenizer."""
+    pairs = [
+        wing.open_model(trained, compute_type="float32", threads=1, shortlist=str(toy_data)),
+        wing.open_model(ready, tokenizer=trained, threads=1, shortlist=str(toy_data)),
+    ]
+    expected, *found = (Translator(*pair)(LINES, beam=2) for pair in (exact, *pairs))
+    for lines in found:
+        assert sum(a == b for a, b in zip(expected, lines, strict=True)) > 0.7 * len(LINES)
+    (folder,) = ready.parent.glob(f"{ready.name}-shortlist-*")
+    written = (folder / "vmap.txt").read_text(encoding="utf-8")
+    names = set(exact[1].tokenizer.get_vocab())
+    assert written.count("\n") > 50 and set(written.replace("\t", " ").split()) <= names
+
+
 # --- the same as Hugging Face -----------------------------------------------------------------------
 
 

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests import processes
+from tests.translation.conftest import toy_pairs, write_data
 
 pytest.importorskip("ctranslate2")
 
 from ext_common.cli import UserError
 from ext_common.manifest import sha256_file
-from fairseq_ext.translation.decode import ctranslate
+from fairseq_ext.translation.decode import ctranslate, shortlist
+from fairseq_ext.translation.decode.ctranslate_backend import VERSION
+from fairseq_ext.translation.decode.options import SampleOptions
 from fairseq_ext.translation.decode.translator import DecodeOptions, Translator
 
 confident = runpy.run_path(str(Path(__file__).with_name("confident.py")))["confident"]
@@ -44,6 +47,14 @@ def translator(checkpoint):
 @pytest.fixture(scope="session")
 def converted(checkpoint):
     return Translator.from_checkpoint(checkpoint, backend="ctranslate2", threads=1)
+
+
+@pytest.fixture(scope="session")
+def german(tmp_path_factory):
+    """A prepared bitext of other languages."""
+    data = tmp_path_factory.mktemp("german") / "data"
+    write_data(data, toy_pairs(700), ("en", "de"))
+    return data
 
 
 @pytest.mark.parametrize(
@@ -117,6 +128,48 @@ def test_other_penalties_of_unk_are_refused(converted):
         converted(["I like"], unkpen=1.0)
 
 
+# --- a shortlist ------------------------------------------------------------------------------------
+
+
+def shortlisted(checkpoint, data):
+    return Translator(*ctranslate.open_model([checkpoint], threads=1, shortlist=str(data)))
+
+
+def test_a_shortlist_of_the_right_pairs_changes_little(
+    checkpoint, converted, lines, toy_data, capsys
+):
+    expected, found = converted(lines), shortlisted(checkpoint, toy_data)(lines)
+    # probabilities are shared among the pieces of the list, so that close ones change places
+    assert sum(a == b for a, b in zip(expected, found, strict=True)) > 0.9 * len(lines)
+    assert "learnt from 601 of 601 pairs" in capsys.readouterr().err
+    assert shortlisted(checkpoint, toy_data)(lines) == found
+    assert not capsys.readouterr().err
+
+
+def test_a_beam_keeps_to_the_shortlist(checkpoint, converted, toy_data, monkeypatch):
+    """And a draw does not: others would be drawn."""
+    monkeypatch.setattr(shortlist, "BEST", 0)
+    monkeypatch.setattr(shortlist, "FREQUENT", 2)
+    backend = shortlisted(checkpoint, toy_data).backend
+    source = converted.vocabulary.encode("I like red apples.")
+    options = DecodeOptions(beam=2, min_len=8)
+    limit = options.limit(len(source), 100)
+    (best, *_), (plain, *_) = (
+        b.decode([source], options, limit)[0] for b in (backend, converted.backend)
+    )
+    folder = next(checkpoint.parent.glob(f"*-shortlist-*/{shortlist.MAP}"))
+    usual = set(folder.read_text().split("\n")[0].split())
+    allowed = {*map(str, source), *usual}
+    assert set(map(str, best.ids)) <= allowed and not set(map(str, plain.ids)) <= allowed
+    drawn = [one.sample([source], [1], SampleOptions(), 20) for one in (backend, converted.backend)]
+    assert drawn[0] == drawn[1]
+
+
+def test_a_shortlist_of_other_languages_is_refused(checkpoint, german):
+    with pytest.raises(UserError, match="has no language 'zh': it has en and de"):
+        shortlisted(checkpoint, german)
+
+
 # --- conversion and its folder -----------------------------------------------------------------------
 
 
@@ -172,7 +225,7 @@ def conversions(monkeypatch):
         made.append((checkpoint.name, compute_type))
         (folder / "model.bin").write_bytes(b"weights")
         description = {
-            "version": ctranslate.VERSION,
+            "version": VERSION,
             "checkpoint_sha256": digest,
             "files": {"model.bin": 7},
         }
@@ -186,10 +239,12 @@ def conversions(monkeypatch):
 def test_another_checkpoint_of_the_same_name_is_converted_anew(own, converted, conversions):
     path, folder = own
     assert ctranslate.converted(path, "float32") == folder and not conversions
+    made_of_it = Path(shutil.copytree(folder, f"{folder}-shortlist-1234abcd"))
     path.write_bytes(b"other weights")
     new = ctranslate.converted(path, "float32")
     assert new != folder and conversions == [("model.pt", "float32")]
     assert not folder.exists(), "what belongs to no checkpoint is removed"
+    assert not made_of_it.exists()
 
 
 @pytest.mark.parametrize("damage", ["model.bin", ctranslate.DESCRIPTION, "cut"])

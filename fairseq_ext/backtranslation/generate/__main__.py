@@ -40,11 +40,11 @@ from fairseq_ext.backtranslation.generate.merge import merge, next_command, tabl
 from fairseq_ext.backtranslation.generate.setup import clean, enter, finished_without, manifest_of
 from fairseq_ext.backtranslation.generate.work import Worker
 from fairseq_ext.backtranslation.models.backends import (
-    ModelOptions,
     describe_model,
     greedy,
     open_model,
 )
+from fairseq_ext.backtranslation.models.options import ModelOptions
 from fairseq_ext.backtranslation.modes import MODES, Mode, make_mode
 from fairseq_ext.translation.prepare.leaks import Guard
 from fairseq_ext.translation.text import identify
@@ -52,7 +52,15 @@ from fairseq_ext.translation.text.languages import check_code
 from fairseq_ext.translation.text.normalise import language
 
 # These change how fast DEST comes about, or are part of what describe_model says.
-_NOT_IN_PLAN = ("device", "threads", "max_tokens", "user_dir", "backend", "compute_type")
+_NOT_IN_PLAN = (
+    "device",
+    "threads",
+    "max_tokens",
+    "user_dir",
+    "backend",
+    "compute_type",
+    "shortlist",
+)
 
 EPILOG = """
 modes (--mode, --mode-options 'key=value,…'):

@@ -12,104 +12,24 @@ that their `--user-dir` registers in BACKENDS.
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from ext_common.cli import UserError
 from ext_common.manifest import known_sha256
 from ext_common.random import line_seed
 from ext_common.registry import Registry
+from fairseq_ext.backtranslation.models.options import ModelOptions
 from fairseq_ext.backtranslation.modes import Mode
+from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.decode.checkpoint import read_state, split_paths
 from fairseq_ext.translation.decode.options import Candidate, Source
 from fairseq_ext.translation.decode.translator import Translator, mean_score
-from fairseq_ext.translation.text.languages import check_code
 from fairseq_ext.translation.text.normalise import BROKEN
 
 BACKENDS = Registry("backend")
 # The ids of the parts of a line, one mostly.
 Parts = tuple[tuple[int, ...], ...]
-
-
-@dataclass
-class ModelOptions:
-    """How to open the reverse model and how long its outputs may be."""
-
-    backend: str = field(
-        default="auto",
-        metadata={
-            "help": "auto (by what --model is), fairseq, huggingface, ctranslate2 (converted where "
-            "needed; the fastest on a CPU), or one of your --user-dir"
-        },
-    )
-    compute_type: Optional[str] = field(
-        default=None,
-        metadata={
-            "help": "float32, float16, bfloat16, and int8 with ctranslate2; none: float32, with "
-            "ctranslate2 int8 on a CPU and float16 on a GPU"
-        },
-    )
-    device: str = field(
-        default="auto",
-        metadata={"help": "cpu, cuda, cuda:1; auto: CUDA where there is one (torchrun: its own)"},
-    )
-    threads: Optional[int] = field(
-        default=None, metadata={"help": "threads on the CPU; none: one for each CPU"}
-    )
-    max_tokens: Optional[int] = field(
-        default=None,
-        metadata={"help": "pieces of padded source in a batch; none: what is fastest"},
-    )
-    max_len_a: float = field(
-        default=2.0,
-        metadata={"help": "output ends at the latest after A · pieces of the source + B pieces: A"},
-    )
-    max_len_b: int = field(default=50, metadata={"help": "B of the same, in pieces"})
-    split: bool = field(
-        default=True,
-        metadata={
-            "help": "translate the sentences of a line one by one, where the training of a checkpoint had "
-            "one in a line or the line is longer than nearly all of its lines"
-        },
-    )
-    prefix: Optional[str] = field(
-        default=None,
-        metadata={"help": "put before each line for a Hugging Face model, such as >>eng<<"},
-    )
-    tokenizer: Optional[str] = field(
-        default=None,
-        metadata={"help": "folder with the tokenizer of a CTranslate2 model that lacks it"},
-    )
-    model_source: Optional[str] = field(
-        default=None, metadata={"help": "language the model reads, where it does not say so: zh"}
-    )
-    model_target: Optional[str] = field(
-        default=None, metadata={"help": "language the model writes, where it does not say so: en"}
-    )
-    user_dir: Optional[str] = field(
-        default=None, metadata={"help": "folder whose modules register models, modes or backends"}
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("threads", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        for name in ("max_len_a", "max_len_b"):
-            if not 0 <= getattr(self, name) < 1e6:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must lie between 0 and 1,000,000, got "
-                    f"{getattr(self, name)}"
-                )
-        for name in ("model_source", "model_target"):
-            if getattr(self, name) is not None:
-                check_code(getattr(self, name), f"--{name.replace('_', '-')}")
-
-    def lengths(self) -> dict[str, Any]:
-        """Fields of `DecodeOptions`."""
-        names = ("max_tokens", "max_len_a", "max_len_b")
-        return {name: getattr(self, name) for name in names}
 
 
 class Line(NamedTuple):
@@ -228,8 +148,13 @@ def open_model(path: str, options: ModelOptions) -> ReverseModel:
 
 
 def backend_of(path: str, options: ModelOptions) -> Any:
-    """The backend that was asked for, or the one for what `path` is."""
-    return BACKENDS.get(kind_of(path) if options.backend == "auto" else options.backend)
+    """The backend that was asked for, or the one for what `path` is; UserError where an option is not its."""
+    backend = BACKENDS.get(kind_of(path) if options.backend == "auto" else options.backend)
+    if options.shortlist and backend is not CTranslate2:
+        raise UserError(
+            "--shortlist is for --backend ctranslate2: give it, or leave --shortlist out"
+        )
+    return backend
 
 
 def kind_of(path: str) -> str:
@@ -333,6 +258,8 @@ class CTranslate2:
 
             found = huggingface_ctranslate.describe(path, *_saying(options), options.tokenizer)
         found |= {"backend": "ctranslate2", "compute_type": kind}
+        if options.shortlist:
+            found["shortlist"] = Corpus.open(options.shortlist).split_sha256
         return {**found, "max_tokens": options.max_tokens or (1024 if device == "cpu" else 4096)}
 
     @staticmethod
@@ -343,7 +270,12 @@ class CTranslate2:
         kind = _quantised(options, device)
         if _is_checkpoint(path):
             pair = ctranslate.open_model(
-                split_paths(path), options.device, kind, options.user_dir, options.threads
+                split_paths(path),
+                options.device,
+                kind,
+                options.user_dir,
+                options.threads,
+                shortlist=options.shortlist,
             )
         else:
             from fairseq_ext.backtranslation.models import huggingface_ctranslate
@@ -355,6 +287,7 @@ class CTranslate2:
                 *_saying(options),
                 tokenizer=options.tokenizer,
                 threads=options.threads,
+                shortlist=options.shortlist,
             )
         return ReverseModel(Translator(*pair), CTranslate2.describe(path, options), options)
 

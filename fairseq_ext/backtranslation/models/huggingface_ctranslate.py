@@ -37,9 +37,7 @@ from fairseq_ext.backtranslation.models.huggingface_vocabulary import (
     positions,
 )
 from fairseq_ext.translation.decode.ctranslate import (
-    converted_once,
     opener,
-    read_description,
     read_vocabulary,
     usable_device,
     usable_type,
@@ -49,7 +47,10 @@ from fairseq_ext.translation.decode.ctranslate_backend import (
     VERSION,
     CTranslate2Backend,
     import_ctranslate2,
+    token,
 )
+from fairseq_ext.translation.decode.ctranslate_folder import converted_once, read_description
+from fairseq_ext.translation.decode.shortlist import with_shortlist
 
 MODEL = "model.bin"
 # In a converted folder: CTranslate2 has a config.json of its own.
@@ -98,11 +99,13 @@ def open_model(
     prefix: str | None = None,
     tokenizer: str | os.PathLike | None = None,
     threads: int | None = None,
+    shortlist: str | None = None,
 ) -> tuple[CTranslate2Backend, Any]:
     """A Hugging Face folder, converted where it was not yet, or a CTranslate2 folder, ready to decode.
 
     compute_type: int8 on a CPU and float16 on a GPU where none is given. tokenizer: the folder of a
-    ready-made model's tokenizer, where it is not in the model's. UserError, in one sentence.
+    ready-made model's tokenizer, where it is not in the model's. shortlist: as of
+    `translation.decode.ctranslate.open_model`. UserError, in one sentence.
     """
     ctranslate2 = import_ctranslate2()
     device, index = usable_device(device, ctranslate2)
@@ -117,25 +120,33 @@ def open_model(
             raise UserError(f"{name} is no CTranslate2 model: leave out --tokenizer")
         tokens = find_folder(path)
         folder = converted(tokens, compute_type, saying, name)
-    models = opener(folder, device, index, compute_type, threads)
+    vocabulary: Any
+    if tokens is None:
+        vocabulary = read_vocabulary(folder, read_description(folder))
+        naming = token
+    else:
+        vocabulary = load_vocabulary(tokens, *saying, name)
+        check_vocabulary(folder, vocabulary, tokens)
+        naming = {number: piece for piece, number in vocabulary.tokenizer.get_vocab().items()}.get
+    whole = with_shortlist(folder, shortlist, vocabulary, naming) if shortlist else folder
+    models = opener(whole, device, index, compute_type, threads)
     try:
         model = models()
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"{folder} cannot be loaded by CTranslate2 ({first_line(error)}): convert it again"
         ) from error
+    backend: CTranslate2Backend
     if tokens is None:
-        description = read_description(folder)
-        vocabulary = read_vocabulary(folder, description)
-        size, places = vocabulary.target.size, description["positions"]
-        return CTranslate2Backend(model, places, size, lambda: models(1)), vocabulary
-    vocabulary = load_vocabulary(tokens, *saying, name)
-    check_vocabulary(folder, vocabulary, tokens)
-    places = places_of(folder, tokens, vocabulary)
-    source_eos = bool(read_json(folder / "config.json").get("add_source_eos"))
-    backend = HuggingFaceCTranslate2Backend(
-        model, places, vocabulary, source_eos, lambda: models(1)
-    )
+        size, places = vocabulary.target.size, read_description(folder)["positions"]
+        backend = CTranslate2Backend(model, places, size, lambda: models(1))
+    else:
+        places = places_of(folder, tokens, vocabulary)
+        source_eos = bool(read_json(folder / "config.json").get("add_source_eos"))
+        backend = HuggingFaceCTranslate2Backend(
+            model, places, vocabulary, source_eos, lambda: models(1)
+        )
+    backend.shortlist = bool(shortlist)
     return backend, vocabulary
 
 

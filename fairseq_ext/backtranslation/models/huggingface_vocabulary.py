@@ -53,6 +53,14 @@ class HuggingFaceVocabulary:
         end = self.tokenizer.eos_token_id
         return [*self._first, *ids, *([] if ids and ids[-1] == end else [end])]
 
+    def encode_target(self, text: str) -> list[int]:
+        """Ids of a text of the target language, as the model learnt to write them."""
+        with self._lock:
+            ids: list[int] = self.tokenizer(text_target=text, truncation=False, verbose=False)[
+                "input_ids"
+            ]
+        return ids
+
     def text(self, ids: Sequence[int]) -> str:
         """Detokenised target text of ids, on one line and without a tab."""
         with self._lock:

@@ -40,6 +40,10 @@ class Vocabulary:
         """Ids of cleaned text, `</s>` at the end."""
         return [*self.source.encode(text), EOS]
 
+    def encode_target(self, text: str) -> list[int]:
+        """Ids of a text of the target language, `</s>` at the end."""
+        return [*self.target.encode(text), EOS]
+
     def text(self, ids: Sequence[int]) -> str:
         """Detokenised target text of ids, on one line and without a tab."""
         return written(self.target.decode(ids), self.target_lang)

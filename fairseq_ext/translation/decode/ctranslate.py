@@ -4,29 +4,28 @@ What is converted is found again by the SHA-256 of the checkpoint's content, and
 nor fairseq.
 """
 
-import atexit
-import contextlib
 import functools
-import json
 import os
-import secrets
 import shutil
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ext_common.cli import UserError
-from ext_common.folders import making
 from ext_common.manifest import known_sha256, user_cache
 from fairseq_ext.translation.decode.checkpoint import Vocabulary, lines_of
 from fairseq_ext.translation.decode.ctranslate_backend import (
     DESCRIPTION,
-    VERSION,
     CTranslate2Backend,
     import_ctranslate2,
+    token,
 )
+from fairseq_ext.translation.decode.ctranslate_folder import (
+    converted_once,
+    is_whole,
+    read_description,
+)
+from fairseq_ext.translation.decode.shortlist import with_shortlist
 from fairseq_ext.translation.text.spm import Codec
 
 COMPUTE_TYPES = ("float32", "int8", "float16", "bfloat16", "int8_float16", "int8_bfloat16")
@@ -39,9 +38,11 @@ def open_model(
     user_dir: str | None = None,
     threads: int | None = None,
     ema: bool = False,
+    shortlist: str | None = None,
 ) -> tuple[CTranslate2Backend, Vocabulary]:
     """A checkpoint as backend and vocabulary, converted where it was not yet.
 
+    shortlist: a prepared bitext, by which a batch may become only what its pieces have been translated by.
     UserError for an ensemble, a device or type that CTranslate2 lacks here, and a model it does not
     support (all of the reasons in one).
     """
@@ -56,10 +57,13 @@ def open_model(
     folder = converted(Path(paths[0]), compute_type, user_dir, ema)
     description = read_description(folder)
     vocabulary = read_vocabulary(folder, description)
+    if shortlist:
+        folder = with_shortlist(folder, shortlist, vocabulary, token)
     models = opener(folder, device, index, compute_type, threads)
     backend = CTranslate2Backend(
         models(), description["positions"], vocabulary.target.size, lambda: models(1)
     )
+    backend.shortlist = bool(shortlist)
     return backend, vocabulary
 
 
@@ -130,7 +134,8 @@ def converted(
         for old in new.parent.glob(same):
             # of a file of this name that is no more
             if old.name != name and (old / DESCRIPTION).is_file():
-                shutil.rmtree(old, ignore_errors=True)
+                for gone in (old, *old.parent.glob(f"{_glob_safe(old.name)}-shortlist-*")):
+                    shutil.rmtree(gone, ignore_errors=True)
         return report
 
     return converted_once(
@@ -152,60 +157,6 @@ def _name(checkpoint: Path, digest: str, compute_type: str, ema: bool) -> str:
 
 def _places(checkpoint: Path) -> list[Path]:
     return [checkpoint.absolute().parent, user_cache("fairseq_ext")]
-
-
-def converted_once(
-    places: Sequence[Path], name: str, digest: str, what: str, write: Callable[[Path], str]
-) -> Path:
-    """The folder `name` in the first of `places` that has it whole, else made by `write`.
-
-    write(folder) returns a sentence about how it went; who makes it at the same time is waited for.
-    """
-    for place in places:
-        if is_whole(place / name, digest):
-            return place / name
-    folder = writable(places) / name
-    # one that is there already is damaged
-    with making(folder, lambda: is_whole(folder, digest), wait=True) as new:
-        if new:
-            print(f"converting {what}; this happens once", file=sys.stderr)
-            print(write(new), file=sys.stderr)
-    return folder
-
-
-def writable(places: Sequence[Path]) -> Path:
-    """The first place that can be written to, made where it is absent.
-
-    Where none can, a folder that lasts as long as the process.
-    """
-    for place in places:
-        with contextlib.suppress(OSError):
-            probe = place / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
-            probe.mkdir(parents=True)
-            probe.rmdir()
-            return place
-    place = Path(tempfile.mkdtemp(prefix="ctranslate2-"))
-    atexit.register(shutil.rmtree, place, ignore_errors=True)
-    return place
-
-
-def is_whole(folder: Path, digest: str) -> bool:
-    """Whether a folder holds what was converted from the checkpoint with this SHA-256."""
-    try:
-        description = read_description(folder)
-        sizes = {name: (folder / name).stat().st_size for name in description["files"]}
-        return bool(
-            description["version"] == VERSION
-            and description["checkpoint_sha256"] == digest
-            and sizes == description["files"]
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    return found
 
 
 def read_vocabulary(folder: Path, description: dict[str, Any]) -> Vocabulary:

@@ -22,9 +22,11 @@ class CTranslate2Backend:
 
     model: a ctranslate2.Translator whose tokens are :func:`tokens`. positions: of source and target.
     size: of the target vocabulary. reopen: makes another such Translator with one worker, for `sample`.
+    shortlist: whether `decode` keeps to the model's map of pieces, of all sources in a batch together.
     """
 
     name = "ctranslate2"
+    shortlist = False
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class CTranslate2Backend:
             "num_hypotheses": min(options.nbest, self.size - 1),
             # as in fairseq, scores are divided by the length with </s> to this power
             "length_penalty": options.lenpen or _NO_PENALTY,
+            "use_vmap": self.shortlist,
         }
         return self._translate(self.model, batch, options, limit, **search)
 
@@ -106,7 +109,7 @@ class CTranslate2Backend:
 
     def _sources(self, batch: Sequence[Sequence[int]]) -> list[list[str]]:
         # the model itself adds </s>
-        return [list(map(_token, ids[:-1])) for ids in batch]
+        return [list(map(token, ids[:-1])) for ids in batch]
 
     def _candidates(self, result: Any, limit: int) -> list[Candidate]:
         # an output that did not end has one piece more, where fairseq has </s>
@@ -130,7 +133,8 @@ def tokens(size: int) -> list[str]:
     return [*_SPECIAL_TOKENS, *map(str, range(SPECIALS, size))]
 
 
-def _token(i: int) -> str:
+def token(i: int) -> str:
+    """The name of an id in that vocabulary."""
     return str(i) if i >= SPECIALS else _SPECIAL_TOKENS[i]
 
 
