@@ -26,6 +26,9 @@ from ext_common.page import Loaded, Model, Settings, answered, choice, figure, t
 
 SEEN = 96  # pixels that a drawn image is shown at, at least
 PAINTED = 400  # pixels of an image that is painted over
+PART = (
+    4  # images that are filled, or go between two, before the next look and the next chance to stop
+)
 DRAWN = "Drawn, not real"
 ALL = "each in turn"
 
@@ -47,7 +50,7 @@ def tab(models: list[Model], settings: Settings) -> None:
         yield shown(last, model, DRAWN), nearest(last, model, settings.data)
 
     @answered
-    def fill(path: str, painted: Any, label: str, steps: int, num: int, seed: int) -> str:
+    def fill(path: str, painted: Any, label: str, steps: int, num: int, seed: int) -> Iterator[str]:
         model = load(path)
         image, mask = taken_apart(painted, model.shape)
         with tempfile.TemporaryDirectory() as folder:
@@ -56,22 +59,18 @@ def tab(models: list[Model], settings: Settings) -> None:
             }
             save_png(names["inpaint"], image)
             save_png(names["mask"], mask)
-            options = settled(model, options_of(path, label, 1, steps, num, seed, **names))
-            return all_of(
-                drawer(model, options, list(range(num))), num, model, "Filled, each in its way"
-            )
+            options = options_of(path, label, 1, steps, num, seed, batch_size=PART, **names)
+            yield from growing(model, settled(model, options), "Filled, each in its way")
 
     @answered
-    def between(path: str, one: Optional[str], other: Optional[str], *chosen: Any) -> str:
+    def between(path: str, one: Optional[str], other: Optional[str], *chosen: Any) -> Iterator[str]:
         if one is None or other is None:
             raise UserError("two images are needed: give both")
         label, steps, num, seed = chosen
         model = load(path)
-        options = options_of(path, label, 1, steps, num, seed, interpolate=[one, other])
-        options = settled(model, options)
-        return all_of(
-            drawer(model, options, list(range(num))), num, model, "From the one to the other"
-        )
+        ends = [one, other]
+        options = options_of(path, label, 1, steps, num, seed, batch_size=PART, interpolate=ends)
+        yield from growing(model, settled(model, options), "From the one to the other")
 
     @answered
     def take_drawn(path: str, *chosen: Any) -> Any:
@@ -132,18 +131,20 @@ def tab(models: list[Model], settings: Settings) -> None:
                 take_drawn, [model, label, guidance, steps, seed, sampler], painted, **busy
             )
             filled = gr.HTML(elem_id="filled")
-            gr.Button("Fill").click(
-                fill, [model, painted, label, steps, num, seed], filled, api_name="fill", **busy
-            )
+            inputs = [model, painted, label, steps, num, seed]
+            with gr.Row():
+                begin, end = gr.Button("Fill"), gr.Button("Cancel")
+            end.click(None, cancels=[begin.click(fill, inputs, filled, api_name="fill", **busy)])
         with gr.Accordion("From one image to another", open=False):
             with gr.Row():
                 one, other = (
                     gr.Image(type="filepath", label=name, buttons=[]) for name in ("From", "To")
                 )
             way = gr.HTML(elem_id="way")
-            gr.Button("Go").click(
-                between, [model, one, other, label, steps, num, seed], way, **busy
-            )
+            inputs = [model, one, other, label, steps, num, seed]
+            with gr.Row():
+                begin, end = gr.Button("Go"), gr.Button("Cancel")
+            end.click(None, cancels=[begin.click(between, inputs, way, **busy)])
 
 
 def options_of(
@@ -204,10 +205,12 @@ def watched(model: DiffusionModel, options: SampleOptions) -> Iterator[np.ndarra
         left.set()
 
 
-def all_of(draw: Any, num: int, model: DiffusionModel, caption: str) -> str:
-    """What a `drawer` draws, as one picture."""
-    images = [image for _, batch in draw(list(range(num))) for image in batch]
-    return shown(np.stack(images), model, caption)
+def growing(model: DiffusionModel, options: SampleOptions, caption: str) -> Iterator[str]:
+    """What a `drawer` draws, as one picture that grows; who no longer looks stops it between two batches."""
+    numbers, images = list(range(options.num)), []
+    for _, batch in drawer(model, options, numbers)(numbers):
+        images += [*batch]
+        yield shown(np.stack(images), model, caption)
 
 
 def shown(images: np.ndarray, model: DiffusionModel, caption: str) -> str:

@@ -256,6 +256,26 @@ def test_draws_what_the_command_draws(client, paths):
     assert len(job.outputs()) > 3  # what it was on the way, too
 
 
+def test_what_is_filled_is_seen_batch_by_batch(client, paths, tmp_path):
+    """So that it can be stopped between two; what is not painted over is that of the image in all."""
+    channels, height, width = DiffusionModel.from_checkpoint(paths["diffusion"], "cpu").shape
+    image = Image.new("RGB" if channels == 3 else "L", (width, height), "gray")
+    layer = Image.new("RGBA", image.size)
+    layer.paste("white", (0, 0, 2, 2))
+    for name, one in (("image", image), ("layer", layer)):
+        one.save(tmp_path / f"{name}.png")
+    given = {name: handle_file(str(tmp_path / f"{name}.png")) for name in ("image", "layer")}
+    painted = {"background": given["image"], "layers": [given["layer"]], "composite": None}
+    job = client.submit(paths["diffusion"], painted, "each in turn", 3, 5, 1, api_name="/fill")
+    job.result()
+    first, last = map(pixels, job.outputs())
+    assert last.shape[1] > first.shape[1]  # four images, then five
+    gray = [
+        (shown == np.array(Image.new("L", (1, 1), "gray"))[0, 0]).mean() for shown in (first, last)
+    ]
+    assert all(0.4 < share < 1 for share in gray), gray
+
+
 def pixels(shown):
     source = re.search(r"base64,([^\"]+)", shown)[1]
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source))))
