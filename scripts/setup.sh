@@ -104,8 +104,10 @@ extras=$(
 echo "setup: installing this project${extras:+ with $extras} (the first time takes a few minutes)"
 quiet=--quiet
 if [ -t 1 ]; then quiet=; fi
-.venv/bin/python -m pip install --disable-pip-version-check $quiet -e ".${extras:+[$extras]}" ||
+.venv/bin/python -m pip install --disable-pip-version-check $quiet --no-compile -e ".${extras:+[$extras]}" ||
     fail "installation failed: see pip's message above; it needs the network or a pip mirror"
+# By all processors; pip uses one, for as long as all else. Some packages hold files of other Pythons.
+.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 .venv/bin/python -m ext_common.doctor --quiet
 for extra in base "$@"; do
     echo "$wanted" >".venv/.installed-$extra"
