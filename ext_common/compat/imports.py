@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -19,13 +19,15 @@ def heavy_modules_later() -> Iterator[None]:
 
     What is imported from them within the block are names that import the real ones when they are first used,
     so that a criterion that needs one still finds it; afterwards both can be imported as ever. Where more
-    of them is wanted, by another fairseq or by what it imports, all is as without this. (No thread upstream;
+    of them is wanted, by another fairseq or by what it imports, all is as without this; what is loaded
+    already stays. (No thread upstream;
     fairseq.criterions.sentence_prediction, fairseq.tasks.audio_classification.)
     """
-    if any(name in sys.modules for name in ("fairseq", *_HEAVY)):
+    absent = [name for name in _HEAVY if name not in sys.modules]
+    if "fairseq" in sys.modules or not absent:
         yield
         return
-    stand_ins = _StandIns()
+    stand_ins = _StandIns(absent)
     try:
         yield
     finally:
@@ -35,8 +37,8 @@ def heavy_modules_later() -> Iterator[None]:
 class _StandIns:
     """Modules in the place of the heavy ones, and the finder that is asked for any other part of them."""
 
-    def __init__(self) -> None:
-        self.modules = {name: _Module(name) for name in _HEAVY}
+    def __init__(self, names: Iterable[str]) -> None:
+        self.modules = {name: _Module(name) for name in names}
         sys.modules.update(self.modules)
         sys.meta_path.insert(0, self)
 

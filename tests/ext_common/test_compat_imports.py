@@ -62,3 +62,11 @@ def test_what_is_loaded_already_stays(heavy):
     real = importlib.import_module("heavy.metrics")
     with imports.heavy_modules_later():
         assert sys.modules["heavy.metrics"] is real
+
+
+def test_a_part_of_what_is_loaded_can_wait(heavy):
+    real = importlib.import_module("heavy")
+    with imports.heavy_modules_later():
+        from heavy.metrics import twice
+    assert loaded() == ["heavy"] and sys.modules["heavy"] is real
+    assert twice(3) == 6 and loaded() == ["heavy", "heavy.metrics"]

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fairseq.binarizer import Binarizer, BinarizeSummary
-from fairseq.data import Dictionary, indexed_dataset
 
 from ext_common.cli import UserError, progress
+from ext_common.compat.imports import heavy_modules_later
 from ext_common.manifest import atomic_write
 from ext_common.parallel import in_order
 from fairseq_ext.translation.text.spm import EOS, SPECIALS, UNK, Codec
+
+with heavy_modules_later():
+    from fairseq.binarizer import Binarizer, BinarizeSummary
+    from fairseq.data import Dictionary, indexed_dataset
 
 PART_BYTES = 4 << 20
 
