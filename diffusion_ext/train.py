@@ -92,11 +92,10 @@ def arguments(images: str, recipe: Sequence[str], rest: Sequence[str]) -> list[s
 
     leave_out_harmless_warnings()
     with untouched_logging():
+        register()
         from fairseq import options
 
         from ext_common.presets import complete
-
-        register()
     words, chosen = complete(options.get_training_parser(), [images, *typed(recipe, rest)])
     words = chosen.command if chosen else words
     at = words.index(images)
@@ -190,11 +189,11 @@ def train(command: list[str]) -> None:
         from ext_common.compat.messages import leave_out_harmless_warnings
 
         leave_out_harmless_warnings()
+        register()
         from fairseq_cli.train import cli_main
 
         from ext_common.checkpoints import last_checkpoint
 
-        register()
         try:
             cli_main()
         except FloatingPointError as error:
@@ -215,8 +214,9 @@ def save_dir_of(command: list[str]) -> str:
 
 def register() -> None:
     """Enter this plugin into fairseq, which imports no --user-dir a second time: it was imported before."""
-    import fairseq  # noqa: F401
+    from ext_common.checkpoints import import_fairseq
 
+    import_fairseq()
     import diffusion_ext
 
     diffusion_ext.register()
