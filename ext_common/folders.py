@@ -182,8 +182,8 @@ def difference(
     words: what to say of a key instead; {before} and {now} are its values.
     """
     words = words or {}
-    for key, now in new.items():
-        before = old.get(key)
+    for key in {**new, **old}:
+        before, now = old.get(key), new.get(key)
         if before == now:
             continue
         if key in words:

@@ -233,7 +233,8 @@ def test_many_at_once_killed_at_random(tmp_path, monkeypatch, count, exchange):
         ({"mono": "ab", "mode": 1}, {"mono": "cd", "mode": 2}, "other text"),
         ({"name": "beam"}, {"name": "topk"}, "mode beam → topk"),
         ({"given": {"valid": 1}}, {"given": {"valid": 2}}, "other files"),
-        ({"gone": 1}, {}, "other options"),
+        ({"gone": 1}, {}, "--gone 1, not none"),
+        ({"gone": None}, {}, "other options"),
     ],
 )
 def test_what_two_plans_differ_in(old, new, text):
