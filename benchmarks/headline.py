@@ -86,7 +86,12 @@ def backtranslation(recorded: Records) -> list[list[str]]:
             alone,
             "the 8,000 pairs alone",
         ],
-        ["writing synthetic text, int8 and `--shortlist`", fast, peer, "Hugging Face, a call a line"],
+        [
+            "writing synthetic text, int8 and `--shortlist`",
+            fast,
+            peer,
+            "Hugging Face, a call a line",
+        ],
     ]
 
 
