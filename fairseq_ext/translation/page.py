@@ -34,6 +34,7 @@ HOW_TO_LOOK = (
 )
 END = "(end)"
 STEP = 64  # lines of a file between two looks at the progress
+SOON = 16  # lines that are typed, until the next are seen
 
 
 @tab_for("translation_spm")
@@ -53,21 +54,23 @@ def tab(models: list[Model], settings: Settings) -> None:
         return next((str(m.path) for m in models if languages(str(m.path)) == wanted), None)
 
     @answered
-    def translate(path: str, text: str) -> tuple[str, list[list[str]], str, Any]:
-        lines = usable(text)
-        found = list(load(path).translate(lines, DecodeOptions(nbest=NBEST)))
-        best = "\n".join(one.text for one in found)
+    def translate(path: str, text: str) -> Iterator[tuple[str, list[list[str]], str, Any]]:
+        lines, reverse = usable(text), backwards(path)
         several = len(lines) > 1
-        rows = [
-            [f"{number}: {each.text}" if several else each.text, f"{each.score:.2f}"]
-            for number, one in enumerate(found, 1)
-            for each in one.hypotheses
-        ]
-        reverse = backwards(path)
+        found: list[Any] = []
+        for start in range(0, len(lines), SOON):
+            found += load(path).translate(lines[start : start + SOON], DecodeOptions(nbest=NBEST))
+            best = "\n".join(one.text for one in found)
+            rows = [
+                [f"{number}: {each.text}" if several else each.text, f"{each.score:.2f}"]
+                for number, one in enumerate(found, 1)
+                for each in one.hypotheses
+            ]
+            yield best, rows, "", gr.update(visible=reverse is not None)
         back = "\n".join(load(reverse)(best.split("\n"))) if reverse else ""
         shown_back = gr.update(value=back, visible=reverse is not None)
         shown = "" if several or not lines[0].strip() else looked(look(path), lines[0], best)
-        return best, rows, shown, shown_back
+        yield best, rows, shown, shown_back
 
     @answered
     def translate_file(path: str, given: Optional[str], progress: Any = PROGRESS) -> Iterator[Any]:
@@ -99,7 +102,8 @@ def tab(models: list[Model], settings: Settings) -> None:
         with gr.Row():
             source = gr.Textbox(label="Text, a sentence a line", lines=3, max_length=LONGEST)
             target = gr.Textbox(label="Translation", lines=3, interactive=False, buttons=["copy"])
-        ask = gr.Button("Translate", variant="primary")
+        with gr.Row():
+            ask, end = gr.Button("Translate", variant="primary"), gr.Button("Cancel")
         looks = gr.HTML()
         with gr.Row():
             others = gr.Dataframe(
@@ -108,7 +112,7 @@ def tab(models: list[Model], settings: Settings) -> None:
                 interactive=False,
             )
             back = gr.Textbox(label="Translated back", lines=3, interactive=False, visible=False)
-        gr.on(
+        asked = gr.on(
             [ask.click, source.submit],
             translate,
             [model, source],
@@ -116,6 +120,7 @@ def tab(models: list[Model], settings: Settings) -> None:
             api_name="translate",
             **busy,
         )
+        end.click(None, cancels=[asked])
         with gr.Accordion("A whole file", open=False):
             given = gr.File(
                 label="Text, UTF-8, a sentence a line, or a catalogue of gettext (.po)",

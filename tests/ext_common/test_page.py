@@ -202,6 +202,16 @@ def test_translates_and_shows_where_it_looked(client, paths):
     assert 'class="t0" tabindex="0"' in looks
 
 
+def test_of_many_lines_the_first_are_seen_before_the_last(client, paths):
+    text = "\n".join(f"I like {number} red apples." for number in range(20))
+    job = client.submit(paths["translation"], text, api_name="/translate")
+    best, rows, *_ = job.result()
+    seen = [said.split("\n") for said, *_ in job.outputs()]
+    assert [len(lines) for lines in seen] == [16, 20, 20] and seen[0] == seen[2][:16]
+    assert best.split("\n") == Translator.from_checkpoint(paths["translation"])(text.split("\n"))
+    assert rows["data"][-1][0].startswith("20: ")
+
+
 def test_the_answer_is_translated_back_where_a_model_can(page, paths, tmp_path):
     state = read_state(paths["translation"])
     saved = state["task_state"]["translation"]
@@ -213,7 +223,7 @@ def test_the_answer_is_translated_back_where_a_model_can(page, paths, tmp_path):
     both = find([paths["translation"], tmp_path / "reverse.pt"])[0]
     for there, models in ((False, page), (True, build(both, Settings()))):
         translate = next(fn.fn for fn in models.fns.values() if fn.api_name == "translate")
-        best, _, _, back = translate(paths["translation"], "I like red apples.")
+        *_, (best, _, _, back) = translate(paths["translation"], "I like red apples.")
         assert back["visible"] is there
     assert [back["value"]] == Translator.from_checkpoint(tmp_path / "reverse.pt")([best])
 
