@@ -19,13 +19,13 @@ def tables(records: list[dict]) -> dict[str, str]:
     runs = defaultdict(list)
     for record in records:
         runs[record["run"].rsplit("-", 1)[0]].append(record)
-    digits = {n: r for n, r in runs.items() if n.startswith(("digits", "unlabelled"))}
+    digits = {n: r for n, r in runs.items() if n.startswith(("digits", "flow", "unlabelled"))}
     controls = {n: r for n, r in runs.items() if n.startswith(CONTROL)}
     ablation = {n: r for n, r in runs.items() if n.startswith(("sigmoid", "cosine", "linear"))}
     samplers = {n: r for n, r in runs.items() if n.startswith("sampler-")}
     emoji = {n: runs[n] for n in EMOJI if n in runs}
     made = {
-        "digits unlabelled": (digits_table({**digits, **controls}), digits),
+        "digits flow unlabelled": (digits_table({**digits, **controls}), digits),
         "ablation": (ablation_table(ablation), ablation),
         "emoji": (emoji_table(emoji), emoji),
         "samplers": (sampler_table([r for rs in samplers.values() for r in rs]), samplers),
@@ -71,8 +71,9 @@ def digits_table(runs: dict) -> str:
 
     rows = []
     for name, records in runs.items():
-        title = name.replace("digits", "samples").replace("_guidance_", ", guidance ")
+        title = name.replace("digits", "samples").replace("flow", "learnt by `--objective flow`")
         title = title.replace("unlabelled", "learnt without classes")
+        title = title.replace("_guidance_", ", guidance ").replace("_steps_", ", steps ")
         rows.append([title, *cells(records), *more([r["evaluation"] for r in records])])
     heads = ["digits, 898 images", *COLUMNS, "nearest training image / of held-out", "classes"]
     return markdown(heads, rows)

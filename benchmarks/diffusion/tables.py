@@ -6,6 +6,7 @@ benchmarks/results/grids. A run that has its line is not done again. `--jobs 2` 
 
     digits     configs/diffusion/digits.yaml, 3 seeds, with and without guidance; controls that must score
                clearly worse
+    flow       the same with --objective flow, and in fewer steps
     unlabelled the same without classes
     nearest    how far held-out digits are from training ones, and from those of other hands
     samplers   samplers × steps on the first of them, sets of 500 images
@@ -51,6 +52,7 @@ SAMPLES = 898
 HELD_OUT = (0.05, 1000)  # share and number of images at most, as the task has them
 SAMPLER_SET = 500
 GUIDANCE = (1.25, 1.5)
+FEWER_STEPS = {f"_steps_{n}": ["--steps", n] for n in (10, 5)}
 AUGMENTED = {"task.hflip": 0.5, "task.color_jitter": [0.5, 0.5, 0.5, 0.1]}
 RARELY = "hflip:p=0.15;color_jitter:p=0.15"  # as often as Karras et al. 2022 for 64 × 64 faces
 AUGMENTATIONS = {
@@ -92,6 +94,11 @@ def digits_runs() -> dict:
     """Name → (data, recipe, changes, flags of `sample` by suffix)."""
     flags = {"": [], **{f"_guidance_{weight:g}": ["--guidance", weight] for weight in GUIDANCE}}
     return {f"digits-{s}": (DIGITS, "digits", {"common.seed": s}, flags) for s in SEEDS}
+
+
+def flow_runs() -> dict:
+    changes, flags = {"task.objective": "flow"}, {"": [], **FEWER_STEPS}
+    return {f"flow-{s}": (DIGITS, "digits", {"common.seed": s, **changes}, flags) for s in SEEDS}
 
 
 def unlabelled_runs() -> dict:
@@ -138,6 +145,7 @@ def emoji_runs() -> dict:
 
 GROUPS = {
     "digits": digits_runs,
+    "flow": flow_runs,
     "ablation": ablation_runs,
     "emoji": emoji_runs,
     "unlabelled": unlabelled_runs,
