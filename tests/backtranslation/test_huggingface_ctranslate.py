@@ -96,7 +96,8 @@ def total(backend, source, ids, limit):
 
 
 def test_a_shortlist(trained, ready, toy_data, exact):
-    """Of a model converted here, and of a folder that is no work of ours, with its tokenizer."""
+    """Of a model converted here, and of a folder that is no work of ours, with a map of its own."""
+    (ready / "vmap.txt").write_text("\tnothing\n")
     pairs = [
         wing.open_model(trained, compute_type="float32", threads=1, shortlist=str(toy_data)),
         wing.open_model(ready, tokenizer=trained, threads=1, shortlist=str(toy_data)),

@@ -150,6 +150,8 @@ def test_a_beam_keeps_to_the_shortlist(checkpoint, converted, toy_data, monkeypa
     """And a draw does not: others would be drawn."""
     monkeypatch.setattr(shortlist, "BEST", 0)
     monkeypatch.setattr(shortlist, "FREQUENT", 2)
+    maps = f"*-shortlist-*/{shortlist.MAP}"
+    before = set(checkpoint.parent.glob(maps))
     backend = shortlisted(checkpoint, toy_data).backend
     source = converted.vocabulary.encode("I like red apples.")
     options = DecodeOptions(beam=2, min_len=8)
@@ -157,8 +159,9 @@ def test_a_beam_keeps_to_the_shortlist(checkpoint, converted, toy_data, monkeypa
     (best, *_), (plain, *_) = (
         b.decode([source], options, limit)[0] for b in (backend, converted.backend)
     )
-    folder = next(checkpoint.parent.glob(f"*-shortlist-*/{shortlist.MAP}"))
-    usual = set(folder.read_text().split("\n")[0].split())
+    (made,) = set(checkpoint.parent.glob(maps)) - before
+    usual = set(made.read_text().split("\n")[0].split())
+    assert len(usual) == 2
     allowed = {*map(str, source), *usual}
     assert set(map(str, best.ids)) <= allowed and not set(map(str, plain.ids)) <= allowed
     drawn = [one.sample([source], [1], SampleOptions(), 20) for one in (backend, converted.backend)]

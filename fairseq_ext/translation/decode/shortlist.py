@@ -6,7 +6,6 @@ its rows: for each source piece those that it was most often translated by, by I
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from ext_common.manifest import atomic_json, known_sha256, user_cache
 from fairseq_ext.translation.corpus import Corpus
 from fairseq_ext.translation.decode.ctranslate_backend import DESCRIPTION, VERSION
-from fairseq_ext.translation.decode.ctranslate_folder import converted_once
+from fairseq_ext.translation.decode.ctranslate_folder import converted_once, read_description
 from fairseq_ext.translation.text.normalise import read_lines
 
 MAP = "vmap.txt"  # as CTranslate2 looks for it
@@ -50,13 +49,12 @@ def with_shortlist(folder: Path, bitext: str, vocabulary: Any, name: Callable[[i
         lines = list(map_lines(pairs, name))
         (new / MAP).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         for path in folder.iterdir():
-            if path.name != DESCRIPTION:
+            if path.name not in (DESCRIPTION, MAP):
                 (new / path.name).symlink_to(path.absolute())
-        before = folder / DESCRIPTION
-        description = json.loads(before.read_text(encoding="utf-8")) if before.exists() else {}
-        description |= {"version": VERSION, "checkpoint_sha256": digest}
         sizes = {path.name: path.stat().st_size for path in new.iterdir() if path.is_file()}
-        atomic_json(new / DESCRIPTION, {**description, "files": sizes})
+        about = read_description(folder) if (folder / DESCRIPTION).exists() else {}
+        about |= {"version": VERSION, "checkpoint_sha256": digest, "files": sizes}
+        atomic_json(new / DESCRIPTION, about)
         return f"learnt from {len(pairs):,} of {corpus.splits['train']:,} pairs"
 
     called = f"{folder.name}-shortlist-{digest[:8]}"
