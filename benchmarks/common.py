@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -98,6 +99,11 @@ def evict(path: str | os.PathLike) -> None:
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)
+
+
+def chromium() -> str | None:
+    """The browser, under the name that Debian or that Ubuntu gives it; None where there is none."""
+    return shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def machine() -> str:

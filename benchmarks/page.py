@@ -10,14 +10,13 @@ its microphone, which plays the recording: from the click on Stop to the name on
 import argparse
 import datetime
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from benchmarks.common import machine
+from benchmarks.common import chromium, machine
 from benchmarks.pages import markdown, origin
 from benchmarks.recorded import RESULTS, ROOT, Results
 from ext_common.manifest import versions
@@ -55,15 +54,14 @@ def seconds_of_answers(checkpoint: str, voice: str) -> tuple[float, float, float
 
 def seconds_to_name(address: str, voice: str) -> float | None:
     """Of a voice that is recorded for three seconds; None where there is no Chromium."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
+    if (program := chromium()) is None:
         return None
     from playwright.sync_api import sync_playwright
 
     flags = ["--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
     flags.append(f"--use-file-for-fake-audio-capture={Path(voice).resolve()}")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        browser = playwright.chromium.launch(executable_path=program, args=flags)
         page = browser.new_page()
         page.goto(address)
         page.get_by_role("tab", name="Speaker").wait_for(timeout=60_000)

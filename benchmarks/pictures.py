@@ -10,13 +10,13 @@ page         of the models below this folder and the logs of their trainings (ba
 """
 
 import argparse
-import shutil
 import sys
 import time
 from pathlib import Path
 
 from PIL import Image
 
+from benchmarks.common import chromium
 from benchmarks.recorded import RESULTS, ROOT, changed_recipe, digest_of, run, train
 from benchmarks.speaker.protocols import prepare_digits
 from benchmarks.translation import tables as translation_tables
@@ -72,9 +72,7 @@ def page(args: argparse.Namespace) -> None:
     shown = build(find(args.models)[0], settings)
     address = listen(shown, settings)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-        )
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         looker = browser.new_page(viewport={"width": 900, "height": 760})
         looker.goto(address)
 

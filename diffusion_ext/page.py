@@ -26,9 +26,7 @@ from ext_common.page import Loaded, Model, Settings, answered, choice, figure, t
 
 SEEN = 96  # pixels that a drawn image is shown at, at least
 PAINTED = 400  # pixels of an image that is painted over
-PART = (
-    4  # images that are filled, or go between two, before the next look and the next chance to stop
-)
+PART = 4  # images that are filled, or go between two, until the next are seen
 DRAWN = "Drawn, not real"
 ALL = "each in turn"
 

@@ -85,9 +85,13 @@ def measure_quality(folder: Path, options) -> dict:
     for name in QUALITY:
         say(f"quality of {name}")
         backend, compute_type = name.partition(",")[0].split()
-        how = ModelOptions(backend=backend, compute_type=compute_type, device="cpu")
-        how.threads = options.threads
-        how.shortlist = options.data if "shortlist" in name else None
+        how = ModelOptions(
+            backend=backend,
+            compute_type=compute_type,
+            device="cpu",
+            threads=options.threads,
+            shortlist=options.data if "shortlist" in name else None,
+        )
         translator = open_model(str(checkpoint), how).translator
         source, target = translator.vocabulary.source_lang, translator.vocabulary.target_lang
         lines, references = (read(corpus.text("test", lang)) for lang in (source, target))

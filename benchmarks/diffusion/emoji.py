@@ -158,7 +158,8 @@ def measure(work: Path) -> dict:
             cell = judged(images, store) | {"right": right}
             cells[f"classes {name}, guidance {weight:g}"] = cell
             if weight == WEIGHT:
-                picture(store, images, labels)  # the last stays
+                drawn = images
+    picture(store, drawn, labels)
     return {"run": "emoji_flow-1", **today(), "cpu_seconds": seconds, "real": real, "cells": cells}
 
 

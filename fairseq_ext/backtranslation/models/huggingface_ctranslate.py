@@ -127,7 +127,7 @@ def open_model(
     else:
         vocabulary = load_vocabulary(tokens, *saying, name)
         check_vocabulary(folder, vocabulary, tokens)
-        naming = {number: piece for piece, number in vocabulary.tokenizer.get_vocab().items()}.get
+        naming = vocabulary.tokenizer.convert_ids_to_tokens
     whole = with_shortlist(folder, shortlist, vocabulary, naming) if shortlist else folder
     models = opener(whole, device, index, compute_type, threads)
     try:
