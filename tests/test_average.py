@@ -326,6 +326,7 @@ def test_a_file_that_calls_is_refused_unrun(tmp_path):
         run(tmp_path / "bad.pt", "--output", tmp_path / "out.pt")
 
 
+@pytest.mark.slow
 def test_as_a_command(folder, tmp_path):
     command = [sys.executable, "-m", "fairseq_ext.average"]
     done = processes.run([*command, folder, "--output", tmp_path / "a.pt"], capture_output=True)

@@ -93,6 +93,7 @@ def place(tmp_path_factory):
 def outcome(folder, command, line):
     """(exit code, standard error) of a command line; {p} is the folder, {root} the repository."""
     words = shlex.split(line.format(p=folder, root=ROOT))
+    _program(command)  # once here, not in each fork
     with tempfile.TemporaryFile() as said:
         child = os.fork()
         if not child:
@@ -104,6 +105,14 @@ def outcome(folder, command, line):
         _, status = os.waitpid(child, 0)
         said.seek(0)
         return os.waitstatus_to_exitcode(status), said.read().decode(errors="replace")
+
+
+def _program(command):
+    """The module that a command is."""
+    if command.startswith("fairseq-"):
+        return importlib.import_module(f"fairseq_cli.{command[8:].replace('-', '_')}")
+    module = importlib.import_module(command)
+    return importlib.import_module(f"{command}.__main__") if hasattr(module, "__path__") else module
 
 
 def _run(folder, command, words, said):
@@ -122,13 +131,9 @@ def _run(folder, command, words, said):
         if command.startswith("fairseq-"):
             # as the plugin does when fairseq imports it
             tell_mistakes_in_one_sentence()
-            name = command.removeprefix("fairseq-").replace("-", "_")
-            importlib.import_module(f"fairseq_cli.{name}").cli_main()
+            _program(command).cli_main()
         else:
-            module = importlib.import_module(command)
-            if hasattr(module, "__path__"):
-                module = importlib.import_module(f"{command}.__main__")
-            cli.run(module.main, words)
+            cli.run(_program(command).main, words)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:

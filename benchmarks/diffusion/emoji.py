@@ -1,7 +1,7 @@
 """Emoji, an hour on one core, without classes and with: `python -m benchmarks.diffusion.emoji`.
 
 emoji64 at 32 × 32 by configs/diffusion/emoji32.yaml with 7,200 updates and the objective `flow`, 1 seed; the
-same with classes from the beginning; and 2,400 updates from the first (`--init-from`) with classes. Classes
+same with the objective `v`; with classes from the beginning; and 2,400 updates from the first (`--init-from`) with classes. Classes
 are the groups of Unicode's emoji-test.txt (`apt install unicode-data`), of the smileys only the faces. 500
 samples of each, its classes in turn, with each weight of guidance: `evaluate`, and how many of them a
 classifier that was trained on the real ones takes for their class. One line of
@@ -50,6 +50,7 @@ CHANGES = {
     "task.sample_interval": 900,
     "optimization.max_update": 7200,
 }
+BY_V = {**CHANGES, "task.objective": "v"}
 BY_CLASS = {**CHANGES, "task.class_labels": True}
 ADDED = {**BY_CLASS, "optimization.lr": [0.0005], "optimization.max_update": 2400}
 LAST = "checkpoints/checkpoint_last.pt"
@@ -101,13 +102,18 @@ def class_folders(work: Path) -> Path:
 
 
 def trained(work: Path) -> tuple[list[Path], list[float]]:
-    """(checkpoint without classes, with classes added later, with classes; CPU seconds of each training)."""
+    """(checkpoint without classes, by v, with classes added later, with classes; CPU seconds of each)."""
     store = work / "emoji"
     if not (store / "manifest.json").exists():
         command = [*python("prepare"), class_folders(work), store, "--image-size", SIZE]
         run(command, work / "prepare.log")
     checkpoints, seconds = [], []
-    for name, changes in (("trained", CHANGES), ("by_class", ADDED), ("classes_first", BY_CLASS)):
+    for name, changes in (
+        ("trained", CHANGES),
+        ("by_v", BY_V),
+        ("by_class", ADDED),
+        ("classes_first", BY_CLASS),
+    ):
         config = changed_recipe(CONFIGS / "emoji32.yaml", changes)
         folder = work / name
         command = [*python("train"), store, "--config", folder / "recipe.yaml"]
@@ -144,12 +150,14 @@ def named(model: Classifier, images: np.ndarray) -> np.ndarray:
 
 def measure(work: Path) -> dict:
     """The record: samples of either model, judged; and the picture."""
-    (plain, *by_class), seconds = trained(work)
+    (*plain, added, from_beginning), seconds = trained(work)
     store = Images.open(work / "emoji")
     classifier, real = classifier_of(store)
-    model = DiffusionModel.from_checkpoint(plain, "cpu")
-    cells = {"no classes": judged(model.sample(SAMPLES, steps=STEPS), store)}
-    for name, checkpoint in zip(("added", "from the beginning"), by_class, strict=True):
+    cells = {}
+    for name, checkpoint in zip(("no classes", "no classes, v"), plain, strict=True):
+        model = DiffusionModel.from_checkpoint(checkpoint, "cpu")
+        cells[name] = judged(model.sample(SAMPLES, steps=STEPS), store)
+    for name, checkpoint in (("added", added), ("from the beginning", from_beginning)):
         model = DiffusionModel.from_checkpoint(checkpoint, "cpu")
         labels = np.array(model.classes_in_turn(range(SAMPLES)))
         for weight in GUIDANCE:

@@ -772,6 +772,7 @@ def test_killed_before_any_change_and_run_again(tmp_path):
     assert states == {"nothing", "set up", "chunks", "merge", "cleaning", "finished"}
 
 
+@pytest.mark.slow
 def test_killed_again_where_the_next_one_repairs(tmp_path):
     mono = numbered(tmp_path, 7)
     assert in_a_child(mono, tmp_path / "undisturbed") == 0

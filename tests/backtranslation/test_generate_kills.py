@@ -81,6 +81,7 @@ def test_several_processes_write_what_one_writes(tmp_path):
     assert sorted(map(int, log.read_text().split())) == list(range(1, 241))
 
 
+@pytest.mark.slow
 def test_ctrl_c_of_a_process_leaves_its_work_to_others(tmp_path):
     data = write_mono(tmp_path / "mono", 200)
     # 20 s of work, so that it is far from done when it is interrupted

@@ -253,6 +253,7 @@ def test_a_batch_that_is_drawn_again_is_the_same(exact, flat, batch):
         ] != [one.ids for one in first]
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same(trained, exact, batch):
     import subprocess
     import sys

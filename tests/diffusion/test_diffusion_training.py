@@ -155,6 +155,7 @@ def test_the_shortest_command_is_fairseqs_too(run, faces, repo_root, tmp_path):
     assert_same_run(last(tmp_path / "ours"), last(tmp_path / "theirs"))
 
 
+@pytest.mark.slow
 def test_a_recipe_is_the_same_as_its_flags(train, tmp_path, repo_root):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -318,6 +318,7 @@ def weights_of(checkpoint, average):
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_diffusers(self, tiny_checkpoint, tmp_path):
         out = tmp_path / "new" / "digits"
         done = run(tiny_checkpoint, out, "--format", "diffusers")

@@ -133,6 +133,7 @@ class TestFolder:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_exit_codes(self, tmp_path):
         (tmp_path / "empty").mkdir()
         failed = run(tmp_path / "empty", tmp_path / "out", "--image-size", "8")

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_ext.denoiser import Denoiser
@@ -224,6 +224,7 @@ def sample(numbers, sampler, seed=1, clip=True):
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim:eta=1", "ddim", "heun", "dpmpp_2m"])
+@settings(max_examples=25)
 @given(data=st.data())
 def test_an_image_depends_on_seed_and_number_alone(sampler, data):
     """Not on batch size, order or what else is in its batch: to the last bit."""

@@ -130,6 +130,7 @@ def test_options_of_legacy_architectures_are_read(tmp_path):
     assert state["cfg"].model.arch == "transformer" and state["cfg"].model.layers == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_fresh_checkpoint_names_nothing_unsafe(reference):
     for path in sorted(reference.glob("*.pt")):
         assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == [], path

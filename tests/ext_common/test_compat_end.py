@@ -83,7 +83,8 @@ sys.exit({code})
 """
 
 
-@pytest.mark.parametrize("code", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [0, 3])
 def test_a_program_ends_while_its_data_are_being_read(code, tmp_path, repo_root):
     ended = processes.run(
         [sys.executable, "-c", READS_AHEAD.format(code=code)],

@@ -116,6 +116,7 @@ def reddish(image):
     return int(((image[..., 0] - image[..., 2] > 0.25) & (image[..., 0] > 0.7)).sum())
 
 
+@pytest.mark.slow
 def test_learning_curve_command(tmp_path):
     log, out = tmp_path / "train.log", tmp_path / "curve.png"
     log.write_text("\n".join(fairseq_log("simple")))

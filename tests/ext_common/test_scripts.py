@@ -76,6 +76,7 @@ def test_python_that_does_not_run_is_refused_in_words(checkout):
     assert done.stderr == f"error: PYTHON={shim} is not a working Python 3.11 or 3.12\n"
 
 
+@pytest.mark.slow
 def test_a_shim_that_fails_is_passed_over(checkout):
     """pyenv puts a python3.11 on the path that only says which versions exist."""
     shutil.rmtree(checkout / ".venv")

@@ -56,7 +56,7 @@ sys.meta_path.insert(0, Watch)
     [
         # both import torch at the top of their file
         (["-m", "diffusion_ext.export", "--help"], True),
-        (["-m", "fairseq_ext.average", "--help"], True),
+        pytest.param(["-m", "fairseq_ext.average", "--help"], True, marks=pytest.mark.slow),
         (["-c", "import fairseq_ext.average"], False),
     ],
 )

@@ -111,6 +111,7 @@ def test_features_follow_the_specification(tmp_path, source):
     np.testing.assert_array_equal(corpus.read(4), audio_features(source / "s0/4.wav", spec))
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_the_right_codes(tmp_path, source):
     done = run(source, tmp_path / "data", "--workers", "1")
     assert (done.returncode, done.stderr) == (0, ""), done
@@ -539,7 +540,7 @@ def start_and_kill(args, dest, after_lines):
     return process.wait()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_started_again_it_continues_and_ends_with_the_same_bytes(
     tmp_path, many, workers, monkeypatch
 ):

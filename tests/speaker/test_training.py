@@ -105,6 +105,7 @@ def test_two_processes_equal_accumulation(train, tmp_path):
     assert moved > 0.01
 
 
+@pytest.mark.slow
 def test_an_epoch_is_defined_by_duration(train, tmp_path):
     """10 utterances are not one update: at least --epoch-updates, all of them full."""
     log = train(tmp_path / "ck", "--epoch-updates 20 --max-epoch 2")

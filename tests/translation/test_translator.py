@@ -446,6 +446,7 @@ def test_threads_are_those_of_the_process_but_while_it_decodes(toy_checkpoint):
     assert set(seen) == {before + 1} and torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 def test_translating_loads_fairseq_without_what_its_other_tasks_need(toy_checkpoint, repo_root):
     """And a criterion of fairseq that needs them has them all the same."""
     code = f"""
