@@ -1,10 +1,10 @@
 """Emoji, an hour on one core, without classes and with: `python -m benchmarks.diffusion.emoji`.
 
 emoji64 at 32 × 32 by configs/diffusion/emoji32.yaml with 7,200 updates and the objective `flow`, 1 seed; the
-same with the objective `v`; with classes from the beginning; and 2,400 updates from the first (`--init-from`) with classes. Classes
-are the groups of Unicode's emoji-test.txt (`apt install unicode-data`), of the smileys only the faces. 500
-samples of each, its classes in turn, with each weight of guidance: `evaluate`, and how many of them a
-classifier that was trained on the real ones takes for their class. One line of
+same with the objective `v`; with classes from the beginning; and 2,400 updates from the first (`--init-from`)
+with classes. Classes are the groups of Unicode's emoji-test.txt (`apt install unicode-data`), of the smileys
+only the faces. 500 samples of each, its classes in turn, with each weight of guidance: `evaluate`, and how
+many of them a classifier that was trained on the real ones takes for their class. One line of
 benchmarks/results/diffusion_emoji.jsonl; docs/pictures/emoji.png: the first samples of some classes beside
 their nearest training images.
 """
