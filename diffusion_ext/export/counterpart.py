@@ -73,7 +73,7 @@ def unsupported(
         "it predicts the variance of a step too (--learned-variance)": (
             net.conv_out.out_channels != channels
         ),
-        f"its objective {objective!r} is none of {', '.join(PREDICTIONS)}": (
+        f"its objective {objective!r} is none of {', '.join(PREDICTIONS)} (train with --objective v)": (
             objective not in PREDICTIONS
         ),
         f"its heads of attention are {' and '.join(map(str, head_widths(net)))} channels wide"

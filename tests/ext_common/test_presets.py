@@ -241,6 +241,22 @@ def test_recipes_are_snapshots_of_presets(parse, repo_root, name):
     assert differ == others
 
 
+@pytest.mark.parametrize(
+    "machine, asked, objective",
+    [
+        (Machine(), {}, "flow"),
+        (Machine(gpu=True), {}, "v"),
+        (Machine(), {"beta_schedule": "cosine"}, "v"),
+        (Machine(), {"beta_schedule": "sigmoid", "objective": "eps"}, "eps"),
+    ],
+)
+def test_flow_is_learnt_where_it_was_measured_and_nothing_says_otherwise(machine, asked, objective):
+    from diffusion_ext import presets as task
+
+    chosen = task.choose(task.Facts(32, 32, 3, 3786), machine, asked)
+    assert next(c.flags["--objective"] for c in chosen if c.part == "criterion") == objective
+
+
 # --- the mechanism ------------------------------------------------------------------------------
 
 
