@@ -4,6 +4,7 @@
     python -m benchmarks.scale random      Philox beside a torch generator an image, its share of an update
     python -m benchmarks.scale compile     the three networks as they are and compiled, a thread each
     python -m benchmarks.scale store       anonymous memory of training from 50 GB and of preparing 2 GB
+    python -m benchmarks.scale images      1,000 to 71,000 images, 16 to 128 pixels: start, update, memory
 
 Each is minutes, and a run that is recorded is not made again: killed and started once more it goes on. All
 but `store` are timings, for when the machine does nothing else. What one training of two processes does
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unittest import mock
 
 from benchmarks import gpu
@@ -46,6 +47,8 @@ WAYS = {
     "compiled": "--compile inductor",
     "compiled, any lengths": "--compile inductor --required-seq-len-multiple 1",
 }
+# How many images, and their pixels a side.
+GROWTH = ((1000, 16), (1000, 32), (1000, 64), (1000, 128), (10_000, 64), (71_000, 64))
 FRAMES, N_MELS = 5000, 40  # of an utterance of the large store: 800 kB
 BYTES_OF_A_RECORDING = 105_000 * 1.14  # of `benchmarks.speaker.prepare`, with the unlabelled ones
 
@@ -378,14 +381,14 @@ def sparse(place: Path, gb: float) -> int:
     return count
 
 
-def watched(command: list[str]) -> dict[str, float]:
+def watched(command: list[str], log: IO[bytes] | int = subprocess.DEVNULL) -> dict[str, float]:
     """Run a command: peaks of its processes' anonymous memory and of their pages of files, MB; seconds."""
     from benchmarks.speaker.prepare import descendants
 
     began = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.PIPE
     )
     anonymous, files = 0.0, 0.0
     while process.poll() is None:
@@ -437,6 +440,74 @@ def store_section(records: dict[str, dict]) -> str:
     return section("Large stores", head, rows, records, about)
 
 
+# --- more images, and larger ones -----------------------------------------------------------------
+
+
+def images(folder: Path, options: Options) -> Iterator[Run]:
+    """A folder of PNG files to train on with the preset's network, for the first time and once more."""
+    from benchmarks.diffusion.cases import write_images
+
+    for count, side in GROWTH:
+
+        def measure(count: int = count, side: int = side) -> dict[str, Any]:
+            from tests.trainings import traced
+
+            source = folder / f"{count} of {side}"
+            write_images(source, count, side)
+            command = [sys.executable, "-m", "diffusion_ext.train", str(source), "--cpu"]
+            command += [
+                "--no-save",
+                "--image-size",
+                str(side),
+                "--minutes",
+                "60",
+                "--sample-interval",
+                "0",
+            ]
+            command += ["--max-update", str(options.updates // 4), "--disable-validation"]
+            command += ["--log-format", "json", "--log-interval", "1"]
+            command += ["--save-dir", str(folder / "ck")]
+            found: dict[str, Any] = {"images": count, "side": side}
+            for start in ("first", "later"):
+                with (
+                    tempfile.NamedTemporaryFile() as log,
+                    mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder / "cache")),
+                ):
+                    figures = watched(command, log)
+                    text = Path(log.name).read_text()
+                found["batch"] = float(traced(text, "bsz")[1])
+                # of the first update fairseq knows no rate
+                rates = list(map(float, traced(text, "wps").values()))
+                found["update_s"] = found["batch"] / statistics.median(rates[1:])
+                # what is not training: importing, decoding or opening, building
+                found[f"{start}_s"] = figures["seconds"] - len(rates) * found["update_s"]
+                found[f"{start}_mb"] = figures["anon_mb"]
+            return found
+
+        yield f"{count} of {side}", measure
+
+
+def images_section(records: dict[str, dict]) -> str:
+    rows = [
+        [
+            f"{r['images']:,}",
+            f"{r['side']} × {r['side']}",
+            f"{r['update_s']:.2f} s of {r['batch']:.0f} images",
+            *(f"{r[f'{start}_s']:.1f} s" for start in ("first", "later")),
+            *(f"{r[f'{start}_mb']:,.0f} MB" for start in ("first", "later")),
+        ]
+        for r in sorted(records.values(), key=lambda r: (r["images"], r["side"]))
+    ]
+    about = (
+        "A folder of PNG files, the network that presets choose for minutes on a CPU, one thread. Beside the"
+        " updates: from the command to its end without them, of which importing is 4 to 5 s; the first start"
+        " decodes with all processors, a later one opens what that left. Memory is anonymous, of all"
+        " processes together."
+    )
+    head = ["images", "pixels", "an update", "the first start", "a later one"]
+    return section("More images", [*head, "memory, first", "later"], rows, records, about)
+
+
 def section(
     title: str, head: list[str], rows: list[list[str]], records: dict[str, dict], about: str = ""
 ) -> str:
@@ -450,12 +521,14 @@ PARTS: dict[str, Callable[[Path, Options], Iterator[Run]]] = {
     "random": draws,
     "compile": compiled,
     "store": store,
+    "images": images,
 }
 SECTIONS: dict[str, Callable[[dict[str, dict]], str]] = {
     "two": two_section,
     "random": random_section,
     "compile": compile_section,
     "store": store_section,
+    "images": images_section,
 }
 
 if __name__ == "__main__":

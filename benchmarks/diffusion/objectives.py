@@ -9,6 +9,8 @@ thread; then docs/pictures/objectives.png.
                  whose length is chosen on the held-out images
     guidance     v, 10 steps: by the class, everywhere and in an interval of noise; by a model of 100 updates
     distilled    v, 150 updates more by diffusion_ext.distill, 1 and 2 steps
+    muon         v, Adam and Muon, 150 and 300 updates (the rate falls to 0 in each), 10 steps; of Muon's
+                 rates the best one of seed 1 for the other seeds
 """
 
 import argparse
@@ -37,8 +39,10 @@ GUIDANCE = {
     "worse 1.5": {"guidance": 1.5},
     "worse 2": {"guidance": 2.0},
 }
+SHORTER, LONGER = 150, 300
+MUON_RATES = (0.001, 0.002, 0.004)
 CHANGES = {
-    "optimization.max_update": 300,
+    "optimization.max_update": LONGER,
     "model.ema_snapshots": 15,
     "task.epoch_updates": 150,
     "task.sample_interval": 0,
@@ -46,19 +50,24 @@ CHANGES = {
 
 
 def recipe(
-    objective: str, seed: int, updates: int = CHANGES["optimization.max_update"]
+    objective: str, seed: int, updates: int = LONGER, muon_rate: float = 0.0
 ) -> tuple[dict, str]:
-    """The recipe of a training, and its digest."""
+    """The recipe of a training, by Adam where there is no rate for Muon, and its digest."""
     changes = {**CHANGES, "task.objective": objective, "common.seed": seed}
     changes["optimization.max_update"] = updates
+    if muon_rate:
+        changes |= {"optimizer._name": "muon", "optimization.lr": [muon_rate]}
     config = changed_recipe(CONFIGS / "digits.yaml", changes)
     return config, digest_of(config, DIGITS.name, DIGITS.size, SAMPLER_SET)
 
 
-def trained(work: Path, objective: str, seed: int, *updates: int) -> tuple[Path, float]:
+def trained(
+    work: Path, objective: str, seed: int, updates: int = LONGER, muon_rate: float = 0.0
+) -> tuple[Path, float]:
     """(folder, CPU seconds) of a training with average.pt in it, which is done unless it was."""
-    config, digest = recipe(objective, seed, *updates)
-    folder = work / f"{objective}-{config['optimization']['max_update']}-{seed}"
+    config, digest = recipe(objective, seed, updates, muon_rate)
+    muon = f"-muon-{muon_rate:g}" if muon_rate else ""
+    folder = work / f"{objective}-{updates}{muon}-{seed}"
     command = [*python("train"), work / DIGITS.name, "--config", folder / "recipe.yaml"]
     command += ["--save-dir", folder / "checkpoints"]
     seconds = train_by(command, config, digest, folder)["cpu_seconds"]
@@ -150,7 +159,25 @@ def distilled(work: Path) -> None:
             put_cell(name, digest, cell, found, cpu_seconds=seconds)
 
 
-GROUPS = {"objectives": objectives, "guidance": guidance, "distilled": distilled}
+def muon(work: Path) -> None:
+    def found(seed: int, updates: int, rate: float) -> float:
+        """The distance, in floors."""
+        name = f"muon_{f'muon, rate {rate:g}' if rate else 'Adam'}, {updates} updates-{seed}"
+        _, digest = recipe("v", seed, updates, rate)
+        for cell in cells_left(name, digest, ("10",)):
+            folder, seconds = trained(work, "v", seed, updates, rate)
+            made = judged(folder / LAST, work / DIGITS.name, steps=int(cell))
+            put_cell(name, digest, cell, made, cpu_seconds=seconds)
+        return (RECORDED.get(name) or {})["cells"]["10"]["ratio"]
+
+    best = min(MUON_RATES, key=lambda rate: found(SEEDS[0], SHORTER, rate))
+    for seed in SEEDS:
+        for updates in (SHORTER, LONGER):
+            for rate in (0.0, best):
+                found(seed, updates, rate)
+
+
+GROUPS = {"objectives": objectives, "guidance": guidance, "distilled": distilled, "muon": muon}
 
 
 def picture() -> None:

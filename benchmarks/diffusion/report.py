@@ -176,6 +176,13 @@ def objective_sections(records: list[dict]) -> dict[str, str]:
         head = [title, "Fréchet distance × floor", "precision", "recall", "nearest / of held-out"]
         heading = {"guidance": "## Guidance", "distilled": "## One and two steps"}[group]
         made[group] = section(group, f"{group}_", heading, head, rows)
+    rows = [
+        [name.removeprefix("muon_"), str(len(found)), *cell_more(found, "10")]
+        for name, found in sorted(runs.items())
+        if name.startswith("muon_")
+    ]
+    head = ["500 digits, 10 steps", "seeds", "Fréchet distance × floor", "precision", "recall"]
+    made["muon"] = section("muon", "muon_", "## Muon", [*head, "nearest / of held-out"], rows)
     return made
 
 
