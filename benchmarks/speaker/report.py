@@ -49,6 +49,7 @@ def variants_table(records: list[dict]) -> str:
         "narrowed": "half of the crops narrowed",
         "narrowed_long": "half of them narrowed, twice as many updates",
         "large_margin": "the first, trained on with longer crops and a larger margin",
+        "muon": "with Muon at the same rate",
     }
     keys = ("wide", "narrow", "top1")
     rows = [

@@ -45,6 +45,25 @@ def test_tables_are_of_medians_and_of_what_was_run():
     assert found[2][-1] == "never |"
 
 
+def test_images_are_in_the_order_of_their_number_and_size():
+    figures = dict(update_s=0.5, batch=32, first_s=9.0, later_s=6.0, first_mb=1500, later_mb=600)
+    text = scale.report(
+        [
+            record(f"images {count} of {side}", images=count, side=side, **figures)
+            for count, side in ((71_000, 64), (1000, 128), (1000, 16))
+        ]
+    )
+    found = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith(("| 1", "| 7"))]
+    assert found == [["| 1,000", "16 × 16"], ["| 1,000", "128 × 128"], ["| 71,000", "64 × 64"]]
+    assert cells(text, "71,000")[2:] == [
+        "0.50 s of 32 images",
+        "9.0 s",
+        "6.0 s",
+        "1,500 MB",
+        "600 MB",
+    ]
+
+
 def test_a_large_store_takes_no_room(tmp_path):
     assert scale.sparse(tmp_path / "data", 1.0) == 1250
     corpus = Corpus.open(tmp_path / "data")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -405,3 +406,19 @@ def test_whatever_is_not_refused_is_built(base, mults, head):
     with torch.device("meta"):
         made = UNet(options, 1, 1, 8)
         assert made(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.long)).shape == (1, 1, 8, 8)
+
+
+def test_the_network_of_the_faces_takes_what_its_recipe_estimates_from(repo_root):
+    """34 GFLOP an image forward; a training is three times as much for each image."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    recipe = yaml.safe_load((repo_root / "configs/diffusion/faces64.yaml").read_text())
+    known = UNetOptions.__dataclass_fields__.keys()
+    options = UNetOptions(**{k: v for k, v in recipe["model"].items() if k in known})
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        UNet(options, 3, 3, 64, 0, 0)(torch.empty(2, 3, 64, 64), torch.zeros(2).long(), None, None)
+    each = counter.get_total_flops() / 2
+    images = recipe["dataset"]["batch_size"] * recipe["optimization"]["max_update"]
+    assert each == pytest.approx(34e9, rel=0.02)
+    assert 3 * each * images == pytest.approx(3.9e18, rel=0.02)
+    assert 3 * each * images / 100e12 / 3600 == pytest.approx(11, rel=0.02)
