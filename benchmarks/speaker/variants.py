@@ -3,7 +3,8 @@
 The recipe as it is, with half of the crops narrowed, trained on with longer crops and a larger margin, with
 Muon in place of Adam at the same rate, and narrowed for twice as long; each on the 102 people of
 `benchmarks.speaker.open_set`, whose model is the first: pieces of 3 s of the 149 others at 16 kHz, and at 8
-against 16; top-1 on the test segments of those who were trained on. One line a model in benchmarks/results/speaker_variants.jsonl.
+against 16; top-1 on the test segments of those who were trained on. One line a model in
+benchmarks/results/speaker_variants.jsonl.
 """
 
 import argparse
