@@ -8,13 +8,11 @@ thread; then docs/pictures/objectives.png.
     objectives   v, flow and edm × 2, 5, 10 and 20 steps × the usual average and that of diffusion_ext.ema,
                  whose length is chosen on the held-out images
     guidance     v, 10 steps: by the class, everywhere and in an interval of noise; by a model of 100 updates
-    distilled    v, 150 updates more by diffusion_ext.distill, 1 and 2 steps
     muon         v, Adam and Muon, 150 and 300 updates (the rate falls to 0 in each), 10 steps; of Muon's
                  rates the best one of seed 1 for the other seeds
 """
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Iterable
@@ -25,7 +23,6 @@ import torch
 
 from benchmarks.diffusion.tables import CONFIGS, DIGITS, SAMPLER_SET, SEEDS, prepare, python, today
 from benchmarks.recorded import RESULTS, ROOT, Results, changed_recipe, digest_of, run, train_by
-from ext_common.manifest import atomic_json
 
 RECORDED = Results(RESULTS / "diffusion_objectives.jsonl")
 OBJECTIVES = ("v", "flow", "edm")
@@ -142,23 +139,6 @@ def guidance(work: Path) -> None:
             put_cell(name, digest, cell, found, cpu_seconds=seconds)
 
 
-def distilled(work: Path) -> None:
-    for seed in SEEDS:
-        name, (_, digest) = f"distilled_v-{seed}", recipe("v", seed)
-        for cell in cells_left(name, digest, ("1", "2")):
-            folder, seconds = trained(work, "v", seed)
-            fast, note = folder / "distilled", folder / "distilled.json"
-            if not note.exists():
-                shutil.rmtree(fast, ignore_errors=True)
-                command = [*python("distill"), folder / LAST, "--save-dir", fast]
-                more = run(command, folder / "distill.log")
-                atomic_json(note, {"cpu_seconds": more})
-            seconds += json.loads(note.read_text())["cpu_seconds"]
-            last = fast / "checkpoint_last.pt"
-            found = judged(last, work / DIGITS.name, steps=int(cell))
-            put_cell(name, digest, cell, found, cpu_seconds=seconds)
-
-
 def muon(work: Path) -> None:
     def found(seed: int, updates: int, rate: float) -> float:
         """The distance, in floors."""
@@ -177,7 +157,7 @@ def muon(work: Path) -> None:
                 found(seed, updates, rate)
 
 
-GROUPS = {"objectives": objectives, "guidance": guidance, "distilled": distilled, "muon": muon}
+GROUPS = {"objectives": objectives, "guidance": guidance, "muon": muon}
 
 
 def picture() -> None:

@@ -73,6 +73,7 @@ def digits_table(runs: dict) -> str:
     for name, records in runs.items():
         title = name.replace("digits", "samples").replace("flow", "learnt by `--objective flow`")
         title = title.replace("unlabelled", "learnt without classes")
+        title = title.replace("_distilled", ", distilled")
         title = title.replace("_guidance_", ", guidance ").replace("_steps_", ", steps ")
         rows.append([title, *cells(records), *more([r["evaluation"] for r in records])])
     heads = ["digits, 898 images", *COLUMNS, "nearest training image / of held-out", "classes"]
@@ -169,20 +170,18 @@ def objective_sections(records: list[dict]) -> dict[str, str]:
             rows,
         )
     }
-    titles = {"guidance": "guided, 10 steps", "distilled": "distilled, steps"}
-    for group, title in titles.items():
-        found = runs.get(f"{group}_v", [])
-        rows = [[way, *cell_more(found, way)] for way in (found[0]["cells"] if found else [])]
-        head = [title, "Fréchet distance × floor", "precision", "recall", "nearest / of held-out"]
-        heading = {"guidance": "## Guidance", "distilled": "## One and two steps"}[group]
-        made[group] = section(group, f"{group}_", heading, head, rows)
+    judged = ["Fréchet distance × floor", "precision", "recall", "nearest / of held-out"]
+    found = runs.get("guidance_v", [])
+    rows = [[way, *cell_more(found, way)] for way in (found[0]["cells"] if found else [])]
+    head = ["guided, 10 steps", *judged]
+    made["guidance"] = section("guidance", "guidance_", "## Guidance", head, rows)
     rows = [
         [name.removeprefix("muon_"), str(len(found)), *cell_more(found, "10")]
         for name, found in sorted(runs.items())
         if name.startswith("muon_")
     ]
-    head = ["500 digits, 10 steps", "seeds", "Fréchet distance × floor", "precision", "recall"]
-    made["muon"] = section("muon", "muon_", "## Muon", [*head, "nearest / of held-out"], rows)
+    head = ["500 digits, 10 steps", "seeds", *judged]
+    made["muon"] = section("muon", "muon_", "## Muon", head, rows)
     return made
 
 

@@ -6,7 +6,7 @@ benchmarks/results/grids. A run that has its line is not done again. `--jobs 2` 
 
     digits     configs/diffusion/digits.yaml, 3 seeds, with and without guidance; controls that must score
                clearly worse
-    flow       the same with --objective flow, and in fewer steps
+    flow       the same with --objective flow, and in fewer steps; distilled, in one step and in two
     unlabelled the same without classes
     nearest    how far held-out digits are from training ones, and from those of other hands
     samplers   samplers × steps on the first of them, sets of 500 images
@@ -42,7 +42,7 @@ from benchmarks.recorded import (
     run,
     train_by,
 )
-from ext_common.manifest import versions
+from ext_common.manifest import atomic_json, versions
 
 RECORDED = Results(RESULTS / "diffusion_tables.jsonl")
 GRIDS = RESULTS / "grids"
@@ -53,6 +53,7 @@ HELD_OUT = (0.05, 1000)  # share and number of images at most, as the task has t
 SAMPLER_SET = 500
 GUIDANCE = (1.25, 1.5)
 FEWER_STEPS = {f"_steps_{n}": ["--steps", n] for n in (10, 5)}
+DISTILLED = {f"_distilled_steps_{n}": ["--steps", n] for n in (1, 2)}
 AUGMENTED = {"task.hflip": 0.5, "task.color_jitter": [0.5, 0.5, 0.5, 0.1]}
 RARELY = "hflip:p=0.15;color_jitter:p=0.15"  # as often as Karras et al. 2022 for 64 × 64 faces
 AUGMENTATIONS = {
@@ -97,7 +98,7 @@ def digits_runs() -> dict:
 
 
 def flow_runs() -> dict:
-    changes, flags = {"task.objective": "flow"}, {"": [], **FEWER_STEPS}
+    changes, flags = {"task.objective": "flow"}, {"": [], **FEWER_STEPS, **DISTILLED}
     return {f"flow-{s}": (DIGITS, "digits", {"common.seed": s, **changes}, flags) for s in SEEDS}
 
 
@@ -176,6 +177,9 @@ def one(
         result = {"run": way, **today(), "recipe_sha256": digest}
         result.update(cpu_seconds=seconds, threads=1, recipe=config)
         checkpoint = checkpoints / "checkpoint_last.pt"
+        if way.startswith(f"{stem}_distilled"):
+            checkpoint, more = distilled(checkpoint, store, folder / "distilled")
+            result["cpu_seconds"] += more
         found = judge(folder, data, store, checkpoint, *ways[way], name=way)
         shutil.copyfile(folder / f"{way}.grid.png", GRIDS / f"{way}.png")
         RECORDED.put({**result, "evaluation": found, "versions": versions()})
@@ -184,6 +188,17 @@ def one(
             f"{way}: Fréchet {frechet['value']:.3g}, {frechet['ratio']:.2f} × floor, {seconds:.0f} CPU s",
             flush=True,
         )
+
+
+def distilled(checkpoint: Path, store: Path, folder: Path) -> tuple[Path, float]:
+    """(checkpoint, CPU seconds) of diffusion_ext.distill with 300 updates, unless that was done."""
+    note, last = folder.with_suffix(".json"), folder / "checkpoint_last.pt"
+    if not note.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [*python("distill"), checkpoint, "--data", store, "--save-dir", folder]
+        command += ["--max-update", 300, "--sample-interval", 0]
+        atomic_json(note, {"cpu_seconds": run(command, folder.with_suffix(".log"))})
+    return last, json.loads(note.read_text())["cpu_seconds"]
 
 
 def judge(

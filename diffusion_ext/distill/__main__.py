@@ -17,6 +17,9 @@ from ext_common.cli import Parser, UserError, add_dataclass, from_args, run
 # Share of the rate that the model was trained with.
 RATE = 0.3
 SHARE = 0.5
+# Updates for each halving of the distance between the two looks, of which there are at most so many: what is
+# far from the image learns from what is near, and that takes its time (docs/results/diffusion.md).
+HALVING, MOST_HALVINGS = 100, 8
 
 
 @dataclass
@@ -74,6 +77,7 @@ def command_of(checkpoint: str, options: DistillOptions, rest: list[str]) -> lis
     flags |= {"--class-labels": None} if state["task_state"]["spec"]["classes"] else {}
     flags |= {"--image-store": task["image_store"]} if task["image_store"] else {}
     length = options.max_update or max(1, round(SHARE * updates))
+    flags |= {"--halvings": str(min(max(1, length // HALVING), MOST_HALVINGS))}
     flags |= {"--max-update": str(length), "--lr": f"{RATE * cfg['optimization']['lr'][0]:g}"}
     flags |= {"--optimizer": PRESETS.names["optimizer"], "--adam-betas": "(0.9, 0.99)"}
     flags |= {

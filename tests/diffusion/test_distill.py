@@ -213,6 +213,14 @@ def test_the_command_is_that_training_with_the_network_of_the_checkpoint(tiny_ch
     assert words[:2] == ["fairseq-train", read_checkpoint(tiny_checkpoint)["cfg"]["task"]["data"]]
 
 
+@pytest.mark.parametrize("updates, halvings", [(5, "1"), (300, "3"), (600, "6"), (10_000, "8")])
+def test_a_short_training_brings_its_two_looks_less_near(updates, halvings, tiny_checkpoint):
+    words = command_of(str(tiny_checkpoint), DistillOptions("fast", max_update=updates), [])
+    assert words[words.index("--halvings") + 1] == halvings
+    words = command_of(str(tiny_checkpoint), DistillOptions("fast"), ["--halvings", "7"])
+    assert words[words.index("--halvings") + 1] == "7" and words.count("--halvings") == 1
+
+
 def test_a_distilled_checkpoint_is_drawn_from_in_two_steps(tiny_checkpoint, tmp_path):
     state = read_checkpoint(tiny_checkpoint)
     state["cfg"]["criterion"]["_name"] = "consistency"
