@@ -191,12 +191,12 @@ def one(
 
 
 def distilled(checkpoint: Path, store: Path, folder: Path) -> tuple[Path, float]:
-    """(checkpoint, CPU seconds) of diffusion_ext.distill with 300 updates, unless that was done."""
+    """(checkpoint, CPU seconds) of diffusion_ext.distill as it is, unless that was done."""
     note, last = folder.with_suffix(".json"), folder / "checkpoint_last.pt"
     if not note.exists():
         shutil.rmtree(folder, ignore_errors=True)
         command = [*python("distill"), checkpoint, "--data", store, "--save-dir", folder]
-        command += ["--max-update", 300, "--sample-interval", 0]
+        command += ["--sample-interval", 0]
         atomic_json(note, {"cpu_seconds": run(command, folder.with_suffix(".log"))})
     return last, json.loads(note.read_text())["cpu_seconds"]
 
