@@ -67,3 +67,30 @@ def test_the_public_api_loads_nothing_heavy(package, repo_root):
         text=True,
     )
     assert (done.returncode, done.stdout) == (0, "\n"), done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["diffusion_ext.train", "fairseq_ext.translation.prepare"])
+def test_commands_of_fairseq_load_nothing_of_its_other_tasks(command, tmp_path, repo_root):
+    """scikit-learn, which two of them are for, takes longer to import than all of ours."""
+    from PIL import Image
+
+    from tests.translation.conftest import toy_pairs
+
+    if command == "diffusion_ext.train":
+        for number in range(4):
+            Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        words = [str(tmp_path), "--save-dir", str(tmp_path / "ck"), "--print-command"]
+    else:
+        (tmp_path / "pairs.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in toy_pairs(700)))
+        words = [str(tmp_path / "pairs.tsv"), str(tmp_path / "data"), "--no-check-language"]
+        words += ["--source-lang", "en", "--target-lang", "zh"]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", command, *words],
+        env={**os.environ, "PYTHONPATH": str(repo_root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "fairseq" in loaded and "sklearn" not in loaded
