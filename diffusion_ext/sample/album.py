@@ -45,9 +45,9 @@ def draw_pictures(
     scale = display_scale(model.shape[1])
     numbers = list(paths)
     picture = beside(folder.resolve(), "grid.png")
+    steps = "1 step" if options.steps == 1 else f"{options.steps} steps"
     title = (
-        f"seed {options.seed}, images {numbers[0]} to {numbers[-1]}, {options.steps} steps of"
-        f" {options.sampler}"
+        f"seed {options.seed}, images {numbers[0]} to {numbers[-1]}, {steps} of {options.sampler}"
     )
     if options.edits:
         image, shown = edited(model, options, paths, title, scale)
