@@ -90,7 +90,7 @@ LARGE = {
     10**9: SIZES[10**9],
 }
 # Who gives one of them has the objective that they are options of; without, flow is nearer to the images
-# after the same minutes (docs/results/diffusion.md).
+# after the same minutes, or as near (docs/results/diffusion.md).
 OF_V = {"beta_schedule", "zero_terminal_snr", "loss_weighting", "learned_variance"}
 # What learns within minutes on a CPU.
 _SHORT = Size("32", "1,2,2", "1", "8", "0.001", 64, 1200, 40, warmup=200, grids=500)
