@@ -500,9 +500,8 @@ def images_section(records: dict[str, dict]) -> str:
     ]
     about = (
         "A folder of PNG files, the network that presets choose for minutes on a CPU, one thread. Beside the"
-        " updates: from the command to its end without them, of which importing is 4 to 5 s; the first start"
-        " decodes with all processors, a later one opens what that left. Memory is anonymous, of all"
-        " processes together."
+        " updates: from the command to its end without them; the first start decodes with all processors, a"
+        " later one opens what that left. Memory is anonymous, of all processes together."
     )
     head = ["images", "pixels", "an update", "the first start", "a later one"]
     return section("More images", [*head, "memory, first", "later"], rows, records, about)

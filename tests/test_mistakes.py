@@ -110,7 +110,9 @@ def outcome(folder, command, line):
 def _program(command):
     """The module that a command is."""
     if command.startswith("fairseq-"):
-        return importlib.import_module(f"fairseq_cli.{command[8:].replace('-', '_')}")
+        return importlib.import_module(
+            f"fairseq_cli.{command.removeprefix('fairseq-').replace('-', '_')}"
+        )
     module = importlib.import_module(command)
     return importlib.import_module(f"{command}.__main__") if hasattr(module, "__path__") else module
 
