@@ -5,18 +5,19 @@ from benchmarks.translation.report import main_table
 from benchmarks.translation.significance import Pairs, significance_table
 
 COMMAND = "python -m benchmarks.backtranslation.tables"
-BITEXT, EARLY, OURS = "bitext", "_early", "_ours"
-GROUPS = {
-    "same updates": "modes toggles",
-    "two thirds of them": "early",
-    "our Transformer": "ours rounds",
-}
+BITEXT, EARLY, OURS, NOISY = "bitext", "_early", "_ours", "_noisy"
 REVERSE = {
     "reverse": "zh → en",
     "reverse_ours": "zh → en, our Transformer",
     "reverse2_ours": "the same on the second round's mixture",
 }
-HEADS = {"": "same updates", EARLY: "two thirds of them", OURS: "our Transformer"}
+# How the names of its runs end → (head, groups) of a table.
+TABLES = {
+    "": ("same updates", "modes toggles"),
+    EARLY: ("two thirds of them", "early"),
+    OURS: ("our Transformer", "ours rounds"),
+    NOISY: ("a manual as monolingual text", "noisy"),
+}
 
 
 def report(records: list[dict], tests: list[dict]) -> str:
@@ -31,7 +32,7 @@ def tables(records: list[dict], tests: list[dict]) -> dict[str, str]:
         runs = [run for some in systems.values() for run in some]
         titled = {title_of(name): some for name, some in systems.items()}
         made = [main_table(head, titled), significance_table(tests, head)]
-        made += [origin(f"{COMMAND} {GROUPS[head]}", runs)]
+        made += [origin(f"{COMMAND} {dict(TABLES.values())[head]}", runs)]
         found[head] = "\n\n".join(part for part in made if part)
     named = by_name(records)
     reverse = {title: named[name] for name, title in REVERSE.items() if name in named}
@@ -44,9 +45,13 @@ def tables(records: list[dict], tests: list[dict]) -> dict[str, str]:
 def systems_of(records: list[dict]) -> dict[str, dict[str, list[dict]]]:
     """Head of a table → name → runs of all seeds."""
     found: dict[str, dict[str, list[dict]]] = {}
-    for name, runs in by_name(records).items():
+    named = by_name(records)
+    if BITEXT in named and any(name.endswith(NOISY) for name in named):
+        # what other monolingual text is beside is the same
+        named = {f"{BITEXT}{NOISY}": named[BITEXT], **named}
+    for name, runs in named.items():
         if name not in REVERSE:
-            found.setdefault(HEADS[parts_of(name)[2]], {})[name] = runs
+            found.setdefault(TABLES[parts_of(name)[2]][0], {})[name] = runs
     return found
 
 
@@ -88,7 +93,7 @@ def seed_of(run: dict) -> str:
 
 def parts_of(name: str) -> tuple[str, str, str]:
     """(mode, what of it is toggled, suffix of the table that it belongs to)."""
-    suffix = next((one for one in HEADS if one and name.endswith(one)), "")
+    suffix = next((one for one in TABLES if one and name.endswith(one)), "")
     mode, _, toggle = name.removesuffix(suffix).partition("_")
     return mode, toggle, suffix
 

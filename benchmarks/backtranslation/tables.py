@@ -18,13 +18,16 @@ then tested against the references and recorded in backtranslation_tests.jsonl.
              only, + beam without tag, 3 seeds; bitext only with more dropout, seed 1
     rounds   a second round of these without tag: the forward model of seed 1 writes Chinese for mono.en, on
              which a second reverse model is trained, seed 1
+    noisy    the default mode, without tag, and without filters, where the monolingual text is another's: as
+             many Chinese lines of pydocs, which the reverse model cannot read, seed 1
 """
 
 import argparse
+import gzip
 import random
 from pathlib import Path
 
-from benchmarks.backtranslation.report import BITEXT, OURS, compared, report
+from benchmarks.backtranslation.report import BITEXT, EARLY, NOISY, OURS, compared, report
 from benchmarks.recorded import RESULTS, ROOT, Results, data_file, run
 from benchmarks.translation.runs import Runs, python
 from benchmarks.translation.significance import record_tests
@@ -38,7 +41,7 @@ SEEDS = (1, 2, 3)
 MODES = ("beam", "topk", "sampling", "noised-beam")
 PAIRS = 8000
 UPSAMPLE = 2
-EARLY = 1600
+UPDATES_EARLY = 1600
 # Level with noised-beam on valid, and the simpler of the two: the default of `generate`.
 TOGGLED = "beam"
 # BLEU on valid chooses, as after 600 updates of the bitext the loss rises while BLEU still does. Dropout for
@@ -92,13 +95,25 @@ def divide(whole: Path, work: Path) -> None:
             file.writelines(lines)
 
 
+def manual(work: Path) -> str:
+    """Name of a file of Chinese lines of pydocs, as many as mono.zh has."""
+    path = work / "mono-pydocs.zh"
+    if not path.exists():
+        with gzip.open(data_file("pydocs/train.tsv.gz"), "rt", encoding="utf-8") as file:
+            lines = [line.rstrip("\n").split("\t")[1] + "\n" for line in file]
+        most = len(list(read_lines(work / "mono.zh")))
+        with atomic_write(path) as file:
+            file.writelines(random.Random(1).sample(lines, most))
+    return path.name
+
+
 def synthetic(
-    work: Path, data: Path, name: str, model: Path, mode: str = TOGGLED, mono: str = "mono.zh"
+    work: Path, data: Path, name: str, model: Path, *flags: str, mono: str = "mono.zh"
 ) -> Path:
-    """SYNTH of a mode; the command itself knows what is done."""
+    """SYNTH of a model; the command itself knows what is done."""
     folder = work / f"synthetic-{name}"
-    command = [*python("backtranslation.generate"), work / mono, folder, "--mode", mode]
-    run([*command, "--model", model, "--guard", data], work / f"generate-{name}.log")
+    command = [*python("backtranslation.generate"), work / mono, folder, "--model", model]
+    run([*command, "--guard", data, *flags], work / f"generate-{name}.log")
     return folder
 
 
@@ -133,23 +148,27 @@ def ours(work: Path, data: Path, groups: list[str], jobs: int) -> None:
     """The groups ours and rounds."""
     runs = Runs(RECORDED, COMPACT, work, best_of=True)
     forwards, reverses = our_recipe("en", "zh", 0.0), our_recipe("zh", "en", 0.0)
-    models = work / "reverse_ours-1", work / "beam_untagged_ours-1", work / "reverse2_ours-1"
-    reverse, first, second = (model / "checkpoints" / "average.pt" for model in models)
     untagged = ("--tag", "none")
     if "ours" in groups:
         alone = our_recipe("en", "zh", DROPOUT)
         runs.do(forward({f"{BITEXT}{OURS}": data}, OUR_RECIPE, **alone), jobs)
         more = {**our_recipe("en", "zh", MORE_DROPOUT), "common.seed": 1}
         runs.do({f"{BITEXT}_dropout {MORE_DROPOUT}{OURS}-1": (OUR_RECIPE, more, data)}, jobs)
-        back = {**our_recipe("zh", "en", DROPOUT), "common.seed": 1}
-        runs.do({f"reverse{OURS}-1": (OUR_RECIPE, back, data)}, jobs)
-        synth = synthetic(work, data, "ours", reverse)
-        mixed = mixture(work, data, synth, "ours-untagged", *untagged)
-        runs.do(forward({f"beam_untagged{OURS}": mixed}, OUR_RECIPE, **forwards), jobs)
+    back = {**our_recipe("zh", "en", DROPOUT), "common.seed": 1}
+    reverse = runs.model(f"reverse{OURS}-1", OUR_RECIPE, back, data)
+    synth = synthetic(work, data, "ours", reverse)
+    mixed = mixture(work, data, synth, "ours-untagged", *untagged)
+    first = forward({f"beam_untagged{OURS}": mixed}, OUR_RECIPE, **forwards)
+    if "ours" in groups:
+        runs.do(first, jobs)
     if "rounds" in groups:
-        synth = synthetic(work, data, "ours-for-reverse", first, mono="mono.en")
+        name = f"beam_untagged{OURS}-1"
+        synth = synthetic(
+            work, data, "ours-for-reverse", runs.model(name, *first[name]), mono="mono.en"
+        )
         mixed = mixture(work, data, synth, "ours-for-reverse", *untagged)
-        runs.do({f"reverse2{OURS}-1": (OUR_RECIPE, {**reverses, "common.seed": 1}, mixed)}, jobs)
+        again = {**reverses, "common.seed": 1}
+        second = runs.model(f"reverse2{OURS}-1", OUR_RECIPE, again, mixed)
         synth = synthetic(work, data, "ours-2", second)
         mixed = mixture(work, data, synth, "ours-2", *untagged)
         again = {**forwards, "common.seed": 1}
@@ -167,7 +186,7 @@ def main() -> None:
     args = parser.parse_args()
     work = args.work
     if not args.report:
-        do(work, args.groups or ["modes", "toggles", "early", "ours", "rounds"], args.jobs)
+        do(work, args.groups or [*"modes toggles early ours rounds noisy".split()], args.jobs)
         record_tests(TESTS, compared(RECORDED.all()), work / "data" / "text" / "test.zh")
     print(report(RECORDED.all(), TESTS.all()))
 
@@ -175,34 +194,46 @@ def main() -> None:
 def do(work: Path, groups: list[str], jobs: int) -> None:
     work.mkdir(parents=True, exist_ok=True)
     data = prepare(work)
-    ours(work, data, groups, jobs)
+    if {"ours", "rounds"} & set(groups):
+        ours(work, data, groups, jobs)
     if not set(groups) - {"ours", "rounds"}:
         return
     runs = Runs(RECORDED, CONFIGS, work)
-    runs.do({"reverse-1": ("reverse", {}, data)}, jobs)
-    checkpoint = work / "reverse-1" / "checkpoints" / "average.pt"
-    if not checkpoint.exists():
-        raise SystemExit(
-            f"error: {checkpoint} is gone, but its result is recorded: remove the line of "
-            f"reverse-1 in {RECORDED.path} to train the reverse model again"
-        )
-    names = {BITEXT: data}
-    for mode in MODES:
-        synth = synthetic(work, data, mode, checkpoint, mode)
-        names[mode] = mixture(work, data, synth, mode)
+    reverse = runs.model("reverse-1", "reverse", {}, data)
+    if "noisy" in groups:
+        # its lines are long
+        quick = ("--backend", "ctranslate2")
+        synth = synthetic(work, data, "pydocs", reverse, *quick, mono=manual(work))
+        names = {f"{TOGGLED}{NOISY}": mixture(work, data, synth, "pydocs")}
+        names |= toggled(work, data, synth, "pydocs", NOISY)
+        wanted = forward(names)
+        runs.do({name: what for name, what in wanted.items() if name.endswith("-1")}, jobs)
+    if {"modes", "early"} & set(groups):
+        names = {BITEXT: data}
+        for mode in MODES:
+            names[mode] = mixture(
+                work, data, synthetic(work, data, mode, reverse, "--mode", mode), mode
+            )
     if "modes" in groups:
         runs.do(forward(names), jobs)
     if "toggles" in groups:
-        synth = work / f"synthetic-{TOGGLED}"
-        untagged, all_pairs = ("--tag", "none"), ("--filters", "none")
-        toggles = {
-            f"{TOGGLED}_untagged": mixture(work, data, synth, f"{TOGGLED}-untagged", *untagged),
-            f"{TOGGLED}_unfiltered": mixture(work, data, synth, f"{TOGGLED}-all", *all_pairs),
-        }
-        runs.do(forward(toggles), jobs)
+        synth = synthetic(work, data, TOGGLED, reverse)
+        runs.do(forward(toggled(work, data, synth, TOGGLED)), jobs)
     if "early" in groups:
-        early = {f"{name}_early": names[name] for name in (BITEXT, "beam")}
-        runs.do(forward(early, **{"optimization.max_update": EARLY}), jobs)
+        early = {f"{name}{EARLY}": names[name] for name in (BITEXT, "beam")}
+        runs.do(forward(early, **{"optimization.max_update": UPDATES_EARLY}), jobs)
+
+
+def toggled(work: Path, data: Path, synth: Path, name: str, suffix: str = "") -> dict[str, Path]:
+    """The mixtures without tag and without filters."""
+    return {
+        f"{TOGGLED}_untagged{suffix}": mixture(
+            work, data, synth, f"{name}-untagged", "--tag", "none"
+        ),
+        f"{TOGGLED}_unfiltered{suffix}": mixture(
+            work, data, synth, f"{name}-all", "--filters", "none"
+        ),
+    }
 
 
 if __name__ == "__main__":

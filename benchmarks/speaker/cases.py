@@ -131,7 +131,7 @@ class _StoreReader:
         done = 0
         for number in range(self.batches):
             indices = self.order[number * BATCH : (number + 1) * BATCH]
-            batch = self.dataset.collater([self.dataset[int(i)] for i in indices])
+            batch = self.dataset.collater(self.dataset.__getitems__(indices.tolist()))
             done += len(batch["target"])
         return done
 

@@ -4,12 +4,12 @@ English to Chinese on cmn-eng/cmn.txt and pydocs. Every run is one `fairseq-hydr
 the average of its last checkpoints or its best one, whichever translates valid better, `translate` with beam
 5 and `score`. One line a run in benchmarks/results/translation_compact.jsonl, written when it is done; a run
 that has its line is not done again. How many updates fit into the time `pace` measures first, all systems in
-turn. What is still to be run `--list` lists.
+turn, but for the ingredients. What is still to be run `--list` lists.
 
     pace         CPU seconds an update of each system and corpus
     search       seed 1: what is best on valid is chosen; the LSTM's search is that of translation_tables, too
     chosen       the best of either side, 3 seeds
-    ingredients  the best Transformer without each of its parts, seed 1
+    ingredients  the best Transformer without each of its parts, for as many updates, seed 1
     growing      both, on parts of pydocs of 5 to 49 thousand pairs, for 24 minutes, seed 1
     longer       both for 24 minutes on cmn-eng, seed 1
 """
@@ -144,10 +144,15 @@ def wanted(group: str) -> dict[str, tuple[str, Changes, str]]:
     if group == "search":
         return {f"short-{name}-1": (*system(name), "cmn") for name in SEARCH}
     if group == "ingredients":
-        # the best, which may be without one already, with all parts and without each
-        whole = "-".join(best_of("transformer").split("-")[:3])
-        names = [whole, *(f"{whole}-{part}" for part in PARTS)]
-        return {f"short-{name}-1": (*system(name), "cmn") for name in names}
+        # the best, which may be without one already, without each of the parts that were not searched
+        best = best_of("transformer")
+        whole = "-".join(best.split("-")[:3])
+        same = {"optimization.max_update": runs_of(best)[0]["recipe"]["optimization"]["max_update"]}
+        names = [name for part in PARTS if (name := f"{whole}-{part}") not in SEARCH]
+        systems = {f"short-{name}-1": system(name) for name in names}
+        return {
+            name: (recipe, changes | same, "cmn") for name, (recipe, changes) in systems.items()
+        }
     theirs = best_of("lstm")
     if group == "growing":
         names = (LONG, theirs)
@@ -202,8 +207,10 @@ def with_length(work: Path, name: str, what: tuple[str, Changes, str]) -> tuple[
     if corpus != "cmn":
         changes = {**changes, **OF_LONG_LINES}
     length, _, rest = name.partition("-")
-    seconds = pace(work, recipe, changes, corpus, system_of(rest.rsplit("-", 1)[0]))
-    updates = round(SECONDS[length] / seconds / CHECKS) * CHECKS
+    updates = changes.get("optimization.max_update")
+    if updates is None:
+        seconds = pace(work, recipe, changes, corpus, system_of(rest.rsplit("-", 1)[0]))
+        updates = round(SECONDS[length] / seconds / CHECKS) * CHECKS
     changes = {
         **changes,
         "optimization.max_update": updates,

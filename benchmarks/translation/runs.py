@@ -38,14 +38,26 @@ class Runs:
         for one in done:
             one.result()
 
-    def one(self, name: str, recipe: str, changes: dict, data: Path) -> None:
-        """Train, average, translate and score one run, unless that is recorded."""
+    def model(self, name: str, recipe: str, changes: dict, data: Path) -> Path:
+        """The averaged model of one run, trained again where only its result is left."""
+        average = self.work / name / "checkpoints" / "average.pt"
+        self.one(name, recipe, changes, data, again=not average.exists())
+        return average
+
+    def one(
+        self, name: str, recipe: str, changes: dict, data: Path, *, again: bool = False
+    ) -> None:
+        """Train, average, translate and score one run, unless that is recorded.
+
+        again: train and average what is recorded, too.
+        """
         config = changed_recipe(self.configs / f"{recipe}.yaml", changes)
         corpus = json.loads((data / "corpus.json").read_text())
         model = self.configs / "model" / f"{config['defaults'][0]['model']}.yaml"
         source, target = direction(config, corpus)
         digest = digest_of(config, model.read_text(), corpus["split_sha256"], *extra(data))
-        if self.results.has(name, digest):
+        recorded = self.results.has(name, digest)
+        if recorded and not again:
             print(f"{name}: done before", flush=True)
             return
         folder = self.work / name
@@ -54,6 +66,8 @@ class Runs:
         average = [*python("translation.average"), checkpoints, "--last", str(AVERAGED)]
         average += ["--best-of"] if self.best_of else []
         run([*average, "--output", checkpoints / "average.pt"], folder / "average.log")
+        if recorded:
+            return
         result = {"run": name, "date": date.today().isoformat(), "recipe_sha256": digest}
         result.update(trained, threads=1, machine=machine(), recipe=config)
         result["parameters"] = parameters(checkpoints)

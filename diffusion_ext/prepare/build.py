@@ -11,12 +11,10 @@ It is written beside its place and renamed. Killed half-way, the same call conti
 import contextlib
 import hashlib
 import json
-import os
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +25,15 @@ from diffusion_ext.prepare.images import POLICY, BadImage
 from ext_common.cli import UserError, progress, why_full
 from ext_common.folders import making, refuse_strangers
 from ext_common.manifest import MANIFEST_NAME, atomic_json, write_manifest
+from ext_common.parallel import cpus, in_order
 from ext_common.store import StoreWriter, interrupted_key, store_paths
 
 FORMAT = 1
 NAME = "images"
 META_NAME = "images.meta.json"
 OWN_FILES = {f"{NAME}.bin", f"{NAME}.json", META_NAME, MANIFEST_NAME}
-BLOCK = 256
+# What a process decodes at a time, in images and in bytes.
+BLOCK, BLOCK_BYTES = 64, 1 << 20
 SHOWN = 20
 
 
@@ -169,7 +169,7 @@ def _write(part: Path, recipe: Recipe, max_bad: float, workers: int | None) -> N
     with StoreWriter(part, recipe.shape, "uint8", name=NAME, key=recipe.fingerprint) as writer:
         done = {int(entry.record_id) for entry in writer.done}
         left = [n for n in range(len(recipe.names)) if n not in done]
-        _decode(left, recipe, writer, workers or len(os.sched_getaffinity(0)))
+        _decode(left, recipe, writer, workers or cpus())
         names = [printable(name) for name in recipe.names]
         kept, skipped = [], []
         for entry in writer.done:
@@ -191,7 +191,7 @@ def _write(part: Path, recipe: Recipe, max_bad: float, workers: int | None) -> N
 
 
 def _decode(numbers: list[int], recipe: Recipe, writer: StoreWriter, workers: int) -> None:
-    def outcome(number):
+    def outcome(number: int) -> tuple[np.ndarray | None, dict]:
         try:
             pixels = recipe.load(number)
             gray = len(pixels) == 3 and bool((pixels == pixels[:1]).all())
@@ -199,17 +199,22 @@ def _decode(numbers: list[int], recipe: Recipe, writer: StoreWriter, workers: in
         except BadImage as error:
             return None, {"bad": str(error)}
 
+    def outcomes(block: list[int]) -> list[tuple[np.ndarray | None, dict]]:
+        return [outcome(number) for number in block]
+
+    size = max(1, min(BLOCK, BLOCK_BYTES // int(np.prod(recipe.shape))))
+    blocks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
     bad = 0
-    # Threads: Pillow lets go of the interpreter while it decodes and scales.
+    # Processes: small images are mostly Python's work, for which threads wait for each other.
+    found = in_order(outcomes, blocks, min(workers, len(blocks)), near=lambda b: recipe.names[b[0]])
     with (
         warnings.catch_warnings(),
-        ThreadPoolExecutor(workers) as pool,
+        contextlib.closing(found),
         progress(len(numbers), "decoding", "images") as bar,
     ):
         warnings.simplefilter("ignore")  # Pillow's remarks on odd files
-        for start in range(0, len(numbers), BLOCK):
-            block = numbers[start : start + BLOCK]
-            for number, (pixels, note) in zip(block, pool.map(outcome, block), strict=True):
+        for block, decoded in zip(blocks, found, strict=True):
+            for number, (pixels, note) in zip(block, decoded, strict=True):
                 if pixels is not None:
                     writer.append(str(number), pixels[None], note)
                     continue

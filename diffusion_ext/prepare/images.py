@@ -89,6 +89,7 @@ class ImageFiles:
     def __init__(self, place: str | os.PathLike[str]) -> None:
         self.place = Path(place)
         self._zip: ZipFile | None = None
+        self._process = os.getpid()
         self._prefix = ""
         found: list[Source] = []
         others: Counter[str] = Counter()
@@ -112,6 +113,9 @@ class ImageFiles:
         """What `decode_image` takes for one of the names."""
         if self._zip is None:
             return os.path.join(self.place, name)
+        if self._process != os.getpid():
+            # an open file has one place for all processes that inherit it
+            self._zip, self._process = ZipFile(self.place), os.getpid()
         return BytesIO(self._zip.read(self._prefix + name))
 
     def _list_zip(self, found: list[Source], others: Counter[str]) -> None:

@@ -17,11 +17,11 @@ def pad(features: List["Tensor"]) -> Tuple["Tensor", Optional["Tensor"]]:
     """[(T_i, F)] → (B, max T, F) filled with zeros, and the padding mask (B, max T) or None."""
     import torch
 
-    lengths = torch.tensor([len(f) for f in features])
-    if bool((lengths == lengths[0]).all()):
+    lengths = [f.shape[0] for f in features]
+    if len(set(lengths)) == 1:
         return torch.stack(list(features)), None
     source = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
-    return source, torch.arange(source.shape[1]) >= lengths[:, None]
+    return source, torch.arange(source.shape[1]) >= torch.tensor(lengths)[:, None]
 
 
 def batches_by_frames(

@@ -18,7 +18,7 @@ import numpy as np
 
 from ext_common.cli import UserError, progress
 from ext_common.manifest import atomic_json, atomic_write, sha256_file
-from ext_common.store import JoinedRows, joined_rows, open_store, parts_of, store_paths
+from ext_common.store import JoinedRows, expect_rows, joined_rows, open_store, parts_of, store_paths
 from fairseq_ext.speaker.features import FeatureSpec
 
 FORMAT = 1
@@ -120,6 +120,23 @@ class Corpus:
             return self.features[first : first + length].copy()
         # as a plain array: slicing a memmap object takes longer than copying a crop
         return np.asarray(self.features)[first : first + length].copy()
+
+    def read_together(self, rows, starts, lengths):
+        """What `read` gives of several places, int64 (N,) each: a list of N.
+
+        The disk is told of all places before the first of them is waited for.
+        """
+        over = np.flatnonzero(
+            (starts < 0) | (lengths < 0) | (starts + lengths > self.lengths[rows])
+        )
+        for n in over[:1]:
+            return [self.read(int(rows[n]), int(starts[n]), int(lengths[n]))]
+        firsts = self.offsets[rows] + starts
+        expect_rows(self.features, firsts, lengths)
+        whole = isinstance(self.features, JoinedRows)
+        features = self.features if whole else np.asarray(self.features)
+        ends = (firsts + lengths).tolist()
+        return [features[a:b].copy() for a, b in zip(firsts.tolist(), ends, strict=True)]
 
 
 def joined(parts, path):

@@ -1,6 +1,6 @@
 """Datasets over a prepared `Corpus`: random crops for training, whole utterances for everything else."""
 
-from typing import Callable, Dict, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -113,29 +113,37 @@ class CropDataset(SpeakerDataset):
     can_reuse_epoch_itr_across_epochs = False
 
     def __getitem__(self, index: int) -> Dict:
-        row = int(self.rows[self.utterance[index]])
-        length = int(self.corpus.lengths[row])
-        rng, factor, turn = None, 1.0, 0
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> List[Dict]:
+        """What a loader asks for: the crops of a batch, read together."""
+        rows = self.rows[self.utterance[indices]]
+        lengths, turns = self.corpus.lengths[rows], np.zeros(len(rows), dtype=np.int64)
+        factors, rngs = np.ones(len(rows)), []
         if self.speed or self.steps:
-            rng = np.random.default_rng((self.seed, self.epoch, index))
+            rngs = [np.random.default_rng((self.seed, self.epoch, index)) for index in indices]
         if self.speed_classes:
-            turn = int(rng.integers(len(SPEEDS)))
-            factor = 1 + SPEEDS[turn] * self.speed
+            turns = np.array([rng.integers(len(SPEEDS)) for rng in rngs])
+            factors = 1 + np.array(SPEEDS)[turns] * self.speed
         elif self.speed:
-            factor = rng.uniform(1 - self.speed, 1 + self.speed)
-        frames = min(self.crop_frames, max(1, int(length / factor)))
-        needed = min(length, int(np.ceil((frames - 1) * factor)) + 1)
-        start = int(self.places[index] * (length - needed + 1))
-        x = self.corpus.read(row, start, needed)
-        if factor != 1:
-            x = change_speed(x, factor, frames, self.context.frequencies)
+            factors = np.array([rng.uniform(1 - self.speed, 1 + self.speed) for rng in rngs])
+        frames = np.clip((lengths / factors).astype(np.int64), 1, self.crop_frames)
+        needed = np.minimum(lengths, np.ceil((frames - 1) * factors).astype(np.int64) + 1)
+        starts = (self.places[indices] * (lengths - needed + 1)).astype(np.int64)
+        crops = self.corpus.read_together(rows, starts, needed)
+        if self.speed:
+            for n in np.flatnonzero(factors != 1):
+                speed = float(factors[n]), int(frames[n]), self.context.frequencies
+                crops[n] = change_speed(crops[n], *speed)
         for step in self.steps:
-            x = step(x, rng, self.context)
-        return {
-            "id": index,
-            "source": torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)),
-            "target": int(self.corpus.labels[row]) + turn * self.speed_classes,
-        }
+            crops = [step(x, rng, self.context) for x, rng in zip(crops, rngs, strict=True)]
+        if self.speed or self.steps:
+            crops = [np.ascontiguousarray(x, dtype=np.float32) for x in crops]
+        labels = (self.corpus.labels[rows] + turns * self.speed_classes).tolist()
+        return [
+            {"id": index, "source": torch.from_numpy(x), "target": label}
+            for index, x, label in zip(indices, crops, labels, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.utterance)
@@ -158,7 +166,7 @@ def collate(samples: Sequence[Dict]) -> Dict:
         **({"weight": torch.tensor(weighed)} if weighed else {}),
         "id": torch.tensor([s["id"] for s in samples]),
         "nsentences": len(samples),
-        "ntokens": sum(len(s["source"]) for s in samples),
+        "ntokens": sum(s["source"].shape[0] for s in samples),
         "net_input": {"source": source, "padding_mask": padding_mask},
         "target": torch.tensor([s["target"] for s in samples]),
     }

@@ -302,6 +302,16 @@ class TestWhatComesIn:
         found = images.decode_image(tmp_path / name, 32, 32, 3).transpose(1, 2, 0).astype(int)
         assert np.abs(found - smooth).max() <= (0 if exact else 24)
 
+    def test_a_zip_is_read_by_several_processes(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr("diffusion_ext.prepare.build.BLOCK", 1)
+        pixels = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
+        (tmp_path / "data").mkdir()
+        for n, image in enumerate(pixels):
+            Image.fromarray(image).save(tmp_path / "data" / f"{n:03}.png")
+        shutil.make_archive(str(tmp_path / "data"), "zip", tmp_path / "data")
+        found = self.pixels(tmp_path, tmp_path / "data.zip", "--workers", "4")
+        assert np.array_equal(found.pixels, pixels.transpose(0, 3, 1, 2))
+
     def test_a_zip_is_the_folder_that_was_packed(self, tmp_path, capsys):
         source = write(tmp_path / "data")
         for n, name in enumerate(sorted(source.glob("*.png"))):

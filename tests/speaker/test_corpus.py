@@ -190,6 +190,25 @@ def test_pickled_without_its_features(tiny_data):
 # --- more than one store, and more than memory ---------------------------------------------------------
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_places_read_together_are_those_read_alone(tmp_path, parts):
+    """Also where a place begins within a page, and in folders read as one."""
+    folders = [tmp_path / str(part) for part in range(parts)]
+    for folder in folders:
+        make(folder, lengths=(700, 5, 1600, 3))
+    corpus = Corpus.open(":".join(map(str, folders)))
+    rng = np.random.default_rng(1)
+    rows = rng.integers(len(corpus), size=50)
+    starts = rng.integers(corpus.lengths[rows])
+    lengths = rng.integers(corpus.lengths[rows] - starts + 1)
+    found = corpus.read_together(rows, starts, lengths)
+    for x, row, start, length in zip(found, rows, starts, lengths, strict=True):
+        np.testing.assert_array_equal(x, corpus.read(row, start, length))
+        assert x.flags.writeable and x.base is None
+    with pytest.raises(ValueError, match="1, x.wav: frames 3 to 6 of 5 do not exist"):
+        corpus.read_together(np.array([0, 1]), np.array([1, 3]), np.array([3, 3]))
+
+
 class TestSeveral:
     def test_are_one(self, tmp_path):
         """Utterances one behind the other; statistics as of one store with the frames of both."""
