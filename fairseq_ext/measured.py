@@ -1,6 +1,7 @@
 """How good a checkpoint is on its own validation data, by the metric that chose its training's best."""
 
 import importlib
+import logging
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -66,8 +67,13 @@ def _validate(path: str, state: dict[str, Any], data: str) -> Measure:
         # what training saves the time for, once is cheap: the loss takes the best one far too early
         overrides.no_valid_text = False
         name, more_is_better = task["select_by"], True
-    with metrics.aggregate(new_root=True) as found:
-        validate.main(cfg, overrides)
+    # fairseq's own remarks are its whole configuration, once a checkpoint
+    logging.disable(logging.INFO)
+    try:
+        with metrics.aggregate(new_root=True) as found:
+            validate.main(cfg, overrides)
+    finally:
+        logging.disable(logging.NOTSET)
     values = found.get_smoothed_values()
     if name not in values:
         raise UserError(

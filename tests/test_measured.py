@@ -45,6 +45,7 @@ def test_the_better_one_is_written(folder):
     said = run_command([*words, "--validate"], folder)
     assert "on the validation data: the average has bleu" in said
     assert f"use {folder / 'checkpoint_best.pt'}: averaging did not help here" in said
+    assert "| INFO |" not in said
     assert not torch.equal(
         read(folder / "out.pt")["model"]["encoder.embed_tokens.weight"],
         best["model"]["encoder.embed_tokens.weight"],

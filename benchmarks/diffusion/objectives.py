@@ -10,6 +10,7 @@ thread; then docs/pictures/objectives.png.
     guidance     v, 10 steps: by the class, everywhere and in an interval of noise; by a model of 100 updates
     muon         v, Adam and Muon, 150 and 300 updates (the rate falls to 0 in each), 10 steps; of Muon's
                  rates the best one of seed 1 for the other seeds
+    times        edm with other times than its own, 10 steps
 """
 
 import argparse
@@ -17,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +39,9 @@ GUIDANCE = {
     "worse 2": {"guidance": 2.0},
 }
 SHORTER, LONGER = 150, 300
-MUON_RATES = (0.001, 0.002, 0.004)
+MUON_RATES = (0.001, 0.002, 0.004, 0.008)
+TIMES = ("uniform", "edm:mean=0")
+NOTHING: dict[str, Any] = {}
 CHANGES = {
     "optimization.max_update": LONGER,
     "model.ema_snapshots": 15,
@@ -47,24 +51,30 @@ CHANGES = {
 
 
 def recipe(
-    objective: str, seed: int, updates: int = LONGER, muon_rate: float = 0.0
+    objective: str, seed: int, updates: int = LONGER, changes: dict[str, Any] = NOTHING
 ) -> tuple[dict, str]:
-    """The recipe of a training, by Adam where there is no rate for Muon, and its digest."""
-    changes = {**CHANGES, "task.objective": objective, "common.seed": seed}
+    """The recipe of a training and its digest."""
+    changes = {**CHANGES, "task.objective": objective, "common.seed": seed, **changes}
     changes["optimization.max_update"] = updates
-    if muon_rate:
-        changes |= {"optimizer._name": "muon", "optimization.lr": [muon_rate]}
     config = changed_recipe(CONFIGS / "digits.yaml", changes)
     return config, digest_of(config, DIGITS.name, DIGITS.size, SAMPLER_SET)
 
 
+def by_muon(rate: float) -> dict[str, Any]:
+    return {"optimizer._name": "muon", "optimization.lr": [rate]}
+
+
 def trained(
-    work: Path, objective: str, seed: int, updates: int = LONGER, muon_rate: float = 0.0
+    work: Path,
+    objective: str,
+    seed: int,
+    updates: int = LONGER,
+    changes: dict[str, Any] = NOTHING,
+    title: str = "",
 ) -> tuple[Path, float]:
     """(folder, CPU seconds) of a training with average.pt in it, which is done unless it was."""
-    config, digest = recipe(objective, seed, updates, muon_rate)
-    muon = f"-muon-{muon_rate:g}" if muon_rate else ""
-    folder = work / f"{objective}-{updates}{muon}-{seed}"
+    config, digest = recipe(objective, seed, updates, changes)
+    folder = work / f"{objective}-{updates}{title}-{seed}"
     command = [*python("train"), work / DIGITS.name, "--config", folder / "recipe.yaml"]
     command += ["--save-dir", folder / "checkpoints"]
     seconds = train_by(command, config, digest, folder)["cpu_seconds"]
@@ -139,16 +149,32 @@ def guidance(work: Path) -> None:
             put_cell(name, digest, cell, found, cpu_seconds=seconds)
 
 
+def ten_steps(
+    work: Path,
+    name: str,
+    objective: str,
+    seed: int,
+    updates: int = LONGER,
+    changes: dict[str, Any] = NOTHING,
+    title: str = "",
+) -> float:
+    """The distance of a training, in floors, which is recorded as `name`."""
+    name = f"{name}-{seed}"
+    _, digest = recipe(objective, seed, updates, changes)
+    for cell in cells_left(name, digest, ("10",)):
+        folder, seconds = trained(work, objective, seed, updates, changes, title)
+        made = judged(folder / LAST, work / DIGITS.name, steps=int(cell))
+        put_cell(name, digest, cell, made, cpu_seconds=seconds)
+    return (RECORDED.get(name) or {})["cells"]["10"]["ratio"]
+
+
 def muon(work: Path) -> None:
     def found(seed: int, updates: int, rate: float) -> float:
-        """The distance, in floors."""
-        name = f"muon_{f'muon, rate {rate:g}' if rate else 'Adam'}, {updates} updates-{seed}"
-        _, digest = recipe("v", seed, updates, rate)
-        for cell in cells_left(name, digest, ("10",)):
-            folder, seconds = trained(work, "v", seed, updates, rate)
-            made = judged(folder / LAST, work / DIGITS.name, steps=int(cell))
-            put_cell(name, digest, cell, made, cpu_seconds=seconds)
-        return (RECORDED.get(name) or {})["cells"]["10"]["ratio"]
+        if not rate:
+            return ten_steps(work, f"muon_Adam, {updates} updates", "v", seed, updates)
+        name = f"muon_muon, rate {rate:g}, {updates} updates"
+        changes, title = by_muon(rate), f"-muon-{rate:g}"
+        return ten_steps(work, name, "v", seed, updates, changes, title)
 
     best = min(MUON_RATES, key=lambda rate: found(SEEDS[0], SHORTER, rate))
     for seed in SEEDS:
@@ -157,7 +183,16 @@ def muon(work: Path) -> None:
                 found(seed, updates, rate)
 
 
-GROUPS = {"objectives": objectives, "guidance": guidance, "muon": muon}
+def times(work: Path) -> None:
+    for seed in SEEDS:
+        for sampling in TIMES:
+            changes = {"criterion.time_sampling": sampling}
+            ten_steps(
+                work, f"times_edm, {sampling}", "edm", seed, LONGER, changes, f"-{sampling}"
+            )
+
+
+GROUPS = {"objectives": objectives, "guidance": guidance, "muon": muon, "times": times}
 
 
 def picture() -> None:
