@@ -89,6 +89,9 @@ LARGE = {
     ),
     10**9: SIZES[10**9],
 }
+# Of edm on what is as small as the digits: its own times are those of photographs, whose many pixels still show
+# what they are of through more noise (docs/results/diffusion.md).
+SMALL_TIMES = "edm:mean=0"
 # Who gives one of them has the objective that they are options of; without, flow is nearer to the images
 # after the same minutes, or as near (docs/results/diffusion.md).
 OF_V = {"beta_schedule", "zero_terminal_snr", "loss_weighting", "learned_variance"}
@@ -189,6 +192,9 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
     # the path of flow ends in noise, and edm's own weighting is none
     own = predicted in ("flow", "edm")
     weighting = "none" if own else size.weighting
+    criterion: dict[str, str | None] = {"--criterion": "ddpm", "--loss-weighting": weighting}
+    if predicted == "edm" and max(facts.height, facts.width) <= SIDES[0]:
+        criterion["--time-sampling"] = SMALL_TIMES
     levels = "with noise levels of its own" if own else "with the sigmoid schedule"
     intervals = {"--epoch-updates": str(size.epoch), "--sample-interval": str(size.grids)}
     planned = CPU_MINUTES if small and not machine.gpu and not machine.minutes else 0
@@ -202,11 +208,7 @@ def choose(facts: Facts, machine: Machine, asked: Mapping[str, Any]) -> Sequence
     return [
         Choice("data", {} if patient else data_flags(facts), data),
         Choice("arch", {"--arch": "ddpm_unet", **network}, whose),
-        Choice(
-            "criterion",
-            {"--objective": predicted, "--criterion": "ddpm", "--loss-weighting": weighting},
-            levels,
-        ),
+        Choice("criterion", {"--objective": predicted, **criterion}, levels),
         Choice("few images", few_flags(facts) if few else {}, "soon learnt by heart"),
         Choice("optimizer", {"--optimizer": "adam", "--adam-betas": "(0.9, 0.99)"}, ""),
         Choice("rate", {"--lr": size.lr}, f"for {size.batch} images an update"),

@@ -10,7 +10,7 @@ thread; then docs/pictures/objectives.png.
     guidance     v, 10 steps: by the class, everywhere and in an interval of noise; by a model of 100 updates
     muon         v, Adam and Muon, 150 and 300 updates (the rate falls to 0 in each), 10 steps; of Muon's
                  rates the best one of seed 1 for the other seeds
-    times        edm with other times than its own, 10 steps
+    times        edm and flow with other times than their own, 10 steps
 """
 
 import argparse
@@ -40,7 +40,12 @@ GUIDANCE = {
 }
 SHORTER, LONGER = 150, 300
 MUON_RATES = (0.001, 0.002, 0.004, 0.008)
-TIMES = ("uniform", "edm:mean=0")
+TIMES = (
+    ("edm", "uniform"),
+    ("edm", "edm:mean=0"),
+    ("flow", "logit_normal"),
+    ("flow", "edm:mean=0"),
+)
 NOTHING: dict[str, Any] = {}
 CHANGES = {
     "optimization.max_update": LONGER,
@@ -185,11 +190,10 @@ def muon(work: Path) -> None:
 
 def times(work: Path) -> None:
     for seed in SEEDS:
-        for sampling in TIMES:
+        for objective, sampling in TIMES:
             changes = {"criterion.time_sampling": sampling}
-            ten_steps(
-                work, f"times_edm, {sampling}", "edm", seed, LONGER, changes, f"-{sampling}"
-            )
+            name, title = f"times_{objective}, {sampling}", f"-{sampling}"
+            ten_steps(work, name, objective, seed, LONGER, changes, title)
 
 
 GROUPS = {"objectives": objectives, "guidance": guidance, "muon": muon, "times": times}

@@ -176,12 +176,31 @@ def objective_sections(records: list[dict]) -> dict[str, str]:
     head = ["guided, 10 steps", *judged]
     made["guidance"] = section("guidance", "guidance_", "## Guidance", head, rows)
     rows = [
-        [name.removeprefix("muon_"), str(len(found)), *cell_more(found, "10")]
+        [
+            name.removeprefix("muon_"),
+            str(len(found)),
+            f"{mean(record['cpu_seconds'] for record in found):.0f}",
+            *cell_more(found, "10"),
+        ]
         for name, found in sorted(runs.items())
         if name.startswith("muon_")
     ]
-    head = ["500 digits, 10 steps", "seeds", *judged]
+    head = ["500 digits, 10 steps", "seeds", "CPU s", *judged]
     made["muon"] = section("muon", "muon_", "## Muon", head, rows)
+    rows = []
+    for objective, own in {"edm": "edm", "flow": "uniform"}.items():
+        found = runs.get(f"objective_{objective}", [])
+        rows.append(
+            [objective, f"`{own}`, its own", str(len(found)), *cell_more(found, "usual-10")]
+        )
+        start = f"times_{objective}, "
+        rows += [
+            [objective, f"`{name.removeprefix(start)}`", str(len(found)), *cell_more(found, "10")]
+            for name, found in sorted(runs.items())
+            if name.startswith(start)
+        ]
+    head = ["500 digits, 10 steps", "`--time-sampling`", "seeds", *judged]
+    made["times"] = section("times", "times_", "", head, rows).strip()
     return made
 
 

@@ -7,6 +7,7 @@ benchmarks/results/grids. A run that has its line is not done again. `--jobs 2` 
     digits     configs/diffusion/digits.yaml, 3 seeds, with and without guidance; controls that must score
                clearly worse
     flow       the same with --objective flow, and in fewer steps; distilled, in one step and in two
+    muon       the same by Muon, at the best rate of benchmarks.diffusion.objectives; and half as long
     unlabelled the same without classes
     nearest    how far held-out digits are from training ones, and from those of other hands
     samplers   samplers × steps on the first of them, sets of 500 images
@@ -54,6 +55,7 @@ SAMPLER_SET = 500
 GUIDANCE = (1.25, 1.5)
 FEWER_STEPS = {f"_steps_{n}": ["--steps", n] for n in (10, 5)}
 DISTILLED = {f"_distilled_steps_{n}": ["--steps", n] for n in (1, 2)}
+MUON_RATE = 0.004
 AUGMENTED = {"task.hflip": 0.5, "task.color_jitter": [0.5, 0.5, 0.5, 0.1]}
 RARELY = "hflip:p=0.15;color_jitter:p=0.15"  # as often as Karras et al. 2022 for 64 × 64 faces
 AUGMENTATIONS = {
@@ -102,6 +104,16 @@ def flow_runs() -> dict:
     return {f"flow-{s}": (DIGITS, "digits", {"common.seed": s, **changes}, flags) for s in SEEDS}
 
 
+def muon_runs() -> dict:
+    changes = {"task.objective": "flow", "optimizer._name": "muon", "optimization.lr": [MUON_RATE]}
+    lengths = {"": {}, "_600 updates": {"optimization.max_update": 600}}
+    return {
+        f"flow_muon{name}-{s}": (DIGITS, "digits", {"common.seed": s, **changes, **more}, None)
+        for s in SEEDS
+        for name, more in lengths.items()
+    }
+
+
 def unlabelled_runs() -> dict:
     changes = {"task.class_labels": False}
     return {f"unlabelled-{s}": (DIGITS, "digits", {"common.seed": s, **changes}) for s in SEEDS}
@@ -147,6 +159,7 @@ def emoji_runs() -> dict:
 GROUPS = {
     "digits": digits_runs,
     "flow": flow_runs,
+    "muon": muon_runs,
     "ablation": ablation_runs,
     "emoji": emoji_runs,
     "unlabelled": unlabelled_runs,

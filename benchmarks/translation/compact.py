@@ -10,7 +10,8 @@ turn, but for the ingredients. What is still to be run `--list` lists.
     search       seed 1: what is best on valid is chosen; the LSTM's search is that of translation_tables, too
     chosen       the best of either side, 3 seeds
     ingredients  the best Transformer without each of its parts, for as many updates, seed 1
-    growing      both, on parts of pydocs of 5 to 49 thousand pairs, for 24 minutes, seed 1
+    growing      both, on parts of pydocs of 5 to 49 thousand pairs, for 24 minutes, seed 1; then
+                 docs/pictures/growing.png
     longer       both for 24 minutes on cmn-eng, seed 1
 """
 
@@ -22,6 +23,8 @@ from collections.abc import Iterable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.common import machine
 from benchmarks.pages import markdown, origin, spread
@@ -279,16 +282,47 @@ def report(records: Iterable[dict], tests: Iterable[dict]) -> str:
         if not record["run"].startswith("pace-"):
             systems.setdefault(record["run"].rsplit("-", 1)[0], []).append(record)
     rows = []
+    whole = best_of("transformer")
+    parts = [name for part in PARTS if (name := f"{whole}-{part}") not in SEARCH]
+    ingredients = {part: systems.pop(f"short-{part}", []) for part in parts}
     for name, runs in systems.items():
-        scores = [spread([r[subset]["bleu"] for r in runs]) for subset in ("test", "valid")]
         updates = runs[0]["recipe"]["optimization"]["max_update"]
         cpu = statistics.mean(r["cpu_seconds"] for r in runs)
         parameters = f"{runs[0]['parameters']:,}"
-        rows.append([name, *scores, parameters, str(updates), f"{cpu:.0f}", str(len(runs))])
+        rows.append([name, *scores(runs), parameters, str(updates), f"{cpu:.0f}", str(len(runs))])
     head = ["run", "test BLEU", "valid BLEU", "parameters", "updates", "CPU s", "seeds"]
     runs = [run for some in systems.values() for run in some]
     made = [markdown(head, rows), significance_table(list(tests), TABLE), origin(COMMAND, runs)]
-    return "\n\n".join(made)
+    without = [run for some in ingredients.values() for run in some]
+    if without:
+        rows = [["nothing", *scores(runs_of(whole)), str(len(runs_of(whole)))]]
+        rows += [
+            [f"`{name.removeprefix(f'{whole}-')}`", *scores(runs), str(len(runs))]
+            for name, runs in ingredients.items()
+            if runs
+        ]
+        head = ["without, the same updates", "test BLEU", "valid BLEU", "seeds"]
+        made += [markdown(head, rows), origin(f"{COMMAND} ingredients", without)]
+    return "\n\n".join(part for part in made if part)
+
+
+def scores(runs: list[dict]) -> list[str]:
+    """BLEU on test and valid, over the seeds."""
+    return [spread([r[subset]["bleu"] for r in runs]) for subset in ("test", "valid")]
+
+
+def picture() -> None:
+    """docs/pictures/growing.png: pairs of pydocs against BLEU on test, a line a side, where both are done."""
+    from ext_common.plots import curves
+
+    lines = {}
+    for side, name in {"our Transformer": LONG, "LSTM": best_of("lstm")}.items():
+        runs = {SIZES[size]: RECORDED.get(f"long-{name}-{size}k-1") for size in SIZES}
+        found = {pairs: run["test"]["bleu"] for pairs, run in runs.items() if run}
+        lines[side] = (np.array([*found]), np.array([*found.values()]))
+    if all(len(pairs) > 1 for pairs, _ in lines.values()):
+        labels = ("pairs of pydocs", "BLEU on test")
+        curves(lines, ROOT / "docs" / "pictures" / "growing.png", "24 minutes on one core", labels)
 
 
 def main() -> None:
@@ -313,6 +347,7 @@ def main() -> None:
     if not args.report:
         references = corpus_data(args.work, "cmn") / "text" / "test.zh"
         record_tests(tables.TESTS, {TABLE: compared()}, references)
+    picture()
     print(report(RECORDED.all(), tables.TESTS.all()))
 
 

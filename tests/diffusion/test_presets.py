@@ -160,3 +160,11 @@ def test_grids_take_at_most_a_twentieth_of_a_training():
     # 5 % of 400 updates are 3 grids, of 100 none
     assert grid_interval(400, 500, 64 * 20, 64) == 134
     assert grid_interval(100, 500, 64 * 20, 64) == grid_interval(1200, 0, 64 * 20, 64) == 0
+
+
+@pytest.mark.parametrize(
+    "side, objective, times", [(16, "edm", "edm:mean=0"), (32, "edm", None), (16, "flow", None)]
+)
+def test_the_times_of_edm_are_of_more_noise_for_small_images(side, objective, times):
+    flags = flags_for(Facts(side, side, 1, 2000), objective=objective)
+    assert flags.get("--time-sampling") == times
