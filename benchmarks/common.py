@@ -106,14 +106,17 @@ def chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-def machine() -> str:
-    """Processor, CPUs, memory and load."""
-    name = platform.machine()
+def processor() -> str:
+    """Its name, as far as the system tells it."""
     with open("/proc/cpuinfo") as file:
         for line in file:
             if line.startswith("model name"):
-                name = line.split(":")[1].strip()
-                break
+                return line.split(":")[1].strip()
+    return platform.machine()
+
+
+def machine() -> str:
+    """Processor, CPUs, memory and load."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     cpus, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    return f"{name}, {cpus} CPUs, {memory:.0f} GB, load {load:.1f}"
+    return f"{processor()}, {cpus} CPUs, {memory:.0f} GB, load {load:.1f}"

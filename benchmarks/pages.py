@@ -51,3 +51,8 @@ def filled(template: Path, tables: Mapping[str, str], made_by: str) -> str:
         raise KeyError(f"{template.name} has no place for {', '.join(sorted(unused))}")
     place = f"{template.parent.name}/{template.name}"
     return f"<!-- made by `{made_by}` from {place}: do not edit -->\n\n{text.rstrip()}\n"
+
+
+def latest_first(records: list[dict]) -> list[dict]:
+    """Records by their date, the last one first."""
+    return sorted(records, key=lambda record: record["date"], reverse=True)

@@ -15,7 +15,7 @@ from benchmarks.backtranslation import report as backtranslation
 from benchmarks.diffusion import report as diffusion
 from benchmarks.diffusion import speed as diffusion_speed
 from benchmarks.headline import headline
-from benchmarks.pages import filled, markdown, origin
+from benchmarks.pages import filled, latest_first, markdown, origin
 from benchmarks.recorded import RESULTS, ROOT, Results
 from benchmarks.speaker import exported as speaker_export
 from benchmarks.speaker import report as speaker
@@ -95,9 +95,10 @@ def speed_tables() -> dict[str, str]:
         recorded("translation_speed"), recorded("translation_prepare")
     )
     found |= backtranslation.speed_tables(recorded("backtranslation_speed"))
-    for figures in recorded("diffusion_speed"):
-        line = origin(figures["command"], [figures])
-        found["diffusion"] = f"{diffusion_speed.table(figures)}\n\n{line}"
+    found["diffusion"] = "\n\n".join(
+        f"{diffusion_speed.table(figures)}\n\n{origin(figures['command'], [figures])}"
+        for figures in latest_first(recorded("diffusion_speed"))
+    )
     found["speaker export"] = speaker_export.section(recorded("speaker_export"))
     found["startup"] = startup_section(recorded("startup"))
     found["page"] = page.section(recorded("page"))

@@ -97,16 +97,16 @@ def cases(folder: Path, size: Size, default: str) -> list[Case]:
     their_bf16, their_fp32 = "theirs, bfloat16", "theirs, float32"
     last = ", channels-last"
     training = [
-        Comparison("our default / their default", default, their_fp32, 1.6),
-        Comparison("both in float32", fp32, their_fp32, 1.1),
-        Comparison("both in bfloat16", bf16, their_bf16, 1.1),
+        Comparison("our default / their default", default, their_fp32, 2),
+        Comparison("both in float32", fp32, their_fp32, 1.4),
+        Comparison("both in bfloat16", bf16, their_bf16, 1.4),
         Comparison("ours, bfloat16 / float32", bf16, fp32),
         Comparison("ours in float32, channels-last / not", fp32 + last, fp32),
         Comparison("ours in bfloat16, channels-last / not", bf16 + last, bf16),
     ]
     ddim, solver = "ours, ddim", "ours, dpmpp_2m"
     sampling = [
-        Comparison("DDIM in float32, both", ddim, "theirs, ddim"),
+        Comparison("DDIM in float32, both", ddim, "theirs, ddim", 1.8),
         Comparison("our default / their DDIM", solver, "theirs, ddim"),
         Comparison(
             "ours with --precision bf16 / their DDIM", f"{solver}, bfloat16", "theirs, ddim"

@@ -25,7 +25,7 @@ def tables(records: list[dict]) -> dict[str, str]:
     samplers = {n: r for n, r in runs.items() if n.startswith("sampler-")}
     emoji = {n: runs[n] for n in EMOJI if n in runs}
     made = {
-        "digits flow unlabelled": (digits_table({**digits, **controls}), digits),
+        "digits flow muon unlabelled": (digits_table({**digits, **controls}), digits),
         "ablation": (ablation_table(ablation), ablation),
         "emoji": (emoji_table(emoji), emoji),
         "samplers": (sampler_table([r for rs in samplers.values() for r in rs]), samplers),
@@ -74,6 +74,7 @@ def digits_table(runs: dict) -> str:
         title = name.replace("digits", "samples").replace("flow", "learnt by `--objective flow`")
         title = title.replace("unlabelled", "learnt without classes")
         title = title.replace("_distilled", ", distilled")
+        title = title.replace("_muon", " and Muon").replace("_600", ", 600")
         title = title.replace("_guidance_", ", guidance ").replace("_steps_", ", steps ")
         rows.append([title, *cells(records), *more([r["evaluation"] for r in records])])
     heads = ["digits, 898 images", *COLUMNS, "nearest training image / of held-out", "classes"]

@@ -32,6 +32,7 @@ from benchmarks.common import (
     in_fresh_process,
     machine,
     memory_increase,
+    processor,
     status,
     summary,
 )
@@ -89,7 +90,7 @@ def main(argv):
         shutil.rmtree(folder)
     figures["seconds"] = round(time.monotonic() - began, 1)
     print(table(figures))
-    Results(options.output).put({"run": "speed", **figures})
+    Results(options.output).put({"run": f"speed on {processor()}", **figures})
     print(f"\n{figures['machine']}; {figures['seconds']:.0f} s; written to {options.output}")
 
 

@@ -3,7 +3,7 @@
 import statistics
 from collections import defaultdict
 
-from benchmarks.pages import markdown, origin, spread
+from benchmarks.pages import latest_first, markdown, origin, spread
 
 AS_IS, SHIFTED = "libri251", "libri251-shifted"
 CHANGES = [("transformer", "conformer"), ("mean", "self_attention"), ("softmax", "am_softmax")]
@@ -182,13 +182,14 @@ def effects_table(runs: dict) -> str:
 
 
 def speed_tables(speed: list[dict], prepared: list[dict]) -> dict[str, str]:
-    """Of the last run of `python -m benchmarks.speaker` and of `benchmarks.speaker.prepare`."""
-    found = {}
-    for figures in speed:
+    """Of the last run of `python -m benchmarks.speaker` on each processor, and of `.prepare`."""
+    found, tables = {}, []
+    for figures in latest_first(speed):
         head = ["the same work", "ours", "beside", "ratio", "its smallest to largest", "goal"]
         rows = [row for case in figures["cases"] for row in speed_rows(case)]
         table = markdown([*head, "peak memory, ours / beside"], rows)
-        found["speaker"] = f"{table}\n\n{origin(figures['command'], [figures])}"
+        tables.append(f"{table}\n\n{origin(figures['command'], [figures])}")
+    found["speaker"] = "\n\n".join(tables)
     for figures in prepared:
         found["speaker prepare"] = (
             f"{prepare_line(figures)}\n\n{origin(figures['command'], [figures])}"

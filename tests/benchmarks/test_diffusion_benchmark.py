@@ -226,7 +226,7 @@ def test_every_comparison_is_of_two_sides(tmp_path):
         for comparison in case.comparisons:
             assert {comparison.ours, comparison.theirs} <= set(case.sides), comparison
     goals = [c.goal for case in found for c in case.comparisons if c.goal]
-    assert goals == [1.6, 1.1, 1.1]
+    assert goals == [2, 1.4, 1.4, 1.8]
 
 
 def test_the_default_is_one_that_is_timed():
