@@ -57,9 +57,9 @@ def our_config(images: Path, store: Path, flags: str):
 
     from diffusion_ext.train import arguments
 
-    given = [*flags.split(), "--sample-interval", "0", "--image-store", str(store)]
-    # a size that is given gets the network of a GPU, also here
-    given += ["--save-dir", str(store / "checkpoints"), "--image-size", str(SIZE)]
+    # a size that is given gets the network of a GPU, also here; one of `flags` counts, which comes later
+    given = ["--image-size", str(SIZE), "--sample-interval", "0", "--image-store", str(store)]
+    given += ["--save-dir", str(store / "checkpoints"), *flags.split()]
     command = [str(images), *arguments(str(images), [], given)]
     parsed = options.parse_args_and_arch(options.get_training_parser(), command)
     return convert_namespace_to_omegaconf(parsed)
