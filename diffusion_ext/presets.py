@@ -89,8 +89,8 @@ LARGE = {
     ),
     10**9: SIZES[10**9],
 }
-# Of edm on what is as small as the digits: its own times are those of photographs, whose many pixels
-# still show what they are of through more noise (docs/results/diffusion.md).
+# Of edm on what is as small as the digits, which its own times, those of photographs, leave twice as far
+# from real ones (docs/results/diffusion.md).
 SMALL_TIMES = "edm:mean=0"
 # Who gives one of them has the objective that they are options of; without, flow is nearer to the images
 # after the same minutes, or as near (docs/results/diffusion.md).

@@ -18,7 +18,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from benchmarks.diffusion.tables import (
     MUON_RATE,
     SAMPLER_SET,
     SEEDS,
+    by_muon,
     prepare,
     python,
     today,
@@ -55,7 +56,6 @@ TIMES = (
     ("flow", "logit_normal"),
     ("flow", "edm:mean=0"),
 )
-NOTHING: dict[str, Any] = {}
 CHANGES = {
     "optimization.max_update": LONGER,
     "model.ema_snapshots": 15,
@@ -64,31 +64,29 @@ CHANGES = {
 }
 
 
-def recipe(
-    objective: str, seed: int, updates: int = LONGER, changes: dict[str, Any] = NOTHING
-) -> tuple[dict, str]:
+class Training(NamedTuple):
+    """What is trained; title: what its folder has for `changes` of the recipe."""
+
+    objective: str
+    seed: int
+    updates: int = LONGER
+    changes: dict[str, Any] = {}
+    title: str = ""
+
+
+def recipe(training: Training) -> tuple[dict, str]:
     """The recipe of a training and its digest."""
-    changes = {**CHANGES, "task.objective": objective, "common.seed": seed, **changes}
+    objective, seed, updates, more, _ = training
+    changes = {**CHANGES, "task.objective": objective, "common.seed": seed, **more}
     changes["optimization.max_update"] = updates
     config = changed_recipe(CONFIGS / "digits.yaml", changes)
     return config, digest_of(config, DIGITS.name, DIGITS.size, SAMPLER_SET)
 
 
-def by_muon(rate: float) -> dict[str, Any]:
-    return {"optimizer._name": "muon", "optimization.lr": [rate]}
-
-
-def trained(
-    work: Path,
-    objective: str,
-    seed: int,
-    updates: int = LONGER,
-    changes: dict[str, Any] = NOTHING,
-    title: str = "",
-) -> tuple[Path, float]:
+def trained(work: Path, training: Training) -> tuple[Path, float]:
     """(folder, CPU seconds) of a training with average.pt in it, which is done unless it was."""
-    config, digest = recipe(objective, seed, updates, changes)
-    folder = work / f"{objective}-{updates}{title}-{seed}"
+    config, digest = recipe(training)
+    folder = work / f"{training.objective}-{training.updates}{training.title}-{training.seed}"
     command = [*python("train"), work / DIGITS.name, "--config", folder / "recipe.yaml"]
     command += ["--save-dir", folder / "checkpoints"]
     seconds = train_by(command, config, digest, folder)["cpu_seconds"]
@@ -137,9 +135,10 @@ def objectives(work: Path) -> None:
     wanted = {f"{average}-{n}": (average, n) for average in ("usual", "posthoc") for n in STEPS}
     for seed in SEEDS:
         for objective in OBJECTIVES:
-            name, (_, digest) = f"objective_{objective}-{seed}", recipe(objective, seed)
+            training = Training(objective, seed)
+            name, (_, digest) = f"objective_{objective}-{seed}", recipe(training)
             for cell in cells_left(name, digest, wanted):
-                folder, seconds = trained(work, objective, seed)
+                folder, seconds = trained(work, training)
                 made = folder / "average.pt"
                 length = torch.load(made, weights_only=False)["posthoc_ema"]["sigma_rel"]
                 average, steps = wanted[cell]
@@ -152,58 +151,47 @@ def guidance(work: Path) -> None:
     from diffusion_ext.inference import DiffusionModel
 
     for seed in SEEDS:
-        name, (_, digest) = f"guidance_v-{seed}", recipe("v", seed)
+        training = Training("v", seed)
+        name, (_, digest) = f"guidance_v-{seed}", recipe(training)
         for cell in cells_left(name, digest, GUIDANCE):
-            folder, seconds = trained(work, "v", seed)
+            folder, seconds = trained(work, training)
             options = dict(GUIDANCE[cell])
             if cell.startswith("worse"):
-                early, _ = trained(work, "v", seed, EARLY)
+                early, _ = trained(work, Training("v", seed, EARLY))
                 options["guide"] = DiffusionModel.from_checkpoint(early / LAST, "cpu")
             found = judged(folder / LAST, work / DIGITS.name, steps=10, **options)
             put_cell(name, digest, cell, found, cpu_seconds=seconds)
 
 
-def ten_steps(
-    work: Path,
-    name: str,
-    objective: str,
-    seed: int,
-    updates: int = LONGER,
-    changes: dict[str, Any] = NOTHING,
-    title: str = "",
-) -> float:
-    """The distance of a training, in floors, which is recorded as `name`."""
-    name = f"{name}-{seed}"
-    _, digest = recipe(objective, seed, updates, changes)
+def ten_steps(work: Path, name: str, training: Training) -> None:
+    """Judge a training in 10 steps, which is recorded as `name`."""
+    name = f"{name}-{training.seed}"
+    _, digest = recipe(training)
     for cell in cells_left(name, digest, ("10",)):
-        folder, seconds = trained(work, objective, seed, updates, changes, title)
+        folder, seconds = trained(work, training)
         made = judged(folder / LAST, work / DIGITS.name, steps=int(cell))
         put_cell(name, digest, cell, made, cpu_seconds=seconds)
-    return (RECORDED.get(name) or {})["cells"]["10"]["ratio"]
 
 
 def muon(work: Path) -> None:
-    def found(seed: int, updates: int, rate: float) -> float:
-        if not rate:
-            return ten_steps(work, f"muon_Adam, {updates} updates", "v", seed, updates)
+    def by(rate: float, seed: int, updates: int) -> None:
         name = f"muon_muon, rate {rate:g}, {updates} updates"
-        changes, title = by_muon(rate), f"-muon-{rate:g}"
-        return ten_steps(work, name, "v", seed, updates, changes, title)
+        ten_steps(work, name, Training("v", seed, updates, by_muon(rate), f"-muon-{rate:g}"))
 
     for rate in MUON_RATES:
-        found(SEEDS[0], SHORTER, rate)
+        by(rate, SEEDS[0], SHORTER)
     for seed in SEEDS:
         for updates in (SHORTER, LONGER):
-            for rate in (0.0, MUON_RATE):
-                found(seed, updates, rate)
+            ten_steps(work, f"muon_Adam, {updates} updates", Training("v", seed, updates))
+            by(MUON_RATE, seed, updates)
 
 
 def times(work: Path) -> None:
     for seed in SEEDS:
         for objective, sampling in TIMES:
             changes = {"criterion.time_sampling": sampling}
-            name, title = f"times_{objective}, {sampling}", f"-{sampling}"
-            ten_steps(work, name, objective, seed, LONGER, changes, title)
+            training = Training(objective, seed, changes=changes, title=f"-{sampling}")
+            ten_steps(work, f"times_{objective}, {sampling}", training)
 
 
 GROUPS = {"objectives": objectives, "guidance": guidance, "muon": muon, "times": times}

@@ -105,8 +105,12 @@ def flow_runs() -> dict:
     return {f"flow-{s}": (DIGITS, "digits", {"common.seed": s, **changes}, flags) for s in SEEDS}
 
 
+def by_muon(rate: float) -> dict:
+    return {"optimizer._name": "muon", "optimization.lr": [rate]}
+
+
 def muon_runs() -> dict:
-    changes = {"task.objective": "flow", "optimizer._name": "muon", "optimization.lr": [MUON_RATE]}
+    changes = {"task.objective": "flow", **by_muon(MUON_RATE)}
     lengths = {"": {}, "_600 updates": {"optimization.max_update": 600}}
     return {
         f"flow_muon{name}-1": (DIGITS, "digits", {"common.seed": 1, **changes, **more})

@@ -347,7 +347,7 @@ def main() -> None:
     if not args.report:
         references = corpus_data(args.work, "cmn") / "text" / "test.zh"
         record_tests(tables.TESTS, {TABLE: compared()}, references)
-    picture()
+        picture()
     print(report(RECORDED.all(), tables.TESTS.all()))
 
 

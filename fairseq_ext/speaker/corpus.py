@@ -129,12 +129,14 @@ class Corpus:
         over = np.flatnonzero(
             (starts < 0) | (lengths < 0) | (starts + lengths > self.lengths[rows])
         )
-        for n in over[:1]:
-            return [self.read(int(rows[n]), int(starts[n]), int(lengths[n]))]
+        if len(over):
+            n = over[0]
+            # which says so
+            self.read(int(rows[n]), int(starts[n]), int(lengths[n]))
         firsts = self.offsets[rows] + starts
         expect_rows(self.features, firsts, lengths)
-        whole = isinstance(self.features, JoinedRows)
-        features = self.features if whole else np.asarray(self.features)
+        joined_parts = isinstance(self.features, JoinedRows)
+        features = self.features if joined_parts else np.asarray(self.features)
         ends = (firsts + lengths).tolist()
         return [features[a:b].copy() for a, b in zip(firsts.tolist(), ends, strict=True)]
 
