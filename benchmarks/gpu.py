@@ -8,7 +8,6 @@ compiled. A step is timed inside `fairseq-train`; its floating-point operations 
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from benchmarks.common import machine
 from benchmarks.recorded import ROOT
 from ext_common.cli import Parser, add_dataclass, from_args, run
 from ext_common.manifest import atomic_json, versions
+from ext_common.threads import settle
 
 # Dense bfloat16 of the vendors' data sheets, 10^12 operations a second, by a part of the card's name.
 PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40": 181, "L4": 121, "A10": 125}
@@ -247,5 +247,5 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    settle()
     run(main)

@@ -139,9 +139,9 @@ def machine() -> Iterator[Finding]:
 def openmp() -> Iterator[Finding]:
     """Threads and how they wait, as the user set them, and what our commands set where the user did not."""
     count, policy = threads.given(threads.COUNT), threads.policy()
-    said = f"{threads.COUNT} {count or 'not set'}, {policy or f'{threads.POLICY} not set'}"
+    said = f"{threads.COUNT} {count or 'not set'}, {policy or 'how they wait is not set'}"
     wanted = [] if count else [f"{threads.COUNT}={threads.cores()}"]
-    wanted += [] if policy else [f"{threads.POLICY}=passive"]
+    wanted += [] if policy else [threads.assignments()]
     if wanted:
         said += f"; our commands take {' '.join(wanted)}"
     if policy or count == "1":
@@ -149,7 +149,7 @@ def openmp() -> Iterator[Finding]:
         return
     yield Finding(
         "note",
-        f"{said}; before fairseq-train: export {threads.POLICY}=passive (threads that spin while they wait"
+        f"{said}; before fairseq-train: export {threads.assignments()} (threads that spin while they wait"
         " make small models up to ten times slower on a busy machine)",
     )
 

@@ -1,19 +1,24 @@
 """OpenMP's threads and how they wait, settled before torch loads OpenMP, which looks only once.
 
 A thread that waits for the others of its loop spins, and on a busy machine takes the processor from the very
-thread it waits for: a small model becomes up to ten times slower. Waiting passively costs next to nothing.
-torch's wheels bring GNU's OpenMP (libgomp); Intel's and LLVM's read the same two variables.
+thread it waits for: a small model becomes up to ten times slower. One that sleeps at once has to be woken: a
+quarter more time where nothing else runs. So it spins for a moment and then sleeps (docs/results/speed.md).
+torch's wheels bring GNU's OpenMP (libgomp), for which its own variable counts more than the common one;
+Intel's and LLVM's read the common one.
 """
 
 import contextlib
 import functools
 import os
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from types import MappingProxyType
 
-COUNT, POLICY = "OMP_NUM_THREADS", "OMP_WAIT_POLICY"
+COUNT = "OMP_NUM_THREADS"
+# How threads wait: for so many turns awake, and then passively.
+WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 # each says how threads wait, in the words of one OpenMP or the other
-_POLICIES = (POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_POLICIES = (*WAITING, "KMP_BLOCKTIME")
 
 
 # variables that this process set for itself and what it starts
@@ -26,8 +31,8 @@ def settle(environ: MutableMapping[str, str] = os.environ) -> None:
         environ[COUNT] = str(cores())
         settled.append(COUNT)
     if not any(name in environ for name in _POLICIES):
-        environ[POLICY] = "passive"
-        settled.append(POLICY)
+        environ.update(WAITING)
+        settled.extend(WAITING)
 
 
 def given(name: str) -> str | None:
@@ -36,9 +41,14 @@ def given(name: str) -> str | None:
 
 
 def policy() -> str | None:
-    """How the user said that threads wait, as NAME=VALUE; None where nothing is said."""
-    found = (f"{name}={value}" for name in _POLICIES if (value := given(name)) is not None)
-    return next(found, None)
+    """How the user said that threads wait, as NAME=VALUE …; None where nothing is said."""
+    said = {name: value for name in _POLICIES if (value := given(name)) is not None}
+    return assignments(said) or None
+
+
+def assignments(variables: Mapping[str, str] = MappingProxyType(WAITING)) -> str:
+    """Environment variables as a shell takes them: NAME=VALUE …"""
+    return " ".join(f"{name}={value}" for name, value in variables.items())
 
 
 def settle_a_command() -> None:
@@ -68,8 +78,8 @@ def settle_fairseq() -> None:
     first = environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0"
     if not silent and first and multiprocessing.parent_process() is None:
         print(
-            f"{POLICY} is not set: on a busy machine threads that spin while they wait can make a small model"
-            f" ten times slower; export {POLICY}=passive before {name.removesuffix('.py')}",
+            "how threads wait is not set: on a busy machine those that spin meanwhile can make a small model"
+            f" ten times slower; export {assignments()} before {name.removesuffix('.py')}",
             file=sys.stderr,
         )
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ def unset(monkeypatch):
 @pytest.mark.parametrize(
     "given, settled",
     [
-        ({}, {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "passive"}),
-        ({"OMP_NUM_THREADS": "7"}, {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "passive"}),
+        ({}, {"OMP_NUM_THREADS": "3", **threads.WAITING}),
+        ({"OMP_NUM_THREADS": "7"}, {"OMP_NUM_THREADS": "7", **threads.WAITING}),
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "active"}),
         ({"GOMP_SPINCOUNT": "9"}, {"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "9"}),
         ({"KMP_BLOCKTIME": "0"}, {"OMP_NUM_THREADS": "3", "KMP_BLOCKTIME": "0"}),
@@ -43,7 +44,7 @@ import os, sys
 class Watch:
     def find_spec(name, path=None, target=None):
         if name == "torch":
-            names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+            names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
             print("torch meets", *(os.environ.get(n) for n in names), file=sys.stderr)
             sys.meta_path.remove(Watch)
 
@@ -72,8 +73,18 @@ def test_a_command_settles_them_before_torch_and_an_import_does_not(
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    count, policy = done.stderr.split()[-2:]
-    assert (policy == "passive", count.isdigit()) == (meets, meets)
+    count, *waiting = done.stderr.split()[-3:]
+    assert (waiting == [*threads.WAITING.values()], count.isdigit()) == (meets, meets)
+
+
+@pytest.mark.skipif("libgomp" not in Path("/proc/self/maps").read_text(), reason="no GNU OpenMP")
+def test_for_gnu_the_spins_count_more_than_the_policy():
+    """As it says itself, so that threads wait for a while and then sleep."""
+    environ = {**os.environ, **threads.WAITING, "OMP_DISPLAY_ENV": "verbose"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch"], env=environ, capture_output=True, text=True
+    )
+    assert f"GOMP_SPINCOUNT = '{threads.WAITING['GOMP_SPINCOUNT']}'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -99,7 +110,7 @@ def test_under_fairseq_threads_are_set_and_the_variable_is_named(
     threads.settle_fairseq()
     threads.settle_fairseq()
     printed = capsys.readouterr().err
-    assert ("export OMP_WAIT_POLICY=passive before" in printed) == said
+    assert (f"export {threads.assignments()} before" in printed) == said
     assert printed.count("\n") == said
     # 4 are more than there are cores; what the user said and another program are left alone
     fits = "OMP_NUM_THREADS" not in environ and "pytest" not in program
@@ -154,11 +165,11 @@ def test_cores_are_counted_and_not_their_threads(siblings, limit, cores, monkeyp
 
 def test_the_doctor_says_what_the_user_set_and_what_commands_take(monkeypatch):
     (found,) = doctor.openmp()
-    assert found.level == "note" and "export OMP_WAIT_POLICY=passive" in found.text
+    assert found.level == "note" and f"export {threads.assignments()}" in found.text
     threads.settle()
     # what this process set for itself is not what the user said
     (same,) = doctor.openmp()
-    assert same == found and "OMP_NUM_THREADS=3 OMP_WAIT_POLICY=passive" in found.text
+    assert same == found and f"OMP_NUM_THREADS=3 {threads.assignments()}" in found.text
     monkeypatch.setattr(threads, "settled", [])
     (found,) = doctor.openmp()
-    assert found == ("ok", "OMP_NUM_THREADS 3, OMP_WAIT_POLICY=passive")
+    assert found == ("ok", f"OMP_NUM_THREADS 3, {threads.assignments()}")
