@@ -137,6 +137,9 @@ class UNet(nn.Module):
             embedding = embedding + self.condition(condition.to(x.dtype))
         embedding = F.silu(embedding)
         x = self.conv_in(x)
+        if x.device.type == "cpu":
+            # what follows keeps this layout, of which convolutions there make no copies
+            x = x.contiguous(memory_format=torch.channels_last)
         skips = [x]
         blocks: Any  # to torch what a ModuleList holds is modules, whose lengths are not known
         for level, blocks in enumerate(self.down):

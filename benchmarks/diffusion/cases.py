@@ -95,14 +95,11 @@ def cases(folder: Path, size: Size, default: str) -> list[Case]:
 
     bf16, fp32 = "ours, bfloat16", "ours, float32"
     their_bf16, their_fp32 = "theirs, bfloat16", "theirs, float32"
-    last = ", channels-last"
     training = [
         Comparison("our default / their default", default, their_fp32, 2),
         Comparison("both in float32", fp32, their_fp32, 1.4),
         Comparison("both in bfloat16", bf16, their_bf16, 1.4),
         Comparison("ours, bfloat16 / float32", bf16, fp32),
-        Comparison("ours in float32, channels-last / not", fp32 + last, fp32),
-        Comparison("ours in bfloat16, channels-last / not", bf16 + last, bf16),
     ]
     ddim, solver = "ours, ddim", "ours, dpmpp_2m"
     sampling = [

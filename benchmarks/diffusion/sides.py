@@ -20,13 +20,11 @@ from torch import Tensor
 SIZE = 32  # pixels of the images trained on and drawn
 WIDTH, MULTS = 32, (1, 2, 4)
 SAME_WIDTH = f"--base-channels {WIDTH} --channel-mults {','.join(map(str, MULTS))}"
-# name → flags of diffusion_ext.train, and whether the weights are channels-last
+# name → flags of diffusion_ext.train
 OURS = {
-    "ours, bfloat16": (f"{SAME_WIDTH} --autocast bf16", False),
-    "ours, float32": (f"{SAME_WIDTH} --autocast fp32", False),
-    "ours, bfloat16, channels-last": (f"{SAME_WIDTH} --autocast bf16", True),
-    "ours, float32, channels-last": (f"{SAME_WIDTH} --autocast fp32", True),
-    "ours, preset of 32 pixels": ("", False),
+    "ours, bfloat16": f"{SAME_WIDTH} --autocast bf16",
+    "ours, float32": f"{SAME_WIDTH} --autocast fp32",
+    "ours, preset of 32 pixels": "",
 }
 THEIRS = {"theirs, float32": False, "theirs, bfloat16": True}
 # theirs, without warm-up; speed is the same for every one
@@ -93,15 +91,11 @@ class OurTraining:
     """`steps` updates of fairseq's trainer on one batch; returns how many images that were."""
 
     def __init__(self, name: str, folder: Path, batch: int, steps: int):
-        flags, channels_last = OURS[name]
-        flags += f" --image-size {SIZE} --batch-size {batch}"
+        flags = f"{OURS[name]} --image-size {SIZE} --batch-size {batch}"
         flags += f" --lr {LEARNING_RATE} --warmup-updates 0"
         cfg, task, model, criterion = our_parts(folder / "small", folder / "store", flags)
         from fairseq.trainer import Trainer
 
-        if channels_last:
-            # the activations follow the weights
-            model.net.to(memory_format=torch.channels_last)
         self.trainer = Trainer(cfg, task, model, criterion)
         self.batch, self.steps = next(our_batches(cfg, task)), steps
         self.parameters = count(model)

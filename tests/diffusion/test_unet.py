@@ -151,6 +151,23 @@ def test_attention_stands_where_it_is_asked_for():
     assert count([16], height=32) == 4 and count([32], height=16) == 1
 
 
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_convolutions_on_a_cpu_get_and_give_channels_last(scale_shift):
+    made = net(height=16, channel_mults=[1, 2], attention_resolutions=[16], scale_shift=scale_shift)
+    seen = []
+
+    def see(layer, arguments, output):
+        both = [t.is_contiguous(memory_format=torch.channels_last) for t in (*arguments, output)]
+        seen.append(both)
+
+    *inner, _ = (m for m in made.modules() if isinstance(m, nn.Conv2d) and m is not made.conv_in)
+    for layer in inner:
+        layer.register_forward_hook(see)
+    # gray, where one layout cannot be told from the other
+    made(images(height=16, width=16), T)
+    assert len(seen) == len(inner) and all(map(all, seen))
+
+
 def test_number_of_weights_of_ddpm_cifar():
     """Ho et al. 2020 have 35.7 M: 128 channels, (1, 2, 2, 2), two blocks, attention at 16."""
     with torch.device("meta"):
