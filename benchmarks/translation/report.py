@@ -3,7 +3,7 @@
 import statistics
 from collections import defaultdict
 
-from benchmarks.pages import markdown, origin, spread
+from benchmarks.pages import latest_first, markdown, origin, spread
 from benchmarks.translation.significance import Pairs, seed_of, significance_table
 
 COMMAND = "python -m benchmarks.translation.tables"
@@ -135,11 +135,13 @@ def tuning_table(kinds: dict) -> str:
 
 
 def speed_tables(speed: list[dict], prepared: list[dict]) -> dict[str, str]:
-    """Of the last run of `python -m benchmarks.translation` and of `benchmarks.translation.prepare`."""
+    """Of the last run of `python -m benchmarks.translation` on each processor, and of `.prepare`."""
     found = {}
-    for figures in speed:
-        table = speed_table(figures)
-        found["translation"] = f"{table}\n\n{origin(figures['command'], [figures])}"
+    if speed:
+        found["translation"] = "\n\n".join(
+            f"{speed_table(figures)}\n\n{origin(figures['command'], [figures])}"
+            for figures in latest_first(speed)
+        )
     if prepared:
         rows = [
             [
@@ -168,7 +170,9 @@ def speed_table(figures: dict) -> str:
             side = result["sides"][name]
             row.append(f"{side['median']:.1f} ({side['ratio']:.2f} ×)")
         row.append(f"{max(result['sides'][name]['peak_mb'] for result in beams):,.0f} MB")
-        row.append(" / ".join(f"{result['sides'][name]['bleu']:.2f}" for result in quality))
+        if quality:
+            row.append(" / ".join(f"{result['sides'][name]['bleu']:.2f}" for result in quality))
         rows.append(row)
     heads = [f"beam {r['beam']}, sentences/s" if r["beam"] > 1 else "greedy" for r in beams]
-    return markdown(["", *heads, "peak memory", "BLEU, beam 5 / greedy"], rows)
+    heads += ["peak memory", *(["BLEU, beam 5 / greedy"] if quality else [])]
+    return markdown(["", *heads], rows)

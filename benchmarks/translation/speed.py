@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from benchmarks.common import compare, machine, summary
+from benchmarks.common import compare, machine, processor, summary
 from benchmarks.recorded import RESULTS, ROOT, SHARED, Results
 from ext_common.cli import Parser, UsageError, UserError, add_dataclass, from_args, run
 from ext_common.manifest import versions
@@ -114,7 +114,7 @@ def main(argv):
         shutil.rmtree(folder)
     figures["seconds"] = round(time.monotonic() - began, 1)
     print(table(figures))
-    Results(options.output).put({"run": "speed", **figures})
+    Results(options.output).put({"run": f"speed on {processor()}", **figures})
     print(f"{figures['machine']}; written to {options.output}")
 
 
