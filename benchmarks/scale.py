@@ -27,7 +27,7 @@ from unittest import mock
 
 from benchmarks import gpu
 from benchmarks.common import machine
-from benchmarks.pages import markdown, origin
+from benchmarks.pages import markdown, origin, processor
 from benchmarks.recorded import RESULTS, ROOT, Results, digest_of
 from ext_common.cli import Parser, UsageError, add_dataclass, from_args, run
 from ext_common.manifest import versions
@@ -495,6 +495,7 @@ def images_section(records: dict[str, dict]) -> str:
             f"{r['update_s']:.2f} s of {r['batch']:.0f} images",
             *(f"{r[f'{start}_s']:.1f} s" for start in ("first", "later")),
             *(f"{r[f'{start}_mb']:,.0f} MB" for start in ("first", "later")),
+            processor(r).partition(",")[0],
         ]
         for r in sorted(records.values(), key=lambda r: (r["images"], r["side"]))
     ]
@@ -504,7 +505,8 @@ def images_section(records: dict[str, dict]) -> str:
         " later one opens what that left. Memory is anonymous, of all processes together."
     )
     head = ["images", "pixels", "an update", "the first start", "a later one"]
-    return section("More images", [*head, "memory, first", "later"], rows, records, about)
+    head += ["memory, first", "later", "on"]
+    return section("More images", head, rows, records, about)
 
 
 def section(

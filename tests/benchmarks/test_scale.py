@@ -61,6 +61,7 @@ def test_images_are_in_the_order_of_their_number_and_size():
         "6.0 s",
         "1,500 MB",
         "600 MB",
+        "A",
     ]
 
 
