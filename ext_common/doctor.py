@@ -141,7 +141,7 @@ def openmp() -> Iterator[Finding]:
     count, policy = threads.given(threads.COUNT), threads.policy()
     said = f"{threads.COUNT} {count or 'not set'}, {policy or 'how they wait is not set'}"
     wanted = [] if count else [f"{threads.COUNT}={threads.cores()}"]
-    wanted += [] if policy else [threads.assignments()]
+    wanted += [] if policy else [threads.assignments(threads.WAITING)]
     if wanted:
         said += f"; our commands take {' '.join(wanted)}"
     if policy or count == "1":
@@ -149,8 +149,8 @@ def openmp() -> Iterator[Finding]:
         return
     yield Finding(
         "note",
-        f"{said}; before fairseq-train: export {threads.assignments()} (threads that spin while they wait"
-        " make small models up to ten times slower on a busy machine)",
+        f"{said}; before fairseq-train: export {threads.assignments(threads.WAITING)} (threads that spin"
+        " while they wait make small models up to ten times slower on a busy machine)",
     )
 
 

@@ -12,7 +12,6 @@ import functools
 import os
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
-from types import MappingProxyType
 
 COUNT = "OMP_NUM_THREADS"
 # How threads wait: for so many turns awake, and then passively.
@@ -46,7 +45,7 @@ def policy() -> str | None:
     return assignments(said) or None
 
 
-def assignments(variables: Mapping[str, str] = MappingProxyType(WAITING)) -> str:
+def assignments(variables: Mapping[str, str]) -> str:
     """Environment variables as a shell takes them: NAME=VALUE …"""
     return " ".join(f"{name}={value}" for name, value in variables.items())
 
@@ -79,7 +78,7 @@ def settle_fairseq() -> None:
     if not silent and first and multiprocessing.parent_process() is None:
         print(
             "how threads wait is not set: on a busy machine those that spin meanwhile can make a small model"
-            f" ten times slower; export {assignments()} before {name.removesuffix('.py')}",
+            f" ten times slower; export {assignments(WAITING)} before {name.removesuffix('.py')}",
             file=sys.stderr,
         )
 

@@ -110,7 +110,7 @@ def test_under_fairseq_threads_are_set_and_the_variable_is_named(
     threads.settle_fairseq()
     threads.settle_fairseq()
     printed = capsys.readouterr().err
-    assert (f"export {threads.assignments()} before" in printed) == said
+    assert (f"export {threads.assignments(threads.WAITING)} before" in printed) == said
     assert printed.count("\n") == said
     # 4 are more than there are cores; what the user said and another program are left alone
     fits = "OMP_NUM_THREADS" not in environ and "pytest" not in program
@@ -165,11 +165,13 @@ def test_cores_are_counted_and_not_their_threads(siblings, limit, cores, monkeyp
 
 def test_the_doctor_says_what_the_user_set_and_what_commands_take(monkeypatch):
     (found,) = doctor.openmp()
-    assert found.level == "note" and f"export {threads.assignments()}" in found.text
+    assert found.level == "note" and f"export {threads.assignments(threads.WAITING)}" in found.text
     threads.settle()
     # what this process set for itself is not what the user said
     (same,) = doctor.openmp()
-    assert same == found and f"OMP_NUM_THREADS=3 {threads.assignments()}" in found.text
+    assert (
+        same == found and f"OMP_NUM_THREADS=3 {threads.assignments(threads.WAITING)}" in found.text
+    )
     monkeypatch.setattr(threads, "settled", [])
     (found,) = doctor.openmp()
-    assert found == ("ok", f"OMP_NUM_THREADS 3, {threads.assignments()}")
+    assert found == ("ok", f"OMP_NUM_THREADS 3, {threads.assignments(threads.WAITING)}")
