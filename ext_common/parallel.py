@@ -59,8 +59,8 @@ def in_order(
     except BrokenProcessPool:
         where = f" near {near(waiting[0][0])}" if near and waiting else ""
         raise UserError(
-            f"a worker process died{where} (out of memory, or a library crashed): run again; fewer --workers"
-            " use less memory"
+            f"a worker process died{where} (out of memory, or a library crashed): run again; fewer --workers,"
+            " where the command has them, use less memory"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -17,9 +17,9 @@ from ext_common.cli import Parser, UserError, add_dataclass, from_args, run
 # Share of the rate that the model was trained with.
 RATE = 0.3
 SHARE = 0.5
-# Updates for each halving of the distance between the two looks, of which there are at most so many: what is
-# far from the image learns from what is near, and that takes its time (docs/results/diffusion.md).
-HALVING, MOST_HALVINGS = 100, 8
+# Updates for each halving of the distance between the two looks, which are as many as by default at most:
+# what is far from the image learns from what is near, and that takes its time (docs/results/diffusion.md).
+HALVING = 100
 
 
 @dataclass
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
 
 def command_of(checkpoint: str, options: DistillOptions, rest: list[str]) -> list[str]:
     """The line of fairseq-train; UserError for a checkpoint that cannot be distilled."""
+    from diffusion_ext.distill.criterion import ConsistencyConfig
     from diffusion_ext.inference import read_checkpoint
     from diffusion_ext.network import flags_of, size_flags
     from diffusion_ext.presets import PRESETS
@@ -77,7 +78,7 @@ def command_of(checkpoint: str, options: DistillOptions, rest: list[str]) -> lis
     flags |= {"--class-labels": None} if state["task_state"]["spec"]["classes"] else {}
     flags |= {"--image-store": task["image_store"]} if task["image_store"] else {}
     length = options.max_update or max(1, round(SHARE * updates))
-    flags |= {"--halvings": str(min(max(1, length // HALVING), MOST_HALVINGS))}
+    flags |= {"--halvings": str(min(max(1, length // HALVING), ConsistencyConfig.halvings))}
     flags |= {"--max-update": str(length), "--lr": f"{RATE * cfg['optimization']['lr'][0]:g}"}
     flags |= {"--optimizer": PRESETS.names["optimizer"], "--adam-betas": "(0.9, 0.99)"}
     flags |= {
