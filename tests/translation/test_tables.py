@@ -100,6 +100,29 @@ def test_po(tmp_path):
         open_po(path)
 
 
+@pytest.mark.parametrize(
+    ("lines", "number"),
+    [
+        (['msgid "a', 'msgstr ""'], 1),
+        (['msgid "a"', 'msgstr "b'], 2),
+        (['msgid ""', '"abc', '"d"', 'msgstr ""'], 2),
+        (['msgid "a"', "msgstr b"], 2),
+        (['msgid "a"', 'msgstr[0] "b\\"', 'msgstr[1] "c"'], 2),
+        (['#~ msgid "a', '#~ msgstr "b"', 'msgid "c"', 'msgstr ""'], 1),
+    ],
+)
+def test_a_catalogue_whose_quotes_are_not_closed_is_refused(tmp_path, lines, number):
+    pytest.importorskip("polib", reason="pip install -e '.[po]'")
+    path = tmp_path / "a.po"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=rf"a\.po, line {number} has no text in quotes that are c"):
+        open_po(path)
+    path.write_text(
+        '#| msgid "old\n#~ msgid "x"\n#~ msgstr "y"\n\nmsgid  "a \\"b\\\\"\nmsgstr ""\n"c" \n'
+    )
+    assert [(entry.msgid, entry.msgstr) for entry in open_po(path)][-1] == ('a "b\\', "c")
+
+
 def test_the_ending_says_what_a_file_is():
     assert [kind_of(n) for n in ("a.CSV", "b.tmx.gz", "c.po.zst", "d", "e.en")] == [
         "csv",

@@ -28,6 +28,8 @@ RECORDS = ("jsonl", "ndjson", "tmx", "po")
 # Rows that are looked at to see how a table is written.
 _SEEN = 2000
 _XML_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
+# polib drops a text whose quotes are not closed, or its last letter, without a word.
+_PO_LINE = re.compile(r'(?:msg\w+(?:\[\d+\])?\s*)?"(?:[^"\\]|\\.)*"')
 _CELL = re.compile(r'(?:"(?:[^"]|"")*"|[^"\t\n]*)(?=[\t\n]|\Z)')
 csv.field_size_limit(1 << 24)
 
@@ -162,11 +164,17 @@ def open_po(path: str | os.PathLike[str]) -> Any:
         raise UserError(
             f"{path} needs the package polib: install it with pip install 'fairseq-ext[po]'"
         ) from error
-    text = "\n".join(read_lines(path))
-    if not any(line.startswith("msgid") for line in text.splitlines()):
+    lines = list(read_lines(path))
+    if not any(line.startswith("msgid") for line in lines):
         raise UserError(f"{path} is no PO catalogue (it has no msgid): give one")
+    for number, line in enumerate(lines, 1):
+        text = line.removeprefix("#~").strip()
+        if text.startswith(("msg", '"')) and not _PO_LINE.fullmatch(text):
+            raise UserError(
+                f"{path}, line {number} has no text in quotes that are closed: mend it with msgfmt -c"
+            )
     try:
-        return polib.pofile(text, wrapwidth=78)
+        return polib.pofile("\n".join(lines), wrapwidth=78)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is no whole PO catalogue ({error}): mend it with msgfmt -c"
