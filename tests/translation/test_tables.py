@@ -48,6 +48,14 @@ def test_quotes_in_a_plain_table_are_text(tmp_path, capsys):
     assert is_quoted(['"He said ""no""."\tb', "a\tb"])
 
 
+@pytest.mark.parametrize("row", ['"Hello,你好\nno,不', '"He said "no"",他', '"a" ,甲'])
+def test_a_row_whose_quotes_do_not_go_together_is_refused(row, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f'en,zh\n"two\nlines",二\n{row}\nyes,是\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.csv, the row of line 4 is not quoted as a table is"):
+        pairs(path)
+
+
 def test_columns_by_the_names_in_the_first_row(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("id,Chinese,English\n1,是,yes\n", encoding="utf-8")

@@ -43,12 +43,30 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[list[str]]:
-    """The rows of a table with tabs, or a CSV, as cells; how it is written, :func:`delimiter_of` says."""
+    """The rows of a table with tabs, or a CSV, as cells; how it is written, :func:`delimiter_of` says.
+
+    UserError where quotes are not closed, or not where a cell begins and ends.
+    """
     delimiter = delimiter_of(path)
     if delimiter is None:
         return (line.split("\t") for line in read_lines(path))
+    return _quoted_rows(path, delimiter)
+
+
+def _quoted_rows(path: str | os.PathLike[str], delimiter: str) -> Iterator[list[str]]:
     # with the newlines that read_lines takes off: a cell may have some
-    return csv.reader((line + "\n" for line in read_lines(path)), delimiter=delimiter)
+    lines = (line + "\n" for line in read_lines(path))
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    first = 1
+    try:
+        for row in rows:
+            yield row
+            first = rows.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, the row of line {first} is not quoted as a table is ({error}): close its quotes, and"
+            " double those inside a cell"
+        ) from error
 
 
 def delimiter_of(path: str | os.PathLike[str]) -> str | None:
