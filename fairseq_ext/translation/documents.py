@@ -211,7 +211,7 @@ class Line:
         if between:
             pieces = list(self.pieces)
             pieces[::2] = [_spaced(new, old) for new, old in zip(between, pieces[::2], strict=True)]
-            glued = "".join(pieces)
+            glued = _spaced("".join(pieces), self.text)
             if is_intact(self.text, glued):
                 return glued, PIECES
         return self.text, LOST

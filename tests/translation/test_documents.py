@@ -106,6 +106,16 @@ def test_what_is_translated_stays_and_what_is_fuzzy_is_done(tmp_path):
     assert "fuzzy" not in text and "c-format" in text
 
 
+def test_a_piece_without_a_translation_leaves_no_space_behind(tmp_path):
+    pytest.importorskip("polib", reason="pip install -e '.[po]'")
+    path = tmp_path / "a.po"
+    path.write_text('msgid "the <b>value</b> of"\nmsgstr ""\n')
+    document = open_document(path)
+    words = {"the": "", "value": "值", "of": "的"}
+    content, counts = document.render([words.get(text.strip(), "") for text in document.texts])
+    assert 'msgstr "<b>值</b> 的"' in content.decode() and counts["in_pieces"] == 1
+
+
 @pytest.mark.parametrize(
     "source, translation, intact",
     [
