@@ -137,11 +137,14 @@ def tuning_table(kinds: dict) -> str:
 def speed_tables(speed: list[dict], prepared: list[dict]) -> dict[str, str]:
     """Of the last run of `python -m benchmarks.translation` on each processor, and of `.prepare`."""
     found = {}
-    if speed:
-        found["translation"] = "\n\n".join(
-            f"{speed_table(figures)}\n\n{origin(figures['command'], [figures])}"
-            for figures in latest_first(speed)
-        )
+    tables = {"translation": ("speed", speed_table), "trained": ("trained", trained_table)}
+    for name, (part, drawn) in tables.items():
+        of_part = [figures for figures in speed if figures["run"].startswith(part)]
+        if of_part:
+            found[name] = "\n\n".join(
+                f"{drawn(figures)}\n\n{origin(figures['command'], [figures])}"
+                for figures in latest_first(of_part)
+            )
     if prepared:
         rows = [
             [
@@ -165,14 +168,37 @@ def speed_table(figures: dict) -> str:
     quality = figures.get("quality", {}).get("results", [])
     rows = []
     for name in beams[0]["sides"]:
-        row = [f"`{name}`" if name.startswith("fairseq-") else f"ours, {name}"]
-        for result in beams:
-            side = result["sides"][name]
-            row.append(f"{side['median']:.1f} ({side['ratio']:.2f} ×)")
+        row = [named(name), *rates(name, beams)]
         row.append(f"{max(result['sides'][name]['peak_mb'] for result in beams):,.0f} MB")
         if quality:
             row.append(" / ".join(f"{result['sides'][name]['bleu']:.2f}" for result in quality))
         rows.append(row)
-    heads = [f"beam {r['beam']}, sentences/s" if r["beam"] > 1 else "greedy" for r in beams]
-    heads += ["peak memory", *(["BLEU, beam 5 / greedy"] if quality else [])]
+    heads = [*rate_heads(beams), "peak memory", *(["BLEU, beam 5 / greedy"] if quality else [])]
     return markdown(["", *heads], rows)
+
+
+def trained_table(figures: dict) -> str:
+    """A row each way of translating with a trained model: speed, and what it translates."""
+    beams = figures["quality"]["results"]
+    rows = []
+    for name in beams[0]["sides"]:
+        sides = [result["sides"][name] for result in beams]
+        bleu = " / ".join(f"{side['bleu']:.2f}" for side in sides)
+        lines = " / ".join(f"{100 * side['same_lines']:.1f}" for side in sides)
+        rows.append([named(name), *rates(name, beams), bleu, f"{lines} %"])
+    heads = ["", *rate_heads(beams), "BLEU, beam 5 / greedy", "same lines, beam 5 / greedy"]
+    return markdown(heads, rows)
+
+
+def named(side: str) -> str:
+    return f"`{side}`" if side.startswith("fairseq-") else f"ours, {side}"
+
+
+def rates(name: str, beams: list[dict]) -> list[str]:
+    """Sentences a second of a side, and its ratio to the peer's, for each beam."""
+    sides = [result["sides"][name] for result in beams]
+    return [f"{side['median']:.1f} ({side['ratio']:.2f} ×)" for side in sides]
+
+
+def rate_heads(beams: list[dict]) -> list[str]:
+    return [f"beam {r['beam']}, sentences/s" if r["beam"] > 1 else "greedy" for r in beams]

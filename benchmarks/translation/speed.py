@@ -1,7 +1,7 @@
-"""`translation.translate` beside `fairseq-generate`: speed and memory, and quality of a trained model.
+"""`translation.translate` beside `fairseq-generate`: speed and memory, also with a trained model's quality.
 
 python -m benchmarks.translation                                   speed, random weights
-python -m benchmarks.translation --path CKPT --bitext DATA         quality too, on DATA's test split
+python -m benchmarks.translation --path CKPT --bitext DATA         a trained model's test split, too
 
 Speed: a Transformer of base size (d 512, 6+6 layers) with random weights; sentences of real lengths
 (English of Tatoeba, SentencePiece as `prepare` would make it); every output is forced to the same
@@ -12,6 +12,9 @@ What is timed: for fairseq-generate what it reports itself ("Translated … sent
 search alone, without reading, writing or making text, with the best of three --max-tokens. For ours all
 from lines of text to lines of text, after the model is loaded, with our default batch size. Peak
 memory is that of the whole process, loading included. Conversion for CTranslate2 happens before.
+
+A trained model translates its test split, every line as far as it likes, up to 200 pieces. One that
+CTranslate2 cannot run is translated by our own decoder, in bfloat16 too.
 """
 
 import json
@@ -40,6 +43,10 @@ SIDES = {
     "fairseq float32": ("fairseq", "float32"),
     "ctranslate2 float32": ("ctranslate2", "float32"),
     "ctranslate2 int8": ("ctranslate2", "int8"),
+}
+OWN_SIDES = {
+    "fairseq float32": ("fairseq", "float32"),
+    "fairseq bfloat16": ("fairseq", "bfloat16"),
 }
 BEAMS = (5, 1)
 MAX_TOKENS = (1000, 4000, 12000)
@@ -114,7 +121,8 @@ def main(argv):
         shutil.rmtree(folder)
     figures["seconds"] = round(time.monotonic() - began, 1)
     print(table(figures))
-    Results(options.output).put({"run": f"speed on {processor()}", **figures})
+    part = "speed" if options.speed else "trained"
+    Results(options.output).put({"run": f"{part} on {processor()}", **figures})
     print(f"{figures['machine']}; written to {options.output}")
 
 
@@ -138,20 +146,8 @@ def measure_speed(folder, options):
             for tokens in (MAX_TOKENS[:1] if options.quick else MAX_TOKENS)
         }
         best = max(tried, key=lambda tokens: tried[tokens]["rate"])
-        runs = {name: [] for name in (PEER, *SIDES)}
-        order = random.Random(1)
-        for number in range(options.rounds):
-            names = list(runs)
-            order.shuffle(names)
-            for name in names:
-                say(f"beam {beam}, round {number + 1} of {options.rounds}: {name}")
-                if name == PEER:
-                    made = generate(
-                        folder, folder / "model.pt", {**decode, "max_tokens": best}, options
-                    )
-                else:
-                    made = in_process(name, folder, folder / "model.pt", decode, options)
-                runs[name].append(made)
+        decode["max_tokens"] = best
+        runs = alternating(folder, folder, folder / "model.pt", SIDES, decode, options)
         results.append(
             {
                 "beam": beam,
@@ -162,6 +158,24 @@ def measure_speed(folder, options):
             }
         )
     return {**statistics, "results": results}
+
+
+def alternating(data, folder, checkpoint, sides, decode, options):
+    """The peer, which reads `data`, and our sides, which read text in `folder`, in turn: name → runs."""
+    runs = {name: [] for name in (PEER, *sides)}
+    ours = {name: value for name, value in decode.items() if name != "max_tokens"}
+    order = random.Random(1)
+    for number in range(options.rounds):
+        names = list(runs)
+        order.shuffle(names)
+        for name in names:
+            say(f"beam {decode['beam']}, round {number + 1} of {options.rounds}: {name}")
+            if name == PEER:
+                made = generate(data, checkpoint, decode, options)
+            else:
+                made = in_process(name, folder, checkpoint, ours, options)
+            runs[name].append(made)
+    return runs
 
 
 def side_of(made, peer):
@@ -220,21 +234,16 @@ def measure_quality(folder, options):
     shutil.copyfile(options.path, checkpoint)
     (folder / "text").mkdir()
     (folder / "text" / f"test.{source}").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    sides = sides_of(checkpoint)
     results = []
     for beam in BEAMS[-1:] if options.quick else BEAMS:
         # fairseq's own limit, which is the same for every line: with an A it depends on the batch
-        decode = dict(beam=beam, max_len_a=0, max_len_b=200)
-        found = {}
-        for name in (PEER, *SIDES):
-            say(f"quality, beam {beam}: {name}")
-            made = (
-                generate(Path(options.bitext), checkpoint, {**decode, "max_tokens": 4000}, options)
-                if name == PEER
-                else in_process(name, folder, checkpoint, {**decode, "lang": source}, options)
-            )
-            found[name] = made["hypotheses"]
-            if len(found[name]) != len(references):
-                raise UserError(f"{name} gave {len(found[name])} lines for {len(references)}")
+        decode = dict(beam=beam, max_len_a=0, max_len_b=200, max_tokens=4000, source_lang=source)
+        runs = alternating(Path(options.bitext), folder, checkpoint, sides, decode, options)
+        found = {name: made[0]["hypotheses"] for name, made in runs.items()}
+        for name, hypotheses in found.items():
+            if len(hypotheses) != len(references):
+                raise UserError(f"{name} gave {len(hypotheses)} lines for {len(references)}")
         scores = {name: bleu(hypotheses, references, target) for name, hypotheses in found.items()}
         results.append(
             {
@@ -242,6 +251,7 @@ def measure_quality(folder, options):
                 "goal": GOAL_BLEU,
                 "sides": {
                     name: {
+                        **side_of(runs[name], runs[PEER]),
                         "bleu": scores[name],
                         "difference": scores[name] - scores[PEER],
                         "same_lines": same(found[name], found[PEER]),
@@ -251,6 +261,15 @@ def measure_quality(folder, options):
             }
         )
     return {"sentences": len(lines), "source": source, "target": target, "results": results}
+
+
+def sides_of(checkpoint):
+    """Ours for a trained model, by what can run it."""
+    from fairseq_ext.translation.decode.checkpoint import build_model, read_state
+    from fairseq_ext.translation.decode.ctranslate_convert import unsupported
+
+    quiet_imports()
+    return OWN_SIDES if unsupported(build_model(read_state(checkpoint), checkpoint)) else SIDES
 
 
 def bleu(hypotheses, references, lang):
@@ -313,9 +332,9 @@ def run_ours(options):
     from fairseq_ext.translation.decode.translator import DecodeOptions, Translator
 
     decode = json.loads(options.decode)
-    lang = decode.pop("lang", None) or "en"
+    lang = decode.pop("source_lang", "en")
     lines = read(Path(options.folder) / "text" / f"test.{lang}")
-    backend, compute_type = SIDES[options.side]
+    backend, compute_type = {**SIDES, **OWN_SIDES}[options.side]
     translator = Translator.from_checkpoint(
         options.path, backend, compute_type=compute_type, threads=options.threads
     )
@@ -371,7 +390,8 @@ def table(figures):
             lines.append(f"beam {result['beam']} (goal ± {result['goal']:g})")
             for name, side in result["sides"].items():
                 lines.append(
-                    f"  {name:<22}BLEU {side['bleu']:6.2f}  {side['difference']:+.2f}"
+                    f"  {name:<22}{side['median']:>9.1f} sentences/s  {side['ratio']:>6.2f} ×"
+                    f"  BLEU {side['bleu']:6.2f}  {side['difference']:+.2f}"
                     f"  same lines {100 * side['same_lines']:5.1f} %"
                 )
     return "\n".join(lines)
