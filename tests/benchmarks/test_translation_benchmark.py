@@ -32,6 +32,16 @@ def test_bleu_is_that_of_the_target_language():
     assert benchmark.bleu([text], ["我喜欢红的苹果和新的书。"], "zh") > 50
 
 
+def test_what_ctranslate2_cannot_run_is_translated_by_ours(monkeypatch):
+    from fairseq_ext.translation.decode import checkpoint
+
+    monkeypatch.setattr(checkpoint, "read_state", lambda path: {})
+    monkeypatch.setattr(checkpoint, "build_model", lambda state, path: object())
+    sides = benchmark.sides_of("a.pt")
+    assert {backend for backend, _ in sides.values()} == {"fairseq"}
+    assert {kind for _, kind in sides.values()} == {"float32", "bfloat16"}
+
+
 @pytest.mark.slow
 def test_the_command(repo_root, tmp_path, toy_benchmark_model):
     checkpoint, data = toy_benchmark_model
@@ -52,6 +62,7 @@ def test_the_command(repo_root, tmp_path, toy_benchmark_model):
     quality = figures["quality"]
     assert quality["sentences"] == figures["speed"]["sentences"] == 24
     (greedy,) = quality["results"]
+    assert set(greedy["sides"]) == sides
     for name, side in greedy["sides"].items():
         # random weights: what fairseq finds, but for ties
         assert side["same_lines"] >= (0.9 if "int8" not in name else 0)
