@@ -133,7 +133,7 @@ def test_what_is_written(mono, tmp_path):
     assert manifest["counts"] == {
         "in": 7,
         "out": 4,
-        "unusable": {"the line has N pieces, the model holds N": 1, "the line is empty": 2},
+        "unusable": {"the line has … pieces, the model holds …": 1, "the line is empty": 2},
     }
     assert manifest["real_sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
     assert manifest["model"]["path"] == "x" and manifest["model"]["sha256"] == digest

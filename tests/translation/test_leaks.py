@@ -3,6 +3,7 @@
 import gzip
 import pickle
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from ext_common.cli import UserError
 from fairseq_ext.translation.prepare.leaks import GRAM, SHORTEST, THRESHOLD, LeakGuard, ngram_hashes
+from fairseq_ext.translation.prepare.report import count_reason
 
 ENGLISH = [
     "Yes.",
@@ -179,3 +181,13 @@ def test_any_line_gets_an_answer(line):
     for lang in guard.languages:
         assert guard.find("", lang) is None
         assert (guard.find(line, lang) is None) == (len(guard) == 0)
+
+
+def test_reasons_are_counted_without_their_numbers():
+    counts = Counter()
+    for reason in ("shares 8 of the 13 13-grams", "shares 1,024 of the 9.5 13-grams", "x 3-2"):
+        count_reason(counts, reason)
+    assert counts == {"shares … of the … 13-grams": 2, "x 3-…": 1}
+    for number in range(200):
+        count_reason(counts, "a" * number)
+    assert len(counts) == 101 and sum(counts.values()) == 203

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-import regex
 
 from ext_common.cli import progress
 from ext_common.parallel import in_order
@@ -28,14 +27,12 @@ from fairseq_ext.backtranslation.assemble.synthetic import (
 from fairseq_ext.translation.prepare.filter_chain import FilterChain, sample
 from fairseq_ext.translation.prepare.hashes import text_hash
 from fairseq_ext.translation.prepare.leaks import LeakGuard
+from fairseq_ext.translation.prepare.report import count_reason
 from fairseq_ext.translation.prepare.steps import BATCH, batches, open_lines, reject_line
 from fairseq_ext.translation.text.normalise import normalise
 
 UNUSABLE, LEAK, DRAW = "unusable", "leak", "max_synthetic"
 SAMPLED = 2000
-_NUMBER = regex.compile(r"\d+(?:[.,]\d+)*")
-# Reasons may name something of each line.
-_REASONS = 100
 
 
 class Row(NamedTuple):
@@ -257,12 +254,6 @@ def pair_name(folder: str, line: int, rank: int) -> str:
 
 def part_files(folder: Path, name: str) -> list[Path]:
     return [folder / f"{name}.{end}" for end in ("source", "target", "ids")]
-
-
-def count_reason(reasons: Counter[str], reason: str) -> None:
-    """Count a reason without its numbers; those that come late are counted together."""
-    known = _NUMBER.sub("…", reason)
-    reasons[known if known in reasons or len(reasons) < _REASONS else "other"] += 1
 
 
 def more_arguments(one: Callable[..., Any], score: float | None) -> tuple[Any, ...]:

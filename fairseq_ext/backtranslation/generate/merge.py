@@ -19,8 +19,8 @@ from fairseq_ext.backtranslation.generate.chunks import MERGE, Chunks
 from fairseq_ext.backtranslation.generate.claims import Claim
 from fairseq_ext.backtranslation.generate.setup import KIND, output_names
 from fairseq_ext.backtranslation.models.backends import Line
+from fairseq_ext.translation.prepare.report import count_reason
 
-_KINDS = 50
 _UNPRINTABLE = re.compile("[\n\r\ud800-\udfff]")
 
 
@@ -103,7 +103,7 @@ def write_lines(chunks: Chunks, folder: Path, names: Sequence[str]) -> dict[str,
             if len(reasons) < len(several):
                 usable += 1
             else:
-                count(unusable, reasons[0])
+                count_reason(unusable, reasons[0])
             bar.update(1)
         for file in files:
             file.flush()
@@ -113,12 +113,6 @@ def write_lines(chunks: Chunks, folder: Path, names: Sequence[str]) -> dict[str,
 
 def as_json(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def count(counter: Counter[str], reason: str) -> None:
-    """Count a reason, whatever numbers are in it; kinds beyond the first 50 together."""
-    kind = re.sub(r"\d[\d,.]*(?<=\d)", "N", reason)
-    counter[kind if kind in counter or len(counter) < _KINDS else "other reasons"] += 1
 
 
 def checked(line: Line) -> Line:

@@ -1,13 +1,20 @@
 """What prepare prints at its end."""
 
+import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import fairseq_ext
 from fairseq_ext.translation.text.normalise import unit
+
+# But for 13-grams.
+_NUMBER = re.compile(r"\d++(?:[.,]\d++)*+(?!-)")
+# Reasons may name something of each line.
+_REASONS = 100
 
 
 def table(report: dict[str, Any]) -> str:
@@ -75,3 +82,9 @@ def about_leaks(leaks: Any, held_out: list[Any]) -> str:
 
 def short(text: str, longest: int = 60) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def count_reason(reasons: Counter[str], reason: str) -> None:
+    """Count a reason without its numbers; those that come late are counted together."""
+    known = _NUMBER.sub("…", reason)
+    reasons[known if known in reasons or len(reasons) < _REASONS else "other reasons"] += 1
