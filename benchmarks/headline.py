@@ -52,7 +52,8 @@ def translation(recorded: Records) -> list[list[str]]:
     transformer, lstm = (spread([r["test"]["bleu"] for r in runs]) for runs in systems.values())
     shortest = [r for r in recorded("shortest") if r["run"].startswith("translation-")]
     ours = spread([r["figure"] for r in shortest if "figure" in r])
-    speed, *_ = latest_first([f for f in recorded("translation_speed") if "speed" in f])
+    speeds = [f for f in recorded("translation_speed") if f["run"].startswith("speed")]
+    speed, *_ = latest_first(speeds)
     sides = speed["speed"]["results"][0]["sides"]
     fast = f"{sides['ctranslate2 int8']['median']:.0f} sentences/s"
     peer = f"{sides['fairseq-generate']['median']:.0f}"

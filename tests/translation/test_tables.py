@@ -103,6 +103,10 @@ def test_po(tmp_path):
         encoding="utf-8",
     )
     assert pairs(path) == [("Yes", "是"), ("", ""), ("", "")]
+    path.write_text(
+        '#| msgid "old\n#~ msgid "x"\n#~ msgstr "y"\n\nmsgid  "a \\"b\\\\"\nmsgstr ""\n"c" \n'
+    )
+    assert [(entry.msgid, entry.msgstr) for entry in open_po(path)][-1] == ('a "b\\', "c")
     path.write_bytes('msgid "größe"\nmsgstr ""\n'.encode("latin-1"))
     with pytest.raises(UserError, match=r"a\.po, line 1 is not UTF-8"):
         open_po(path)
@@ -125,10 +129,6 @@ def test_a_catalogue_whose_quotes_are_not_closed_is_refused(tmp_path, lines, num
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=rf"a\.po, line {number} has no text in quotes that are c"):
         open_po(path)
-    path.write_text(
-        '#| msgid "old\n#~ msgid "x"\n#~ msgstr "y"\n\nmsgid  "a \\"b\\\\"\nmsgstr ""\n"c" \n'
-    )
-    assert [(entry.msgid, entry.msgstr) for entry in open_po(path)][-1] == ('a "b\\', "c")
 
 
 def test_the_ending_says_what_a_file_is():

@@ -11,7 +11,7 @@ from typing import Any
 import fairseq_ext
 from fairseq_ext.translation.text.normalise import unit
 
-# But for 13-grams.
+# The 13 of 13-grams is no number of the line, but of the kind.
 _NUMBER = re.compile(r"\d++(?:[.,]\d++)*+(?!-)")
 # Reasons may name something of each line.
 _REASONS = 100
